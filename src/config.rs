@@ -1,0 +1,302 @@
+//! The command line and the configuration file, resolved once into what the rest works with.
+
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use anyhow::{Context, bail, ensure};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use serde::Deserialize;
+
+use crate::csi::Endpoint;
+use crate::volume::id::{NodeName, PoolName};
+use crate::volume::ports::PoolConfig;
+use crate::volume::room::{Limits, Reserve};
+
+/// Directories on a node's own disks as Kubernetes volumes: a CSI driver.
+#[derive(Debug, Parser)]
+#[command(version)]
+pub struct Cli {
+    /// What to run.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The ways to run.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Serve CSI Identity, Controller and Node for this node's pools, with all records kept on the pools themselves.
+    Local(LocalArgs),
+}
+
+/// The command line of `hostdir local`.
+#[derive(Debug, Args)]
+pub struct LocalArgs {
+    /// The socket to serve: unix:///path/to.sock
+    #[arg(long, env = "CSI_ENDPOINT", value_name = "URL")]
+    endpoint: Endpoint,
+
+    /// A pool: its name, as StorageClasses have it, and its directory. May be repeated
+    #[arg(long = "pool", value_name = "NAME=PATH")]
+    pools: Vec<PoolArg>,
+
+    /// A YAML file that describes pools more closely: see the README
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+
+    /// The Kubernetes name of this node; the host name if left out
+    #[arg(long, env = "NODE_NAME", value_name = "NAME")]
+    node_name: Option<String>,
+
+    /// The least severe events to log: error, warn, info, debug, trace
+    #[arg(long, env = "HOSTDIR_LOG", value_name = "LEVEL", default_value = "info")]
+    pub log_level: tracing::Level,
+
+    /// How to write the log, on standard error
+    #[arg(long, value_name = "FORMAT", default_value = "text")]
+    pub log_format: LogFormat,
+}
+
+/// Formats of the log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// A line for people
+    Text,
+    /// A JSON object a line
+    Json,
+}
+
+/// `NAME=PATH`.
+#[derive(Clone, Debug)]
+struct PoolArg {
+    name: PoolName,
+    path: PathBuf,
+}
+
+impl FromStr for PoolArg {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> anyhow::Result<Self> {
+        let (name, path) = text
+            .split_once('=')
+            .context("write NAME=PATH, such as default=/var/lib/hostdir")?;
+        Ok(Self {
+            name: PoolName::parse(name)?,
+            path: path.into(),
+        })
+    }
+}
+
+/// The configuration file.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+struct File {
+    pools: Vec<FilePool>,
+}
+
+/// A pool in the configuration file.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+struct FilePool {
+    name: PoolName,
+    path: PathBuf,
+    reserve: Option<String>,
+    overcommit: Option<f64>,
+    #[serde(default)]
+    require_mount: bool,
+}
+
+/// What `hostdir local` works with.
+#[derive(Debug)]
+pub struct Local {
+    /// The socket to serve.
+    pub endpoint: Endpoint,
+    /// This node.
+    pub node: NodeName,
+    /// Its pools: at least one, names and paths all different.
+    pub pools: Vec<PoolConfig>,
+}
+
+impl LocalArgs {
+    /// Reads the configuration file and checks what can be checked without touching a pool.
+    ///
+    /// # Errors
+    /// What is wrong, and where.
+    pub fn resolve(self) -> anyhow::Result<Local> {
+        let Self {
+            endpoint,
+            pools,
+            config,
+            node_name,
+            log_level: _,
+            log_format: _,
+        } = self;
+        let node = match node_name {
+            Some(name) => name,
+            None => host_name()?,
+        };
+        let node = NodeName::parse(&node).context("--node-name")?;
+        let mut all: Vec<PoolConfig> = pools.into_iter().map(PoolArg::into_config).collect();
+        if let Some(path) = config {
+            all.extend(read(&path).with_context(|| format!("configuration {}", path.display()))?);
+        }
+        check(&all)?;
+        Ok(Local {
+            endpoint,
+            node,
+            pools: all,
+        })
+    }
+}
+
+impl PoolArg {
+    fn into_config(self) -> PoolConfig {
+        let Self { name, path } = self;
+        PoolConfig {
+            name,
+            path,
+            require_mount: false,
+            limits: Limits::default(),
+        }
+    }
+}
+
+impl FilePool {
+    fn into_config(self) -> anyhow::Result<PoolConfig> {
+        let Self {
+            name,
+            path,
+            reserve,
+            overcommit,
+            require_mount,
+        } = self;
+        let default = Limits::default();
+        let reserve: Reserve = match reserve {
+            None => default.reserve,
+            Some(text) => text.parse().with_context(|| format!("pool {name}: reserve"))?,
+        };
+        let overcommit = overcommit.unwrap_or(default.overcommit);
+        ensure!(
+            overcommit.is_finite() && overcommit > 0.0 && overcommit <= 1000.0,
+            "pool {name}: overcommit {overcommit} must be above 0 and at most 1000"
+        );
+        Ok(PoolConfig {
+            name,
+            path,
+            require_mount,
+            limits: Limits { reserve, overcommit },
+        })
+    }
+}
+
+fn read(path: &Path) -> anyhow::Result<Vec<PoolConfig>> {
+    parse(&std::fs::read_to_string(path)?)
+}
+
+fn parse(text: &str) -> anyhow::Result<Vec<PoolConfig>> {
+    let file: File = serde_saphyr::from_str(text)?;
+    file.pools.into_iter().map(FilePool::into_config).collect()
+}
+
+fn check(pools: &[PoolConfig]) -> anyhow::Result<()> {
+    ensure!(
+        !pools.is_empty(),
+        "no pool is configured; give at least one --pool NAME=PATH, or a --config with pools"
+    );
+    let (mut names, mut paths) = (HashSet::new(), HashSet::new());
+    for PoolConfig { name, path, .. } in pools {
+        let shown = path.display();
+        ensure!(path.is_absolute(), "pool {name}: path {shown} must be absolute");
+        let plain = path
+            .components()
+            .skip(1)
+            .all(|part| matches!(part, std::path::Component::Normal(_)));
+        ensure!(
+            plain && path.file_name().is_some(),
+            "pool {name}: path {shown} must have no '..' in it and not be /"
+        );
+        ensure!(names.insert(name), "pool {name} is configured twice");
+        ensure!(paths.insert(path), "pool {name}: another pool has path {shown}, too");
+    }
+    for (pool, other) in pools
+        .iter()
+        .flat_map(|pool| pools.iter().map(move |other| (pool, other)))
+    {
+        if pool.name != other.name && pool.path.starts_with(&other.path) {
+            bail!(
+                "pool {} lies inside pool {}: tenants of one could reach into the other",
+                pool.name,
+                other.name
+            );
+        }
+    }
+    Ok(())
+}
+
+fn host_name() -> anyhow::Result<String> {
+    let name = nix::unistd::gethostname().context("read the host name; give --node-name")?;
+    name.into_string()
+        .ok()
+        .context("the host name is no text; give --node-name")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::volume::size::Bytes;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_file_describes_pools() {
+        let text = "pools:\n- name: fast\n  path: /mnt/fast/hostdir\n  reserve: 10Gi\n  overcommit: 1.5\n  requireMount: true\n- {name: default, path: /d}\n";
+        let pools = parse(text).unwrap();
+        assert_eq!(pools.len(), 2);
+        assert!(pools[0].require_mount);
+        assert_eq!(
+            pools[0].limits,
+            Limits {
+                reserve: Reserve::Bytes(Bytes(10 << 30)),
+                overcommit: 1.5
+            }
+        );
+        assert_eq!(pools[1].limits, Limits::default());
+    }
+
+    #[test]
+    fn mistakes_in_a_file_are_named() {
+        for (text, word) in [
+            ("pools:\n- {name: a, path: /a, reserv: 1}\n", "reserv"),
+            ("pools:\n- {name: A, path: /a}\n", "pool name"),
+            ("pools:\n- {name: a, path: /a, reserve: much}\n", "reserve"),
+            ("pools:\n- {name: a, path: /a, overcommit: 0}\n", "overcommit"),
+            ("pools:\n- {name: a}\n", "path"),
+            ("pool: []\n", "pool"),
+        ] {
+            let error = format!("{:#}", parse(text).unwrap_err());
+            assert!(error.contains(word), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn pools_do_not_share_names_or_directories() {
+        let pool = |text: &str| text.parse::<PoolArg>().unwrap().into_config();
+        assert!(check(&[pool("a=/x"), pool("b=/y")]).is_ok());
+        for pools in [
+            vec![],
+            vec![pool("a=/x"), pool("a=/y")],
+            vec![pool("a=/x"), pool("b=/x")],
+            vec![pool("a=/x"), pool("b=/x/y")],
+            vec![pool("a=x")],
+            vec![pool("a=/x/../y")],
+            vec![pool("a=/")],
+        ] {
+            assert!(check(&pools).is_err(), "{pools:?} was accepted");
+        }
+        assert!("a".parse::<PoolArg>().is_err());
+    }
+}

@@ -1,0 +1,269 @@
+//! CSI Controller: volumes come and go.
+
+use std::collections::HashMap;
+
+use tonic::{Request, Response, Status};
+
+use super::proto::controller_server::Controller;
+use super::proto::controller_service_capability::rpc::Type as RpcType;
+use super::proto::controller_service_capability::{Rpc, Type};
+use super::proto::validate_volume_capabilities_response::Confirmed;
+use super::proto::{
+    ControllerGetCapabilitiesRequest, ControllerGetCapabilitiesResponse, ControllerServiceCapability,
+    CreateVolumeRequest, CreateVolumeResponse, DeleteVolumeRequest, DeleteVolumeResponse, GetCapacityRequest,
+    GetCapacityResponse, ListVolumesRequest, ListVolumesResponse, ValidateVolumeCapabilitiesRequest,
+    ValidateVolumeCapabilitiesResponse, Volume as ProtoVolume, list_volumes_response,
+};
+use super::{Services, parse};
+use crate::volume::id::{NodeName, VolumeId};
+use crate::volume::size::Bytes;
+use crate::volume::{Driver, Volume, Want};
+
+/// Key in the volume context: the name of the pool.
+const CONTEXT_POOL: &str = "pool";
+/// Key in the volume context: the identity of the pool. NodePublishVolume names it when the volume is not found.
+pub(super) const CONTEXT_POOL_ID: &str = "poolId";
+
+/// Volumes in one answer of ListVolumes: an entry is about 300 bytes, and gRPC clients take 4 MiB by default.
+const PAGE_MAX: usize = 4096;
+
+/// What makes a `starting_token` ours: the id of the last volume of the page before comes behind it.
+const TOKEN_PREFIX: &str = "after:";
+
+#[tonic::async_trait]
+impl Controller for Services {
+    async fn create_volume(
+        &self,
+        request: Request<CreateVolumeRequest>,
+    ) -> Result<Response<CreateVolumeResponse>, Status> {
+        let request = request.into_inner();
+        let volume = self
+            .run("CreateVolume", move |driver| {
+                Ok(to_proto(driver.create(&want(driver, request)?)?, driver.node()))
+            })
+            .await?;
+        Ok(Response::new(CreateVolumeResponse { volume: Some(volume) }))
+    }
+
+    async fn delete_volume(
+        &self,
+        request: Request<DeleteVolumeRequest>,
+    ) -> Result<Response<DeleteVolumeResponse>, Status> {
+        let DeleteVolumeRequest { volume_id, secrets: _ } = request.into_inner();
+        self.run("DeleteVolume", move |driver| {
+            Ok(driver.delete(&parse::volume_id(&volume_id)?)?)
+        })
+        .await?;
+        Ok(Response::new(DeleteVolumeResponse {}))
+    }
+
+    async fn validate_volume_capabilities(
+        &self,
+        request: Request<ValidateVolumeCapabilitiesRequest>,
+    ) -> Result<Response<ValidateVolumeCapabilitiesResponse>, Status> {
+        let request = request.into_inner();
+        self.run("ValidateVolumeCapabilities", move |driver| validate(driver, request))
+            .await
+            .map(Response::new)
+    }
+
+    async fn list_volumes(
+        &self,
+        request: Request<ListVolumesRequest>,
+    ) -> Result<Response<ListVolumesResponse>, Status> {
+        let ListVolumesRequest {
+            max_entries,
+            starting_token,
+        } = request.into_inner();
+        let after = token(&starting_token)?;
+        let max = usize::try_from(max_entries)
+            .map_err(|_| Status::invalid_argument(format!("max_entries is negative: {max_entries}")))?;
+        let max = if max == 0 { PAGE_MAX } else { max.min(PAGE_MAX) };
+        self.run("ListVolumes", move |driver| Ok(page(driver, after.as_ref(), max)))
+            .await
+            .map(Response::new)
+    }
+
+    async fn get_capacity(
+        &self,
+        request: Request<GetCapacityRequest>,
+    ) -> Result<Response<GetCapacityResponse>, Status> {
+        let GetCapacityRequest {
+            volume_capabilities,
+            parameters,
+            accessible_topology,
+        } = request.into_inner();
+        let (parameters, _) = parse::parameters(parameters)?;
+        let room = self
+            .run("GetCapacity", move |driver| {
+                let here = accessible_topology.is_none_or(|topology| parse::is_here(&topology, driver.node()));
+                let filesystem = || driver.filesystem(&parameters.pool);
+                let possible = volume_capabilities
+                    .into_iter()
+                    .all(|capability| parse::capability(capability, filesystem).is_ok());
+                Ok(if here && possible {
+                    driver.room(&parameters.pool)
+                } else {
+                    Bytes(0)
+                })
+            })
+            .await?;
+        Ok(Response::new(GetCapacityResponse {
+            available_capacity: signed(room),
+            // The scheduler looks at this one first; left out, a claim larger than it could be sent here.
+            maximum_volume_size: Some(signed(room)),
+            minimum_volume_size: None,
+        }))
+    }
+
+    async fn controller_get_capabilities(
+        &self,
+        _: Request<ControllerGetCapabilitiesRequest>,
+    ) -> Result<Response<ControllerGetCapabilitiesResponse>, Status> {
+        let capability = |kind: RpcType| ControllerServiceCapability {
+            r#type: Some(Type::Rpc(Rpc { r#type: kind.into() })),
+        };
+        Ok(Response::new(ControllerGetCapabilitiesResponse {
+            capabilities: vec![
+                capability(RpcType::CreateDeleteVolume),
+                capability(RpcType::ListVolumes),
+                capability(RpcType::GetCapacity),
+                capability(RpcType::SingleNodeMultiWriter),
+            ],
+        }))
+    }
+}
+
+fn want(driver: &Driver, request: CreateVolumeRequest) -> Result<Want, Status> {
+    let CreateVolumeRequest {
+        name,
+        capacity_range,
+        volume_capabilities,
+        parameters,
+        secrets: _,
+        volume_content_source,
+        accessibility_requirements,
+        mutable_parameters,
+    } = request;
+    let name = parse::name(name)?;
+    if volume_content_source.is_some() {
+        return Err(Status::invalid_argument(format!(
+            "volume {name:?}: snapshots and clones are not supported; make an empty volume and copy into it"
+        )));
+    }
+    if !mutable_parameters.is_empty() {
+        return Err(Status::invalid_argument(format!(
+            "volume {name:?}: VolumeAttributesClasses are not supported; leave volumeAttributesClassName out"
+        )));
+    }
+    let (parameters, claim) = parse::parameters(parameters)?;
+    parse::capabilities(volume_capabilities, || driver.filesystem(&parameters.pool))?;
+    let size = parse::size(capacity_range)?;
+    let may_be_here = parse::admits(accessibility_requirements, driver.node());
+    Ok(Want {
+        name,
+        size,
+        parameters,
+        claim,
+        may_be_here,
+    })
+}
+
+fn validate(
+    driver: &Driver,
+    request: ValidateVolumeCapabilitiesRequest,
+) -> Result<ValidateVolumeCapabilitiesResponse, Status> {
+    let ValidateVolumeCapabilitiesRequest {
+        volume_id,
+        volume_context,
+        volume_capabilities,
+        parameters,
+        secrets: _,
+        mutable_parameters,
+    } = request;
+    let volume = driver.get(&parse::volume_id(&volume_id)?)?;
+    if volume_capabilities.is_empty() {
+        return Err(Status::invalid_argument(format!(
+            "volume {volume_id}: volume_capabilities is missing"
+        )));
+    }
+    let possible = parse::capabilities(volume_capabilities.clone(), || driver.filesystem(&volume.pool));
+    let (pool, directory) = (volume.pool.clone(), volume.record.directory);
+    let same_parameters = parameters.is_empty()
+        || parse::parameters(parameters.clone())
+            .is_ok_and(|(given, _)| given.pool == pool && given.directory == directory);
+    let own_context = context(&volume);
+    let same_context = volume_context
+        .iter()
+        .all(|(key, value)| own_context.get(key).is_none_or(|own| own == value));
+    let unconfirmed = match possible {
+        Err(status) => Some(status.message().to_owned()),
+        Ok(()) if !same_parameters => Some("the volume was made with other parameters".to_owned()),
+        Ok(()) if !same_context => Some("the volume has another volume context".to_owned()),
+        Ok(()) if !mutable_parameters.is_empty() => Some("mutable parameters are not supported".to_owned()),
+        Ok(()) => None,
+    };
+    Ok(match unconfirmed {
+        Some(message) => ValidateVolumeCapabilitiesResponse {
+            confirmed: None,
+            message,
+        },
+        None => ValidateVolumeCapabilitiesResponse {
+            confirmed: Some(Confirmed {
+                volume_context,
+                volume_capabilities,
+                parameters,
+                mutable_parameters,
+            }),
+            message: String::new(),
+        },
+    })
+}
+
+/// CSI: a token that is not valid is answered with `Aborted`; the caller starts over.
+fn token(token: &str) -> Result<Option<VolumeId>, Status> {
+    if token.is_empty() {
+        return Ok(None);
+    }
+    let id = token.strip_prefix(TOKEN_PREFIX).and_then(|id| VolumeId::parse(id).ok());
+    id.map(Some)
+        .ok_or_else(|| Status::aborted("starting_token is not one that ListVolumes gave out; start again without one"))
+}
+
+fn page(driver: &Driver, after: Option<&VolumeId>, max: usize) -> ListVolumesResponse {
+    // One more than is shown tells whether there is another page.
+    let mut volumes = driver.list(after, max + 1);
+    let more = volumes.len() > max;
+    volumes.truncate(max);
+    let last = volumes.last().filter(|_| more);
+    let next_token = last.map_or_else(String::new, |volume| format!("{TOKEN_PREFIX}{}", volume.record.id));
+    let entries = volumes
+        .into_iter()
+        .map(|volume| list_volumes_response::Entry {
+            volume: Some(to_proto(volume, driver.node())),
+            status: None,
+        })
+        .collect();
+    ListVolumesResponse { entries, next_token }
+}
+
+fn to_proto(volume: Volume, node: &NodeName) -> ProtoVolume {
+    ProtoVolume {
+        capacity_bytes: signed(volume.record.bytes),
+        volume_context: context(&volume),
+        volume_id: volume.record.id.into(),
+        content_source: None,
+        accessible_topology: vec![parse::here(node)],
+    }
+}
+
+fn context(volume: &Volume) -> HashMap<String, String> {
+    HashMap::from([
+        (CONTEXT_POOL.to_owned(), volume.pool.to_string()),
+        (CONTEXT_POOL_ID.to_owned(), volume.record.pool_id.to_string()),
+    ])
+}
+
+fn signed(bytes: Bytes) -> i64 {
+    i64::try_from(bytes.0).unwrap_or(i64::MAX)
+}

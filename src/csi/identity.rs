@@ -1,0 +1,47 @@
+//! CSI Identity: who this is, what it can do, whether it works.
+
+use tonic::{Request, Response, Status};
+
+use super::proto::identity_server::Identity;
+use super::proto::plugin_capability::service::Type as Service;
+use super::proto::plugin_capability::{self, Type};
+use super::proto::{
+    GetPluginCapabilitiesRequest, GetPluginCapabilitiesResponse, GetPluginInfoRequest, GetPluginInfoResponse,
+    PluginCapability, ProbeRequest, ProbeResponse,
+};
+use super::{DRIVER_NAME, Services};
+
+#[tonic::async_trait]
+impl Identity for Services {
+    async fn get_plugin_info(
+        &self,
+        _: Request<GetPluginInfoRequest>,
+    ) -> Result<Response<GetPluginInfoResponse>, Status> {
+        Ok(Response::new(GetPluginInfoResponse {
+            name: DRIVER_NAME.to_owned(),
+            vendor_version: env!("CARGO_PKG_VERSION").to_owned(),
+            ..GetPluginInfoResponse::default()
+        }))
+    }
+
+    async fn get_plugin_capabilities(
+        &self,
+        _: Request<GetPluginCapabilitiesRequest>,
+    ) -> Result<Response<GetPluginCapabilitiesResponse>, Status> {
+        // CSI: the same set from every instance of one version, wherever it is deployed.
+        let capability = |service: Service| PluginCapability {
+            r#type: Some(Type::Service(plugin_capability::Service { r#type: service.into() })),
+        };
+        Ok(Response::new(GetPluginCapabilitiesResponse {
+            capabilities: vec![
+                capability(Service::ControllerService),
+                capability(Service::VolumeAccessibilityConstraints),
+            ],
+        }))
+    }
+
+    async fn probe(&self, _: Request<ProbeRequest>) -> Result<Response<ProbeResponse>, Status> {
+        self.run("Probe", |driver| Ok(driver.probe()?)).await?;
+        Ok(Response::new(ProbeResponse { ready: Some(true) }))
+    }
+}

@@ -1,0 +1,63 @@
+//! The gRPC edge: CSI requests are taken apart, one verb of the core is called, its answer is put together again.
+//!
+//! [`parse`] turns what a request holds into types that cannot be wrong; [`status`] turns refusals into status codes. No
+//! request is ever logged: it may hold secrets. The verbs block, so each runs on a thread of its own.
+
+mod controller;
+mod identity;
+mod node;
+mod parse;
+mod server;
+mod status;
+
+use std::sync::Arc;
+
+use tonic::Status;
+use tracing::{error, warn};
+
+pub use server::{Endpoint, InvalidEndpoint, Listener, serve};
+
+use crate::volume::Driver;
+
+/// Generated from `proto/csi.proto`.
+#[expect(
+    missing_docs,
+    clippy::all,
+    clippy::pedantic,
+    clippy::allow_attributes_without_reason,
+    reason = "generated code"
+)]
+pub mod proto {
+    tonic::include_proto!("csi.v1");
+}
+
+/// The name this driver is registered under.
+pub const DRIVER_NAME: &str = "hostdir.csi";
+
+/// The key of the one topology segment: its value names the node.
+pub const TOPOLOGY_KEY: &str = "topology.hostdir.csi/node";
+
+/// The three services, all on one driver.
+#[derive(Clone)]
+struct Services {
+    driver: Arc<Driver>,
+}
+
+impl Services {
+    /// Runs a verb on a thread that may block. A caller that goes away does not stop it half-way.
+    async fn run<T, F>(&self, call: &'static str, verb: F) -> Result<T, Status>
+    where
+        T: Send + 'static,
+        F: FnOnce(&Driver) -> Result<T, Status> + Send + 'static,
+    {
+        let driver = Arc::clone(&self.driver);
+        let ended = tokio::task::spawn_blocking(move || verb(&driver)).await;
+        let answer = ended.unwrap_or_else(|panic| {
+            error!(call, %panic, "a call panicked; this is a bug");
+            Err(Status::unavailable(format!(
+                "{call} failed on an internal error; see hostdir's log on the node"
+            )))
+        });
+        answer.inspect_err(|status| warn!(call, code = ?status.code(), why = status.message(), "refused"))
+    }
+}

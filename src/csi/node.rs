@@ -1,0 +1,145 @@
+//! CSI Node: volumes are mounted and unmounted.
+
+use tonic::{Request, Response, Status};
+
+use super::controller::CONTEXT_POOL_ID;
+use super::proto::node_server::Node;
+use super::proto::node_service_capability::rpc::Type as RpcType;
+use super::proto::node_service_capability::{Rpc, Type};
+use super::proto::volume_usage::Unit;
+use super::proto::{
+    NodeGetCapabilitiesRequest, NodeGetCapabilitiesResponse, NodeGetInfoRequest, NodeGetInfoResponse,
+    NodeGetVolumeStatsRequest, NodeGetVolumeStatsResponse, NodePublishVolumeRequest, NodePublishVolumeResponse,
+    NodeServiceCapability, NodeUnpublishVolumeRequest, NodeUnpublishVolumeResponse, VolumeUsage,
+};
+use super::{Services, parse};
+use crate::volume::access::MountOptions;
+use crate::volume::ports::Space;
+use crate::volume::size::Bytes;
+use crate::volume::{Driver, Publish};
+
+#[tonic::async_trait]
+impl Node for Services {
+    async fn node_publish_volume(
+        &self,
+        request: Request<NodePublishVolumeRequest>,
+    ) -> Result<Response<NodePublishVolumeResponse>, Status> {
+        let request = request.into_inner();
+        self.run("NodePublishVolume", move |driver| {
+            Ok(driver.publish(&publish(driver, request)?)?)
+        })
+        .await?;
+        Ok(Response::new(NodePublishVolumeResponse {}))
+    }
+
+    async fn node_unpublish_volume(
+        &self,
+        request: Request<NodeUnpublishVolumeRequest>,
+    ) -> Result<Response<NodeUnpublishVolumeResponse>, Status> {
+        let NodeUnpublishVolumeRequest { volume_id, target_path } = request.into_inner();
+        self.run("NodeUnpublishVolume", move |driver| {
+            let id = parse::volume_id(&volume_id)?;
+            let target = parse::target(&id, target_path)?;
+            Ok(driver.unpublish(&id, &target)?)
+        })
+        .await?;
+        Ok(Response::new(NodeUnpublishVolumeResponse {}))
+    }
+
+    async fn node_get_volume_stats(
+        &self,
+        request: Request<NodeGetVolumeStatsRequest>,
+    ) -> Result<Response<NodeGetVolumeStatsResponse>, Status> {
+        let NodeGetVolumeStatsRequest {
+            volume_id,
+            volume_path,
+            staging_target_path: _,
+        } = request.into_inner();
+        let space = self
+            .run("NodeGetVolumeStats", move |driver| {
+                let id = parse::volume_id(&volume_id)?;
+                if volume_path.is_empty() {
+                    return Err(Status::invalid_argument(format!("volume {id}: volume_path is missing")));
+                }
+                Ok(driver.stats(&id, &volume_path)?)
+            })
+            .await?;
+        Ok(Response::new(NodeGetVolumeStatsResponse { usage: usage(space) }))
+    }
+
+    async fn node_get_capabilities(
+        &self,
+        _: Request<NodeGetCapabilitiesRequest>,
+    ) -> Result<Response<NodeGetCapabilitiesResponse>, Status> {
+        let capability = |kind: RpcType| NodeServiceCapability {
+            r#type: Some(Type::Rpc(Rpc { r#type: kind.into() })),
+        };
+        Ok(Response::new(NodeGetCapabilitiesResponse {
+            capabilities: vec![
+                capability(RpcType::GetVolumeStats),
+                capability(RpcType::SingleNodeMultiWriter),
+            ],
+        }))
+    }
+
+    async fn node_get_info(&self, _: Request<NodeGetInfoRequest>) -> Result<Response<NodeGetInfoResponse>, Status> {
+        let node = self.driver.node();
+        Ok(Response::new(NodeGetInfoResponse {
+            node_id: node.to_string(),
+            // A bind mount costs nothing that would have to be limited.
+            max_volumes_per_node: 0,
+            accessible_topology: Some(parse::here(node)),
+        }))
+    }
+}
+
+fn publish(driver: &Driver, request: NodePublishVolumeRequest) -> Result<Publish, Status> {
+    let NodePublishVolumeRequest {
+        volume_id,
+        publish_context: _,
+        staging_target_path: _,
+        target_path,
+        volume_capability,
+        readonly,
+        secrets: _,
+        mut volume_context,
+    } = request;
+    let id = parse::volume_id(&volume_id)?;
+    let target = parse::target(&id, target_path)?;
+    let capability = volume_capability
+        .ok_or_else(|| Status::invalid_argument(format!("volume {id}: volume_capability is missing")))?;
+    let filesystem = || driver.get(&id).ok().and_then(|volume| driver.filesystem(&volume.pool));
+    let (mode, options) = parse::capability(capability, filesystem)?;
+    let options = MountOptions {
+        read_only: options.read_only || readonly,
+        ..options
+    };
+    let made_on = volume_context.remove(CONTEXT_POOL_ID);
+    Ok(Publish {
+        id,
+        target,
+        mode,
+        options,
+        made_on,
+    })
+}
+
+fn usage(space: Space) -> Vec<VolumeUsage> {
+    let signed = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
+    let usage = |unit: Unit, total, available, used| VolumeUsage {
+        unit: unit.into(),
+        total: signed(total),
+        available: signed(available),
+        used: signed(used),
+    };
+    let Space {
+        total: Bytes(total),
+        available: Bytes(available),
+        used: Bytes(used),
+        ..
+    } = space;
+    vec![
+        usage(Unit::Bytes, total, available, used),
+        usage(Unit::Inodes, space.inodes, space.inodes_available, space.inodes_used),
+    ]
+}

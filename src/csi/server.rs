@@ -1,0 +1,185 @@
+//! The unix socket that the services are served on.
+
+use std::future::Future;
+use std::io::ErrorKind;
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::{UnixListener as StdListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::sync::Arc;
+
+use thiserror::Error;
+use tokio::net::UnixListener;
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::transport::Server;
+use tracing::{info, warn};
+
+use super::Services;
+use super::proto::controller_server::ControllerServer;
+use super::proto::identity_server::IdentityServer;
+use super::proto::node_server::NodeServer;
+use crate::volume::Driver;
+
+/// Where to listen: `unix:///path/to.sock`, as CSI has it in `CSI_ENDPOINT`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Endpoint(PathBuf);
+
+/// A text that is not an [`Endpoint`].
+#[derive(Debug, Error)]
+#[error("endpoint {0:?} {1}")]
+pub struct InvalidEndpoint(String, &'static str);
+
+impl Endpoint {
+    /// Longest path of a unix socket: `sun_path` holds 108 bytes with the final NUL, see unix(7).
+    const PATH_MAX: usize = 107;
+
+    /// The path of the socket.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl FromStr for Endpoint {
+    type Err = InvalidEndpoint;
+
+    fn from_str(text: &str) -> Result<Self, InvalidEndpoint> {
+        let path = text
+            .strip_prefix("unix://")
+            .or_else(|| text.strip_prefix("unix:"))
+            .unwrap_or(text);
+        let why = if !path.starts_with('/') {
+            "must be unix:// and an absolute path, such as unix:///csi/csi.sock"
+        } else if path.len() > Self::PATH_MAX {
+            "is longer than a socket's path may be (107 bytes, unix(7))"
+        } else {
+            return Ok(Self(path.into()));
+        };
+        Err(InvalidEndpoint(text.to_owned(), why))
+    }
+}
+
+/// A socket that could not be had.
+#[derive(Debug, Error)]
+pub enum ListenError {
+    /// Another process answers on it.
+    #[error("another process is listening on {}; stop it, or choose another --endpoint", .0.display())]
+    Taken(PathBuf),
+    /// A file that is no socket.
+    #[error("{} is there already and is no socket; move it away, or choose another --endpoint", .0.display())]
+    NoSocket(PathBuf),
+    /// A system call failed.
+    #[error("cannot {verb} {}", .path.display())]
+    Io {
+        /// What was tried.
+        verb: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+/// A bound socket; its file is removed when this is dropped.
+pub struct Listener {
+    listener: StdListener,
+    path: PathBuf,
+}
+
+impl Listener {
+    /// Binds the socket. One that a dead process left behind is replaced, one that answers is not.
+    ///
+    /// # Errors
+    /// The path is taken by a process or a file that is no socket, or a system call failed.
+    pub fn bind(endpoint: &Endpoint) -> Result<Self, ListenError> {
+        let path = endpoint.path();
+        let io = |verb| {
+            move |source| ListenError::Io {
+                verb,
+                path: path.to_owned(),
+                source,
+            }
+        };
+        match std::fs::symlink_metadata(path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            Err(error) => return Err(io("look at")(error)),
+            Ok(metadata) if !metadata.file_type().is_socket() => return Err(ListenError::NoSocket(path.to_owned())),
+            Ok(_) => match UnixStream::connect(path) {
+                Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
+                    info!(path = %path.display(), "replacing the socket of a process that is gone");
+                    std::fs::remove_file(path).map_err(io("remove the stale socket"))?;
+                }
+                Err(error) => return Err(io("connect to")(error)),
+                Ok(_) => return Err(ListenError::Taken(path.to_owned())),
+            },
+        }
+        let listener = StdListener::bind(path).map_err(io("listen on"))?;
+        listener.set_nonblocking(true).map_err(io("set up"))?;
+        Ok(Self {
+            listener,
+            path: path.to_owned(),
+        })
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_file(&self.path) {
+            warn!(path = %self.path.display(), %error, "cannot remove the socket");
+        }
+    }
+}
+
+/// Serves Identity, Controller and Node until `stop` is ready; running calls are then answered before this returns.
+///
+/// # Errors
+/// The socket fails.
+pub async fn serve(listener: &Listener, driver: Arc<Driver>, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
+    let incoming = UnixListenerStream::new(UnixListener::from_std(listener.listener.try_clone()?)?);
+    let services = Services { driver };
+    Server::builder()
+        .add_service(IdentityServer::new(services.clone()))
+        .add_service(ControllerServer::new(services.clone()))
+        .add_service(NodeServer::new(services))
+        .serve_with_incoming_shutdown(incoming, stop)
+        .await?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn endpoints_are_absolute_paths_of_sockets() {
+        for text in ["unix:///csi/csi.sock", "unix:/csi/csi.sock", "/csi/csi.sock"] {
+            assert_eq!(text.parse::<Endpoint>().unwrap().path(), Path::new("/csi/csi.sock"));
+        }
+        let long = format!("unix:///{}", "x".repeat(107));
+        for text in ["", "unix://", "csi.sock", "tcp://127.0.0.1:1", &long] {
+            assert!(text.parse::<Endpoint>().is_err(), "{text:?} was accepted");
+        }
+    }
+
+    #[test]
+    fn a_stale_socket_is_replaced_and_a_live_one_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let endpoint: Endpoint = dir.path().join("s").to_str().unwrap().parse().unwrap();
+        drop(StdListener::bind(endpoint.path()).unwrap());
+        let live = Listener::bind(&endpoint).unwrap();
+        assert!(matches!(Listener::bind(&endpoint), Err(ListenError::Taken(_))));
+        drop(live);
+        assert!(!endpoint.path().exists(), "the socket was left behind");
+    }
+
+    #[test]
+    fn a_file_that_is_no_socket_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        std::fs::write(&path, "precious").unwrap();
+        let endpoint: Endpoint = path.to_str().unwrap().parse().unwrap();
+        assert!(matches!(Listener::bind(&endpoint), Err(ListenError::NoSocket(_))));
+        assert_eq!(std::fs::read(&path).unwrap(), b"precious");
+    }
+}

@@ -1,0 +1,69 @@
+//! Refusals as gRPC status codes. The code decides what the caller does next:
+//!
+//! - external-provisioner (`checkError`, pkg/controller/controller.go): `ResourceExhausted` lets the scheduler choose
+//!   another node. `Unavailable`, `Aborted`, `DeadlineExceeded` and `Canceled` mean that a volume may have been made: it
+//!   asks again, even when the PVC is gone. `InvalidArgument` is asked again after minutes, everything else after seconds,
+//!   until the PVC is gone.
+//! - kubelet (`isFinalError`, pkg/volume/csi/csi_client.go): the same codes leave it uncertain whether the volume is
+//!   mounted; it asks again and unpublishes in the end.
+//!
+//! Hence: a final code is proof that nothing made for this request remains.
+#![warn(clippy::wildcard_enum_match_arm)]
+
+use tonic::{Code, Status};
+
+use crate::volume::ports::{BindError, DiskErrorKind};
+use crate::volume::{Error, Reason};
+
+impl From<Error> for Status {
+    fn from(error: Error) -> Self {
+        Status::new(code(&error.reason), error.to_string())
+    }
+}
+
+fn code(reason: &Reason) -> Code {
+    match reason {
+        // Asked again until the other call has ended.
+        Reason::Running(_) => Code::Aborted,
+        // The caller's idea of what exists is wrong; it asks again in case it becomes right.
+        Reason::NoSuchVolume | Reason::NotMounted(_) => Code::NotFound,
+        // Never right, whatever is tried; asked again until the PVC is gone.
+        Reason::Exists(_) => Code::AlreadyExists,
+        Reason::EmptyRange(_) => Code::OutOfRange,
+        // Nothing was recorded: the pod goes to another node.
+        Reason::OtherNode | Reason::NoSuchPool { .. } | Reason::NoRoom { .. } => Code::ResourceExhausted,
+        // The volume may be recorded there: asked again until the pool is back.
+        Reason::PoolUnusable { .. } => Code::Unavailable,
+        // Somebody has to change something first; asked again meanwhile.
+        Reason::Ambiguous(..)
+        | Reason::BrokenRecord(_)
+        | Reason::DataMissing { .. }
+        | Reason::Mounted(_)
+        | Reason::Exclusive(_)
+        | Reason::NotReady(_) => Code::FailedPrecondition,
+        Reason::Bind { source, .. } => bind_code(source),
+        Reason::Disk(error) => disk_code(error.kind),
+    }
+}
+
+fn bind_code(error: &BindError) -> Code {
+    match error {
+        // CSI: "volume published at target_path but is incompatible".
+        BindError::Conflict(_) => Code::AlreadyExists,
+        BindError::NoData | BindError::InTheWay(_) => Code::FailedPrecondition,
+        BindError::BadTarget(_) => Code::InvalidArgument,
+        BindError::Disk(error) => disk_code(error.kind),
+    }
+}
+
+fn disk_code(kind: DiskErrorKind) -> Code {
+    match kind {
+        // Nothing was recorded: another node may have room.
+        DiskErrorKind::Full => Code::ResourceExhausted,
+        // In use: asked again until it is not.
+        DiskErrorKind::Busy => Code::FailedPrecondition,
+        DiskErrorKind::Failed => Code::Internal,
+        // It took effect, and may be undone by a power cut: asked again until it is durable.
+        DiskErrorKind::Unsettled => Code::Unavailable,
+    }
+}

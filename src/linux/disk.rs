@@ -1,0 +1,286 @@
+//! One open pool. The layout:
+//!
+//! ```text
+//! <pool>/.hostdir/pool.json              identity of the pool
+//! <pool>/.hostdir/lock                   held while a process serves the pool, flock(2)
+//! <pool>/.hostdir/new/<volume id>.<n>/   volumes being made
+//! <pool>/volumes/<volume id>/volume.json the record
+//! <pool>/volumes/<volume id>/data/       the tenant's directory, and the only thing ever mounted
+//! <pool>/trash/<volume id>.<n>/          deleted, being erased
+//! ```
+//!
+//! A volume appears in `volumes/` by one rename and leaves it by one rename; everything that a rename makes visible was
+//! synced before, and the rename is synced before it is answered for.
+
+use std::ffi::{CStr, CString};
+use std::fs::File;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use nix::errno::Errno;
+use nix::fcntl::{AT_FDCWD, Flock, OFlag};
+use nix::sys::stat::{Mode, fchmod};
+use nix::sys::statvfs::{FsFlags, fstatvfs};
+use nix::unistd::{Gid, Uid, fchown};
+use tracing::warn;
+
+use super::dir::{Dir, absent, failed};
+use super::eraser::Eraser;
+use super::{sys, target};
+use crate::volume::access::{MountOptions, TargetPath};
+use crate::volume::id::VolumeId;
+use crate::volume::ports::{BindError, Disk, DiskError, DiskErrorKind, Found, Inode, Space, Unusable};
+use crate::volume::record::{Directory, Record};
+use crate::volume::size::Bytes;
+
+const RECORD: &CStr = c"volume.json";
+const NEW_RECORD: &CStr = c"volume.json.new";
+const DATA: &CStr = c"data";
+
+/// One pool, opened and locked. Dropping it stops the eraser and gives the lock back.
+pub(super) struct PoolDisk {
+    pub(super) path: PathBuf,
+    /// The pool's directory when it was opened.
+    pub(super) identity: Inode,
+    pub(super) meta: Dir,
+    pub(super) new: Dir,
+    pub(super) volumes: Dir,
+    pub(super) trash: Dir,
+    pub(super) eraser: Eraser,
+    pub(super) counter: AtomicU64,
+    /// Set when a rename took effect but could not be synced; the next call syncs first.
+    pub(super) unsettled: AtomicBool,
+    pub(super) _lock: Flock<File>,
+}
+
+impl Disk for PoolDisk {
+    fn present(&self) -> Result<(), Unusable> {
+        let path = self.path.display();
+        let there = sys::statx(AT_FDCWD, &self.path).map_err(|errno| {
+            Unusable(format!(
+                "{path} is gone ({errno}); mount its disk again or make it reachable"
+            ))
+        })?;
+        if there.inode != self.identity {
+            return Err(Unusable(format!(
+                "{path} is another directory now than when hostdir opened it: its disk was unmounted or replaced; \
+                 mount the old disk again, or restart hostdir to accept the new one"
+            )));
+        }
+        if self.unsettled.load(Ordering::Acquire) {
+            self.settle()
+                .map_err(|error| Unusable(format!("{path} does not take writes: {}", with_cause(&error))))?;
+        }
+        Ok(())
+    }
+
+    fn writable(&self) -> Result<(), Unusable> {
+        const PROBE: &CStr = c"probe";
+        let flags = OFlag::O_WRONLY | OFlag::O_CREAT;
+        let tried = match self.meta.open_beneath(PROBE, flags, Mode::S_IRUSR | Mode::S_IWUSR) {
+            Ok(_) => self.meta.unlink(PROBE),
+            Err(Errno::ENOSPC | Errno::EDQUOT) => Ok(()),
+            Err(errno) => Err(errno),
+        };
+        tried.map_err(|errno| {
+            let path = self.path.display();
+            Unusable(format!(
+                "{path} cannot be written to ({errno}); check the disk and how it is mounted"
+            ))
+        })
+    }
+
+    fn space(&self) -> Result<Space, DiskError> {
+        let found = fstatvfs(&self.volumes).map_err(|errno| failed("statvfs", self.path.clone(), errno))?;
+        let bytes = |blocks: u64| Bytes(blocks.saturating_mul(found.fragment_size()));
+        let available = if found.flags().contains(FsFlags::ST_RDONLY) {
+            0
+        } else {
+            found.blocks_available()
+        };
+        Ok(Space {
+            total: bytes(found.blocks()),
+            available: bytes(available),
+            used: bytes(found.blocks() - found.blocks_free()),
+            inodes: found.files(),
+            inodes_available: found.files_available(),
+            inodes_used: found.files() - found.files_free(),
+        })
+    }
+
+    fn claim(&self, record: &Record) -> Result<(), DiskError> {
+        let stage = self.numbered(record.id.as_str());
+        let id = c_name(&record.id);
+        let claimed = self.stage(&stage, record).and_then(|()| {
+            self.new
+                .move_to(&stage, &self.volumes, &id)
+                .map_err(|errno| self.volumes.failed("create", &id, errno))
+        });
+        if let Err(error) = claimed {
+            self.unstage(&stage);
+            return Err(error);
+        }
+        self.settle_or(|| self.volumes.sync())
+    }
+
+    fn prepare(&self, record: &Record) -> Result<(), DiskError> {
+        let volume = self.volumes.child(&c_name(&record.id))?;
+        let data = volume.ensure_child(DATA)?;
+        let Directory { mode, uid, gid } = record.directory;
+        fchown(&data, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))
+            .and_then(|()| fchmod(&data, Mode::from_bits_truncate(mode)))
+            .map_err(|errno| failed("set the owner and mode of", data.path().to_owned(), errno))?;
+        data.sync()?;
+        // The directory must be durable before the record says that it was ever there.
+        volume.sync()?;
+        volume.write(NEW_RECORD, &json(record)?)?;
+        volume.rename(NEW_RECORD, RECORD)?;
+        self.settle_or(|| volume.sync())
+    }
+
+    fn data(&self, id: &VolumeId) -> Result<Option<Inode>, DiskError> {
+        let Some(data) = absent(self.open_data(id))? else {
+            return Ok(None);
+        };
+        let stat = data
+            .stat(c"")
+            .map_err(|errno| failed("stat", data.path().to_owned(), errno))?;
+        Ok(Some(stat.inode))
+    }
+
+    fn bind(&self, id: &VolumeId, target: &TargetPath, options: MountOptions) -> Result<(), BindError> {
+        let data = absent(self.open_data(id))?.ok_or(BindError::NoData)?;
+        target::bind(&data, target, options)
+    }
+
+    fn discard(&self, id: &VolumeId) -> Result<(), DiskError> {
+        let name = c_name(id);
+        loop {
+            match self.volumes.move_to(&name, &self.trash, &self.numbered(id.as_str())) {
+                // A volume of the same id may lie in the trash already.
+                Err(Errno::EEXIST) => {}
+                Ok(()) | Err(Errno::ENOENT) => break,
+                Err(errno) => return Err(self.volumes.failed("move to trash", &name, errno)),
+            }
+        }
+        self.settle_or(|| self.settle())?;
+        self.eraser.wake();
+        Ok(())
+    }
+}
+
+impl PoolDisk {
+    /// The volumes on the disk.
+    pub(super) fn load(&self) -> Result<Vec<Found>, DiskError> {
+        let mut found = Vec::new();
+        for name in self.volumes.names()? {
+            let name = name?;
+            match name.to_str().map(VolumeId::parse) {
+                Ok(Ok(id)) => {
+                    let record = self.read_record(&id);
+                    found.push(Found { id, record });
+                }
+                Ok(Err(_)) | Err(_) => {
+                    warn!(path = %self.volumes.path().display(), ?name, "not a volume of hostdir; left alone");
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    fn read_record(&self, id: &VolumeId) -> Result<Record, String> {
+        let read = || self.volumes.child(&c_name(id))?.read(RECORD);
+        let bytes = read()
+            .map_err(|error| with_cause(&error))?
+            .ok_or("volume.json is missing")?;
+        let record: Record = serde_json::from_slice(&bytes).map_err(|error| format!("volume.json: {error}"))?;
+        if record.format != Record::FORMAT {
+            return Err(format!(
+                "volume.json is of format {}, this hostdir knows {}",
+                record.format,
+                Record::FORMAT
+            ));
+        }
+        if record.id != *id {
+            return Err(format!("volume.json is that of volume {}", record.id));
+        }
+        Ok(record)
+    }
+
+    /// Takes what an earlier process did not finish to the trash: nobody was ever told of it.
+    pub(super) fn sweep(&self) -> Result<(), DiskError> {
+        for name in self.new.names()? {
+            let name = name?;
+            let trash = self.numbered(&name.to_string_lossy());
+            self.new
+                .move_to(&name, &self.trash, &trash)
+                .map_err(|errno| self.new.failed("move to trash", &name, errno))?;
+        }
+        Ok(())
+    }
+
+    /// A whole volume that nobody sees yet.
+    fn stage(&self, stage: &CStr, record: &Record) -> Result<(), DiskError> {
+        let dir = self.new.make_child(stage)?;
+        dir.write(RECORD, &json(record)?)?;
+        dir.sync()
+    }
+
+    /// What cannot be removed now is swept when the pool is next opened.
+    fn unstage(&self, stage: &CStr) {
+        let removed = self.new.find_child(stage).map(|dir| dir.map(|dir| dir.unlink(RECORD)));
+        if let (Ok(Some(_)), Err(errno)) = (removed, self.new.rmdir(stage)) {
+            warn!(path = %self.new.path().display(), ?stage, %errno, "cannot remove a half-made volume; a restart will");
+        }
+    }
+
+    fn open_data(&self, id: &VolumeId) -> Result<Dir, DiskError> {
+        self.volumes.child(&c_name(id))?.child(DATA)
+    }
+
+    /// Makes every rename durable: where a volume is gone to before where it is gone from, lest it be nowhere.
+    fn settle(&self) -> Result<(), DiskError> {
+        self.trash.sync()?;
+        self.volumes.sync()?;
+        self.unsettled.store(false, Ordering::Release);
+        Ok(())
+    }
+
+    /// Syncs a change that took effect. If that fails, the change is not undone: it may be durable all the same.
+    fn settle_or(&self, sync: impl FnOnce() -> Result<(), DiskError>) -> Result<(), DiskError> {
+        sync().map_err(|error| {
+            self.unsettled.store(true, Ordering::Release);
+            DiskError {
+                kind: DiskErrorKind::Unsettled,
+                ..error
+            }
+        })
+    }
+
+    /// `<name>.<n>`, another one at each call.
+    fn numbered(&self, name: &str) -> CString {
+        let n = self.counter.fetch_add(1, Ordering::Relaxed);
+        let bytes: Vec<u8> = format!("{name}.{n}").bytes().filter(|byte| *byte != 0).collect();
+        CString::new(bytes).expect("no NUL is left")
+    }
+}
+
+fn json(record: &Record) -> Result<Vec<u8>, DiskError> {
+    let mut bytes = serde_json::to_vec_pretty(record).map_err(|error| DiskError {
+        verb: "encode the record of",
+        path: record.id.as_str().into(),
+        kind: DiskErrorKind::Failed,
+        source: Box::new(error),
+    })?;
+    bytes.push(b'\n');
+    Ok(bytes)
+}
+
+fn c_name(id: &VolumeId) -> CString {
+    CString::new(id.as_str()).expect("a volume id has no NUL")
+}
+
+/// A failed step and what the kernel said, on one line.
+pub(super) fn with_cause(error: &DiskError) -> String {
+    format!("{error}: {}", error.source)
+}

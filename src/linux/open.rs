@@ -1,0 +1,268 @@
+//! Opening a pool: is it the right disk, is it ours alone, what is on it.
+
+use std::ffi::CStr;
+use std::fs::File;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64};
+
+use jiff::Timestamp;
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg, OFlag};
+use nix::sys::stat::Mode;
+use serde::{Deserialize, Serialize};
+use tracing::{info, warn};
+
+use super::dir::{Dir, failed};
+use super::disk::{PoolDisk, with_cause};
+use super::eraser::Eraser;
+use super::{mountinfo, target};
+use crate::volume::access::TargetPath;
+use crate::volume::id::VolumeId;
+use crate::volume::ports::{Disk, DiskError, Opened, PoolConfig, Unusable};
+use crate::volume::record::PoolId;
+
+const META: &CStr = c".hostdir";
+const IDENTITY: &CStr = c"pool.json";
+const NEW_IDENTITY: &CStr = c"pool.json.new";
+const LOCK: &CStr = c"lock";
+
+/// `pool.json`.
+#[derive(Serialize, Deserialize)]
+struct Identity {
+    format: u32,
+    id: PoolId,
+    created: Timestamp,
+}
+
+impl Identity {
+    const FORMAT: u32 = 1;
+}
+
+/// Opens a pool and locks it; makes it where there is none, unless a disk has to be mounted there first.
+pub(super) fn open(config: &PoolConfig) -> Result<Opened, Unusable> {
+    let root = open_root(config)?;
+    let mount = mount_of(&root).map_err(unusable)?;
+    if config.require_mount && is_on_root_filesystem(&config.path, &mount) {
+        return Err(Unusable(format!(
+            "{} is not on a disk of its own, and requireMount is set: mount the disk there",
+            config.path.display()
+        )));
+    }
+    let meta = root.ensure_child(META).map_err(unusable)?;
+    let lock = lock(&meta)?;
+    let volumes = root.ensure_child(c"volumes").map_err(unusable)?;
+    let id = identify(&meta, &volumes)?;
+    let trash = root.ensure_child(c"trash").map_err(unusable)?;
+    let new = meta.ensure_child(c"new").map_err(unusable)?;
+    meta.sync().and_then(|()| root.sync()).map_err(unusable)?;
+
+    let identity = root
+        .stat(c"")
+        .map_err(|errno| unusable(failed("stat", config.path.clone(), errno)))?
+        .inode;
+    let eraser = Eraser::new(config.name.clone());
+    let (path, counter, unsettled) = (config.path.clone(), AtomicU64::new(0), AtomicBool::new(false));
+    let disk = PoolDisk {
+        path,
+        identity,
+        meta,
+        new,
+        volumes,
+        trash,
+        eraser,
+        counter,
+        unsettled,
+        _lock: lock,
+    };
+    disk.sweep().map_err(unusable)?;
+    let volumes = disk.load().map_err(unusable)?;
+    let targets = targets(&disk).map_err(unusable)?;
+    disk.eraser.start(root.child(c"trash").map_err(unusable)?);
+    Ok(Opened {
+        id,
+        filesystem: mount.filesystem,
+        volumes,
+        targets,
+        disk: Box::new(disk),
+    })
+}
+
+fn open_root(config: &PoolConfig) -> Result<Dir, Unusable> {
+    let path = &config.path;
+    let shown = path.display();
+    match Dir::open(path) {
+        Ok(root) => Ok(root),
+        Err(error) => match error.source.downcast_ref() {
+            Some(Errno::ENOENT) if config.require_mount => Err(Unusable(format!(
+                "{shown} does not exist, and requireMount is set: mount its disk"
+            ))),
+            Some(Errno::ENOENT) => make_root(path).map_err(|error| {
+                Unusable(format!(
+                    "{shown} does not exist and cannot be made ({}); make it by hand",
+                    with_cause(&error)
+                ))
+            }),
+            Some(Errno::ELOOP) => Err(Unusable(format!(
+                "{shown} goes through a symbolic link; configure the real directory"
+            ))),
+            Some(Errno::ENOTDIR) => Err(Unusable(format!("{shown} is no directory; configure one"))),
+            Some(_) | None => Err(unusable(error)),
+        },
+    }
+}
+
+/// Makes the directory of a pool; its parent must be there.
+fn make_root(path: &Path) -> Result<Dir, DiskError> {
+    let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
+        return Err(failed("open", path.to_owned(), Errno::EINVAL));
+    };
+    let name = std::ffi::CString::new(name.as_bytes()).map_err(|_| failed("open", path.to_owned(), Errno::EINVAL))?;
+    let parent = Dir::open(parent)?;
+    let root = parent.make_child(&name)?;
+    parent.sync()?;
+    info!(path = %path.display(), "made the directory of a new pool");
+    Ok(root)
+}
+
+fn mount_of(root: &Dir) -> Result<mountinfo::Entry, DiskError> {
+    let stat = root
+        .stat(c"")
+        .map_err(|errno| failed("stat", root.path().to_owned(), errno))?;
+    mountinfo::find(stat.mount_id)?.ok_or_else(|| failed("find the mount of", root.path().to_owned(), Errno::ENOENT))
+}
+
+/// Whether a pool lies on the root filesystem of the node: then its path within the filesystem is its whole path. This
+/// holds in a container, too, where every pool is a mount, provided that the pool has the same path there as on the node.
+fn is_on_root_filesystem(path: &Path, mount: &mountinfo::Entry) -> bool {
+    let whole = path.strip_prefix("/").unwrap_or(path);
+    mount
+        .path_in_filesystem(path)
+        .is_none_or(|within| within.ends_with(whole))
+}
+
+/// One process per pool: two that do not know of each other would break every promise about "one operation at a time".
+fn lock(meta: &Dir) -> Result<Flock<File>, Unusable> {
+    let file = meta
+        .open_beneath(LOCK, OFlag::O_RDWR | OFlag::O_CREAT, Mode::S_IRUSR | Mode::S_IWUSR)
+        .map_err(|errno| unusable(meta.failed("create", LOCK, errno)))?;
+    Flock::lock(File::from(file), FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
+        Errno::EWOULDBLOCK => Unusable(format!(
+            "another hostdir process serves it (it holds {}/lock); it can be used when that one has ended",
+            meta.path().display()
+        )),
+        errno => unusable(meta.failed("lock", LOCK, errno)),
+    })
+}
+
+/// The identity of the pool; a new one only where no volume can belong to an old one.
+fn identify(meta: &Dir, volumes: &Dir) -> Result<PoolId, Unusable> {
+    let path = meta.path().display();
+    if let Some(bytes) = meta.read(IDENTITY).map_err(unusable)? {
+        let identity: Identity = serde_json::from_slice(&bytes).map_err(|error| {
+            Unusable(format!(
+                "{path}/pool.json cannot be read ({error}); restore it from a backup"
+            ))
+        })?;
+        if identity.format != Identity::FORMAT {
+            return Err(Unusable(format!(
+                "{path}/pool.json is of format {}, this hostdir knows {}; use a hostdir that knows it",
+                identity.format,
+                Identity::FORMAT
+            )));
+        }
+        return Ok(identity.id);
+    }
+    if volumes.names().map_err(unusable)?.next().is_some() {
+        return Err(Unusable(format!(
+            "{path}/pool.json is missing, but there are volumes; restore it from a backup, or move the volumes away"
+        )));
+    }
+    let identity = Identity {
+        format: Identity::FORMAT,
+        id: PoolId::random(),
+        created: Timestamp::now(),
+    };
+    let json = serde_json::to_vec_pretty(&identity).map_err(|error| Unusable(error.to_string()))?;
+    meta.write(NEW_IDENTITY, &json)
+        .and_then(|()| meta.rename(NEW_IDENTITY, IDENTITY))
+        .and_then(|()| meta.sync())
+        .map_err(unusable)?;
+    Ok(identity.id)
+}
+
+/// Where volumes of the pool are mounted already: the kernel knows what an earlier process did.
+fn targets(disk: &PoolDisk) -> Result<Vec<(VolumeId, TargetPath)>, DiskError> {
+    let mut targets = Vec::new();
+    for entry in mountinfo::read()? {
+        let Some(id) = volume_of(&entry.root) else { continue };
+        let Ok(target) = TargetPath::parse(entry.mount_point) else {
+            continue;
+        };
+        match target::mounted(&target) {
+            Ok(Some(there)) if Some(there) == disk.data(&id)? => targets.push((id, target)),
+            Ok(_) => {}
+            Err(error) => warn!(volume.id = %id, %target, %error, "cannot tell what is mounted"),
+        }
+    }
+    Ok(targets)
+}
+
+/// The volume whose directory may be what is mounted, by the looks of its path.
+fn volume_of(root: &Path) -> Option<VolumeId> {
+    let mut parts = root.as_os_str().as_bytes().rsplit(|byte| *byte == b'/');
+    let (data, id, home) = (parts.next()?, parts.next()?, parts.next()?);
+    let id = VolumeId::parse(std::str::from_utf8(id).ok()?).ok()?;
+    (data == b"data" && home == b"volumes").then_some(id)
+}
+
+fn unusable(error: DiskError) -> Unusable {
+    Unusable(with_cause(&error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mount(root: &str, mount_point: &str) -> mountinfo::Entry {
+        mountinfo::Entry {
+            id: 1,
+            root: root.into(),
+            mount_point: mount_point.into(),
+            filesystem: "ext4".into(),
+        }
+    }
+
+    #[test]
+    fn a_pool_on_the_root_filesystem_is_told_from_one_on_its_own_disk() {
+        let path = Path::new("/mnt/disk/hostdir");
+        // On the node: the root filesystem; a mounted disk.
+        assert!(is_on_root_filesystem(path, &mount("/", "/")));
+        assert!(!is_on_root_filesystem(path, &mount("/", "/mnt/disk")));
+        // In a container: hostPath from the root filesystem, from a btrfs root subvolume, from a mounted disk.
+        assert!(is_on_root_filesystem(
+            path,
+            &mount("/mnt/disk/hostdir", "/mnt/disk/hostdir")
+        ));
+        assert!(is_on_root_filesystem(
+            path,
+            &mount("/@/mnt/disk/hostdir", "/mnt/disk/hostdir")
+        ));
+        assert!(!is_on_root_filesystem(path, &mount("/hostdir", "/mnt/disk/hostdir")));
+        assert!(!is_on_root_filesystem(path, &mount("/", "/mnt/disk/hostdir")));
+    }
+
+    #[test]
+    fn only_directories_of_volumes_look_like_them() {
+        assert_eq!(volume_of(Path::new("/p/volumes/pvc-1/data")).unwrap().as_str(), "pvc-1");
+        for root in [
+            "/",
+            "/data",
+            "/volumes/../data",
+            "/p/trash/pvc-1/data",
+            "/p/volumes/pvc-1",
+        ] {
+            assert!(volume_of(Path::new(root)).is_none(), "{root}");
+        }
+    }
+}

@@ -1,0 +1,153 @@
+//! The system calls that nix does not wrap. The only unsafe code of hostdir.
+#![expect(unsafe_code, reason = "system calls without a safe wrapper")]
+
+use std::ffi::CStr;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+
+use libc::{c_int, c_long, c_uint};
+use nix::errno::Errno;
+use nix::{NixPath, Result};
+
+use crate::volume::ports::Inode;
+
+/// What statx(2) says of a file.
+pub(super) struct Stat {
+    pub(super) inode: Inode,
+    /// File type bits of `st_mode`, see inode(7).
+    kind: u32,
+    attributes: u64,
+    pub(super) mount_id: u64,
+}
+
+impl Stat {
+    pub(super) fn is_dir(&self) -> bool {
+        self.kind == libc::S_IFDIR
+    }
+
+    pub(super) fn is_file(&self) -> bool {
+        self.kind == libc::S_IFREG
+    }
+
+    /// Whether the file is the root of a mount (Linux 5.8).
+    pub(super) fn is_mount_root(&self) -> bool {
+        self.attributes & attribute(libc::STATX_ATTR_MOUNT_ROOT) != 0
+    }
+
+    /// Whether `chattr +i` or `+a` keeps it from being removed.
+    pub(super) fn is_immutable(&self) -> bool {
+        self.attributes & (attribute(libc::STATX_ATTR_IMMUTABLE) | attribute(libc::STATX_ATTR_APPEND)) != 0
+    }
+}
+
+fn attribute(bit: c_int) -> u64 {
+    u64::from(bit.unsigned_abs())
+}
+
+/// statx(2) of `path` below `dir`, of `dir` itself when `path` is empty. Symbolic links are not followed, automounts
+/// not triggered, and a network filesystem is not asked.
+pub(super) fn statx<P: ?Sized + NixPath>(dir: impl AsFd, path: &P) -> Result<Stat> {
+    let flags = libc::AT_SYMLINK_NOFOLLOW | libc::AT_NO_AUTOMOUNT | libc::AT_EMPTY_PATH | libc::AT_STATX_DONT_SYNC;
+    let mask = libc::STATX_TYPE | libc::STATX_INO | libc::STATX_MNT_ID;
+    let mut buffer = MaybeUninit::<libc::statx>::zeroed();
+    let result = path.with_nix_path(|path| {
+        // SAFETY: `path` is NUL-terminated, the buffer is large enough, and both outlive the call.
+        unsafe { libc::statx(dir.as_fd().as_raw_fd(), path.as_ptr(), flags, mask, buffer.as_mut_ptr()) }
+    })?;
+    Errno::result(result)?;
+    // SAFETY: zeroed before and filled by the kernel; every bit pattern is a valid `statx`.
+    let found = unsafe { buffer.assume_init() };
+    Ok(Stat {
+        inode: Inode {
+            dev: libc::makedev(found.stx_dev_major, found.stx_dev_minor),
+            ino: found.stx_ino,
+        },
+        kind: u32::from(found.stx_mode) & libc::S_IFMT,
+        attributes: found.stx_attributes,
+        mount_id: found.stx_mnt_id,
+    })
+}
+
+/// A mount that is attached nowhere yet.
+pub(super) struct DetachedMount(OwnedFd);
+
+impl DetachedMount {
+    /// A bind mount of `dir` alone, without what is mounted below it: open_tree(2), Linux 5.2.
+    pub(super) fn of(dir: impl AsFd) -> Result<Self> {
+        let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | flag(libc::AT_EMPTY_PATH);
+        let dir = dir.as_fd().as_raw_fd();
+        // SAFETY: the path is NUL-terminated and static; the call takes no other pointer.
+        let fd = unsafe { libc::syscall(libc::SYS_open_tree, dir, EMPTY.as_ptr(), flags) };
+        let fd = raw_fd(Errno::result(fd)?)?;
+        // SAFETY: the kernel has just returned this descriptor, and nobody else knows it.
+        Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
+    }
+
+    /// Sets and clears `MOUNT_ATTR_*`, and leaves the peer group of its source: mount_setattr(2), Linux 5.12.
+    pub(super) fn set_attributes(&self, set: u64, clear: u64) -> Result<()> {
+        let mut attributes = libc::mount_attr {
+            attr_set: set,
+            attr_clr: clear,
+            propagation: libc::MS_PRIVATE,
+            userns_fd: 0,
+        };
+        // SAFETY: the path is NUL-terminated and static; the structure is of the size given and outlives the call.
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_mount_setattr,
+                self.0.as_raw_fd(),
+                EMPTY.as_ptr(),
+                flag(libc::AT_EMPTY_PATH),
+                &raw mut attributes,
+                size_of::<libc::mount_attr>(),
+            )
+        };
+        Errno::result(result).map(drop)
+    }
+
+    /// Attaches it at `name` in `dir`; a symbolic link there is not followed: move_mount(2), Linux 5.2.
+    pub(super) fn attach(self, dir: impl AsFd, name: &CStr) -> Result<()> {
+        let dir = dir.as_fd().as_raw_fd();
+        let flags = libc::MOVE_MOUNT_F_EMPTY_PATH;
+        // SAFETY: both paths are NUL-terminated and outlive the call.
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_move_mount,
+                self.0.as_raw_fd(),
+                EMPTY.as_ptr(),
+                dir,
+                name.as_ptr(),
+                flags,
+            )
+        };
+        Errno::result(result).map(drop)
+    }
+}
+
+/// Clears the flags of chattr(1) that keep an open file or directory from being removed (ioctl_iflags(2)).
+pub(super) fn clear_immutable(file: impl AsFd) -> Result<()> {
+    let file = file.as_fd().as_raw_fd();
+    let mut flags: c_long = 0;
+    // SAFETY: the kernel reads and writes an int through the pointer (ioctl_iflags(2)); a long has room for it.
+    let got = unsafe { libc::ioctl(file, libc::FS_IOC_GETFLAGS, &raw mut flags) };
+    Errno::result(got)?;
+    flags &= !c_long::from(FS_IMMUTABLE_FL | FS_APPEND_FL);
+    // SAFETY: as above.
+    let set = unsafe { libc::ioctl(file, libc::FS_IOC_SETFLAGS, &raw const flags) };
+    Errno::result(set).map(drop)
+}
+
+/// `chattr +i`, include/uapi/linux/fs.h.
+const FS_IMMUTABLE_FL: c_int = 0x10;
+/// `chattr +a`, include/uapi/linux/fs.h.
+const FS_APPEND_FL: c_int = 0x20;
+
+const EMPTY: &CStr = c"";
+
+fn flag(at: c_int) -> c_uint {
+    at.unsigned_abs()
+}
+
+fn raw_fd(result: c_long) -> Result<RawFd> {
+    RawFd::try_from(result).map_err(|_| Errno::EBADF)
+}

@@ -1,0 +1,306 @@
+//! The places where volumes are mounted: directories of the kubelet, reached without following a symbolic link.
+
+use std::ffi::CString;
+use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
+use nix::mount::{MntFlags, umount2};
+use nix::sys::stat::{Mode, mkdirat};
+use nix::sys::statvfs::{FsFlags, fstatvfs};
+use tracing::warn;
+
+use super::dir::{Dir, absent, failed};
+use super::mountinfo;
+use super::sys::{DetachedMount, Stat};
+use crate::volume::access::{MountOptions, TargetPath};
+use crate::volume::id::VolumeId;
+use crate::volume::ports::{BindError, DiskError, Inode};
+
+/// Permissions of a target directory while nothing is mounted on it. The mount brings its own.
+const TARGET_MODE: Mode = Mode::S_IRWXU.union(Mode::S_IRGRP).union(Mode::S_IXGRP);
+
+/// How many mounts of one volume may be stacked on a target before something is badly wrong.
+const STACKED_MAX: usize = 16;
+
+/// The options of a mount that hostdir sets and compares: statvfs(3) flags and mount_setattr(2) attributes.
+const OPTIONS: [(FsFlags, u64); 5] = [
+    (FsFlags::ST_RDONLY, libc::MOUNT_ATTR_RDONLY),
+    (FsFlags::ST_NOSUID, libc::MOUNT_ATTR_NOSUID),
+    (FsFlags::ST_NODEV, libc::MOUNT_ATTR_NODEV),
+    (FsFlags::ST_NOEXEC, libc::MOUNT_ATTR_NOEXEC),
+    (FsFlags::ST_NOATIME, libc::MOUNT_ATTR_NOATIME),
+];
+
+/// A target: an open parent directory and a name in it.
+struct Place {
+    parent: Dir,
+    name: CString,
+}
+
+/// What is at a target.
+enum Found {
+    Nothing,
+    Directory,
+    Mount(Stat),
+    Other,
+}
+
+/// Mounts `data` at `target`, or finds it mounted there with the same options.
+pub(super) fn bind(data: &Dir, target: &TargetPath, options: MountOptions) -> Result<(), BindError> {
+    let place = Place::open(target)?.ok_or_else(|| {
+        BindError::BadTarget("its parent directory does not exist; the caller (kubelet) makes it".into())
+    })?;
+    let source = data
+        .stat(c"")
+        .map_err(|errno| failed("stat", data.path().to_owned(), errno))?;
+    let wanted = wanted_flags(data, options)?;
+    let made = match place.look()? {
+        Found::Nothing => place.make()?,
+        Found::Directory => place.require_empty()?,
+        Found::Mount(there) if there.inode == source.inode => return place.require_flags(wanted),
+        Found::Mount(_) => {
+            return Err(BindError::Conflict(
+                "something else is mounted there; unmount it first".into(),
+            ));
+        }
+        Found::Other => {
+            let why = "something that is no directory is in the way; move it away";
+            return Err(BindError::InTheWay(why.into()));
+        }
+    };
+    place.attach(data, wanted).inspect_err(|_| {
+        // Only what was made here is unmade; that it fails, too, must not hide the first error.
+        if let (true, Err(errno)) = (made, place.parent.rmdir(&place.name)) {
+            warn!(%target, %errno, "cannot remove the target again after a failed mount");
+        }
+    })
+}
+
+/// What is mounted at `target`, if anything is.
+pub(super) fn mounted(target: &TargetPath) -> Result<Option<Inode>, BindError> {
+    let Some(place) = Place::open(target)? else {
+        return Ok(None);
+    };
+    match place.look()? {
+        Found::Mount(there) => Ok(Some(there.inode)),
+        Found::Nothing | Found::Directory | Found::Other => Ok(None),
+    }
+}
+
+/// Unmounts the volume from `target`, proves that nothing is mounted there any more, and removes the empty directory.
+pub(super) fn unbind(id: &VolumeId, target: &TargetPath, data: Option<Inode>) -> Result<(), BindError> {
+    let Some(place) = Place::open(target)? else {
+        return Ok(());
+    };
+    for _ in 0..STACKED_MAX {
+        match place.look()? {
+            Found::Nothing => return Ok(()),
+            Found::Directory => return place.remove(),
+            Found::Mount(there) if Some(there.inode) == data || is_mount_of(&there, id)? => place.unmount()?,
+            Found::Mount(_) => {
+                let why = "what is mounted there is not this volume; hostdir leaves it alone, unmount it by hand if it is not needed";
+                return Err(BindError::InTheWay(why.into()));
+            }
+            Found::Other => {
+                let why = "what is there is no directory, so hostdir did not make it; move it away";
+                return Err(BindError::InTheWay(why.into()));
+            }
+        }
+    }
+    Err(BindError::InTheWay(
+        "mount after mount of the volume is stacked there; unmount them by hand".into(),
+    ))
+}
+
+/// Whether the mount table says that this is a mount of a volume's directory, in a pool or in its trash: the proof that
+/// is left when the pool itself is gone.
+fn is_mount_of(there: &Stat, id: &VolumeId) -> Result<bool, DiskError> {
+    Ok(mountinfo::find(there.mount_id)?.is_some_and(|entry| is_root_of(&entry.root, id)))
+}
+
+/// Whether a path within a filesystem is `…/volumes/<id>/data` or `…/trash/<id>.<n>/data`.
+fn is_root_of(root: &Path, id: &VolumeId) -> bool {
+    // The kernel marks a root that was removed or renamed away from view.
+    let text = root.as_os_str().as_bytes();
+    let text = text.strip_suffix(b"//deleted").unwrap_or(text);
+    let mut parts = text.rsplit(|byte| *byte == b'/');
+    let (data, volume, home) = (parts.next(), parts.next().unwrap_or_default(), parts.next());
+    let id = id.as_str().as_bytes();
+    data == Some(b"data")
+        && match home {
+            Some(b"volumes") => volume == id,
+            Some(b"trash") => volume.strip_prefix(id).is_some_and(|rest| rest.first() == Some(&b'.')),
+            _ => false,
+        }
+}
+
+/// The flags that the mount will have: those of the filesystem it comes from, and those asked for.
+fn wanted_flags(data: &Dir, options: MountOptions) -> Result<FsFlags, BindError> {
+    let from_pool = flags_of(data).map_err(|errno| failed("statvfs", data.path().to_owned(), errno))?;
+    if from_pool.contains(FsFlags::ST_RDONLY) && !options.read_only {
+        return Err(BindError::InTheWay(
+            "the pool is mounted read-only; remount it read-write on the node".into(),
+        ));
+    }
+    let MountOptions {
+        read_only,
+        nosuid,
+        nodev,
+        noexec,
+        noatime,
+    } = options;
+    let asked = [read_only, nosuid, nodev, noexec, noatime];
+    let asked = OPTIONS
+        .iter()
+        .zip(asked)
+        .filter_map(|((flag, _), asked)| asked.then_some(*flag));
+    Ok(from_pool | asked.collect())
+}
+
+/// The flags of [`OPTIONS`] that the mount of an open directory has.
+fn flags_of(dir: impl std::os::fd::AsFd) -> nix::Result<FsFlags> {
+    let known: FsFlags = OPTIONS.iter().map(|(flag, _)| *flag).collect();
+    Ok(fstatvfs(dir)?.flags() & known)
+}
+
+impl Place {
+    /// Opens the parent of a target; nothing if there is none.
+    fn open(target: &TargetPath) -> Result<Option<Self>, BindError> {
+        let path = target.as_path();
+        let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
+            return Err(BindError::BadTarget("it has no parent directory".into()));
+        };
+        let name = CString::new(name.as_bytes()).map_err(|_| BindError::BadTarget("it has a NUL byte in it".into()))?;
+        let parent = match absent(Dir::open(parent)) {
+            Ok(parent) => parent,
+            Err(error) if error.source.downcast_ref() == Some(&Errno::ELOOP) => {
+                let why = "its path goes through a symbolic link; give the kubelet and hostdir the real directory";
+                return Err(BindError::BadTarget(why.into()));
+            }
+            Err(error) if error.source.downcast_ref() == Some(&Errno::ENOTDIR) => {
+                return Err(BindError::BadTarget("its parent is no directory".into()));
+            }
+            Err(error) => return Err(error.into()),
+        };
+        Ok(parent.map(|parent| Self { parent, name }))
+    }
+
+    fn look(&self) -> Result<Found, DiskError> {
+        match self.parent.stat(&self.name) {
+            Ok(stat) if stat.is_mount_root() => Ok(Found::Mount(stat)),
+            Ok(stat) if stat.is_dir() => Ok(Found::Directory),
+            Ok(_) => Ok(Found::Other),
+            Err(Errno::ENOENT) => Ok(Found::Nothing),
+            Err(errno) => Err(self.failed("stat", errno)),
+        }
+    }
+
+    /// Makes the target directory, and says that it was made here.
+    fn make(&self) -> Result<bool, DiskError> {
+        mkdirat(&self.parent, self.name.as_c_str(), TARGET_MODE)
+            .map_err(|errno| self.failed("make directory", errno))?;
+        Ok(true)
+    }
+
+    /// Refuses to hide files under a mount; says that the directory was not made here.
+    fn require_empty(&self) -> Result<bool, BindError> {
+        if self.parent.child(&self.name)?.names()?.next().is_some() {
+            let why = "it is a directory with files in it that the mount would hide; move them away";
+            return Err(BindError::InTheWay(why.into()));
+        }
+        Ok(false)
+    }
+
+    fn require_flags(&self, wanted: FsFlags) -> Result<(), BindError> {
+        let path = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let there = nix::fcntl::openat(&self.parent, self.name.as_c_str(), path, Mode::empty())
+            .and_then(flags_of)
+            .map_err(|errno| self.failed("statvfs", errno))?;
+        if there == wanted {
+            return Ok(());
+        }
+        Err(BindError::Conflict(
+            "it is mounted there already, with other mount options or another read-only flag".into(),
+        ))
+    }
+
+    /// The mount gets its options before anybody can see it, and never follows a link to where it goes.
+    fn attach(&self, data: &Dir, wanted: FsFlags) -> Result<(), BindError> {
+        let set = OPTIONS.iter().filter(|(flag, _)| wanted.contains(*flag));
+        let set: u64 = set.map(|(_, attribute)| attribute).sum();
+        // The access time options are one field; it must be cleared to be set (mount_setattr(2)).
+        let clear = if set & libc::MOUNT_ATTR_NOATIME != 0 {
+            libc::MOUNT_ATTR__ATIME
+        } else {
+            0
+        };
+        let mount =
+            DetachedMount::of(data).map_err(|errno| failed("clone the mount of", data.path().to_owned(), errno))?;
+        mount
+            .set_attributes(set, clear)
+            .map_err(|errno| failed("set the mount options of", data.path().to_owned(), errno))?;
+        mount
+            .attach(&self.parent, &self.name)
+            .map_err(|errno| self.failed("mount on", errno).into())
+    }
+
+    /// Unmounts what is on top. Not lazily: while a process still uses it, it is mounted.
+    fn unmount(&self) -> Result<(), DiskError> {
+        // umount2(2) takes no descriptor; the parent's descriptor in proc(5) keeps the path from being swapped.
+        let name = std::ffi::OsStr::from_bytes(self.name.to_bytes());
+        let path = Path::new("/proc/self/fd").join(self.parent_fd().to_string()).join(name);
+        umount2(&path, MntFlags::UMOUNT_NOFOLLOW).map_err(|errno| self.failed("unmount", errno))
+    }
+
+    fn parent_fd(&self) -> i32 {
+        std::os::fd::AsFd::as_fd(&self.parent).as_raw_fd()
+    }
+
+    fn remove(&self) -> Result<(), BindError> {
+        match self.parent.rmdir(&self.name) {
+            Ok(()) | Err(Errno::ENOENT) => Ok(()),
+            Err(Errno::ENOTEMPTY) => {
+                let why = "it is not a mount but has files in it, which hostdir did not put there; move them away";
+                Err(BindError::InTheWay(why.into()))
+            }
+            Err(errno) => Err(self.failed("remove", errno).into()),
+        }
+    }
+
+    fn failed(&self, verb: &'static str, errno: Errno) -> DiskError {
+        self.parent.failed(verb, &self.name, errno)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_roots_of_the_very_volume_are_its_mounts() {
+        let id = VolumeId::parse("pvc-1").unwrap();
+        for root in [
+            "/volumes/pvc-1/data",
+            "/srv/pool/volumes/pvc-1/data",
+            "/trash/pvc-1.0/data",
+            "/volumes/pvc-1/data//deleted",
+        ] {
+            assert!(is_root_of(Path::new(root), &id), "{root}");
+        }
+        for root in [
+            "/",
+            "/data",
+            "/volumes/pvc-2/data",
+            "/volumes/pvc-1",
+            "/volumes/pvc-1/data/x",
+            "/trash/pvc-10.0/data",
+            "/trash/pvc-1/data",
+            "/other/pvc-1/data",
+        ] {
+            assert!(!is_root_of(Path::new(root), &id), "{root}");
+        }
+    }
+}

@@ -1,0 +1,77 @@
+//! Joins the edges to the core, and serves until told to stop.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use tokio::runtime::Runtime;
+use tokio::signal::unix::{SignalKind, signal};
+use tracing::info;
+use tracing_subscriber::filter::LevelFilter;
+
+use crate::config::{Cli, Command, Local, LocalArgs, LogFormat};
+use crate::csi::{self, Listener};
+use crate::linux::Linux;
+use crate::volume::Driver;
+
+/// Threads for calls that block; more calls than that wait their turn. Each is a stack of 2 MiB, touched little.
+const BLOCKING_THREADS: usize = 64;
+
+/// How long running calls may take to end after SIGTERM: below the 30 s that the kubelet waits before SIGKILL.
+const STOP_TIMEOUT: Duration = Duration::from_secs(25);
+
+/// Runs what the command line asks for, to its end.
+///
+/// # Errors
+/// It could not be started, or failed.
+pub fn run(cli: Cli) -> anyhow::Result<()> {
+    match cli.command {
+        Command::Local(args) => local(args),
+    }
+}
+
+fn local(args: LocalArgs) -> anyhow::Result<()> {
+    log_to_stderr(args.log_format, args.log_level);
+    let Local { endpoint, node, pools } = args.resolve()?;
+    // The socket first: a second hostdir on it must not touch the pools of the first.
+    let listener = Listener::bind(&endpoint)?;
+    let driver = Arc::new(Driver::new(node, Box::new(Linux), pools));
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .max_blocking_threads(BLOCKING_THREADS)
+        .build()
+        .context("start the runtime")?;
+    info!(node = %driver.node(), endpoint = %endpoint.path().display(), version = env!("CARGO_PKG_VERSION"), "serving");
+    runtime.block_on(csi::serve(&listener, Arc::clone(&driver), stop_signal(&runtime)?))?;
+    // A verb whose caller has gone away still runs: it ends, then the pools are closed in order.
+    runtime.shutdown_timeout(STOP_TIMEOUT);
+    drop(driver);
+    info!("stopped");
+    Ok(())
+}
+
+/// Ready at the first SIGTERM or SIGINT.
+fn stop_signal(runtime: &Runtime) -> anyhow::Result<impl Future<Output = ()> + use<>> {
+    let _inside = runtime.enter();
+    let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        info!("stopping: running calls end, no new ones are taken");
+    })
+}
+
+fn log_to_stderr(format: LogFormat, level: tracing::Level) {
+    let log = tracing_subscriber::fmt()
+        .with_max_level(LevelFilter::from_level(level))
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+        .with_target(false);
+    match format {
+        LogFormat::Text => log.init(),
+        LogFormat::Json => log.json().init(),
+    }
+}

@@ -1,0 +1,143 @@
+//! Why the core says no. The edge maps each [`Reason`] to a status code; here they are sentences for people.
+
+use thiserror::Error;
+
+use super::access::TargetPath;
+use super::id::{NodeName, PoolName, VolumeId};
+use super::ports::{BindError, DiskError, Unusable};
+use super::record::PoolId;
+use super::size::{Bytes, SizeRange};
+
+/// A refusal: of what, where, and why.
+#[derive(Debug, Error)]
+#[error("{}node {node}: {reason}", of(volume.as_ref()))]
+pub struct Error {
+    /// The volume it is about, if it is about one.
+    pub volume: Option<VolumeId>,
+    /// The node that refuses.
+    pub node: NodeName,
+    /// Why.
+    #[source]
+    pub reason: Box<Reason>,
+}
+
+fn of(volume: Option<&VolumeId>) -> String {
+    volume.map(|id| format!("volume {id} on ")).unwrap_or_default()
+}
+
+/// Why, and what to do about it.
+#[derive(Debug, Error)]
+pub enum Reason {
+    /// Another call for the same volume or target is running.
+    #[error("another operation on {0} is still running; ask again when it has ended")]
+    Running(String),
+    /// No volume of that id.
+    #[error("there is no such volume here")]
+    NoSuchVolume,
+    /// The name is taken by another volume.
+    #[error("a volume of this name exists already with {0}; use another name or delete that volume first")]
+    Exists(String),
+    /// A size range that no size is in.
+    #[error("no size is at least {} and at most {}", .0.required, .0.limit.unwrap_or_default())]
+    EmptyRange(SizeRange),
+    /// The topology names other nodes only.
+    #[error("the topology asked for does not include this node; a volume made here is reachable from here alone")]
+    OtherNode,
+    /// This node has no pool of that name.
+    #[error(
+        "this node has no pool {wanted:?} (it has: {known}); correct the StorageClass parameter `pool`, or give the node such a pool"
+    )]
+    NoSuchPool {
+        /// The pool asked for.
+        wanted: PoolName,
+        /// The pools there are.
+        known: String,
+    },
+    /// More than the pool can promise.
+    #[error(
+        "{wanted} do not fit in pool {pool}: {room} are left to promise; delete volumes there, ask for less, or let the pod go to another node"
+    )]
+    NoRoom {
+        /// The pool asked for.
+        pool: PoolName,
+        /// The size asked for.
+        wanted: Bytes,
+        /// The largest size there would be room for.
+        room: Bytes,
+    },
+    /// The pool cannot be used now.
+    #[error("pool {pool} cannot be used: {why}")]
+    PoolUnusable {
+        /// The pool.
+        pool: PoolName,
+        /// What happened and what to do.
+        why: Unusable,
+    },
+    /// Several pools say they have the volume.
+    #[error(
+        "both pool {0} and pool {1} hold a volume of this id; move one of the two directories out of its pool's `volumes` folder"
+    )]
+    Ambiguous(PoolName, PoolName),
+    /// Its record cannot be read.
+    #[error("its record cannot be read ({0}); restore volume.json from a backup, or delete the volume")]
+    BrokenRecord(String),
+    /// It was used before and its data is gone.
+    #[error(
+        "its data is not on this node: it was made on pool {made_on}, and {here}; bring that disk back, or delete the volume if the data is given up"
+    )]
+    DataMissing {
+        /// Identity of the pool the volume was made on, as far as known.
+        made_on: String,
+        /// What is here instead.
+        here: String,
+    },
+    /// It is mounted.
+    #[error("it is mounted at {0}; it can be deleted when that is unmounted (NodeUnpublishVolume)")]
+    Mounted(TargetPath),
+    /// Another mount excludes the one asked for.
+    #[error(
+        "it is mounted at {0}, and its access mode (ReadWriteOncePod) allows one mount only; end the pod that uses it first"
+    )]
+    Exclusive(TargetPath),
+    /// It is not mounted where it was said to be.
+    #[error("it is not mounted at {0}")]
+    NotMounted(String),
+    /// It could not be mounted or unmounted.
+    #[error("at {target}: {}", chain(.source))]
+    Bind {
+        /// Where.
+        target: TargetPath,
+        /// Why.
+        #[source]
+        source: BindError,
+    },
+    /// The disk failed.
+    #[error("{}", chain(.0))]
+    Disk(#[from] DiskError),
+    /// One or more pools are not what they should be.
+    #[error("not ready: {0}")]
+    NotReady(String),
+}
+
+impl Reason {
+    /// A volume that was made on `made_on` where now only the pools `here` are.
+    pub(super) fn data_missing(made_on: impl ToString, here: &[PoolId]) -> Self {
+        let here: Vec<String> = here.iter().map(PoolId::to_string).collect();
+        let here = format!("the pools of this node are {}", here.join(", "));
+        Self::DataMissing {
+            made_on: made_on.to_string(),
+            here,
+        }
+    }
+}
+
+/// An error with its causes on one line: the message leaves this process, so that it must carry them all.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        text = format!("{text}: {cause}");
+        next = cause.source();
+    }
+    text
+}

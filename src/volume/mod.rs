@@ -1,0 +1,22 @@
+//! The core: what a volume is, and the verbs on it. It knows neither gRPC nor Kubernetes nor system calls.
+//!
+//! [`Driver`] holds the verbs. They act through two ports, [`ports::Host`] (this machine) and [`ports::Disk`] (one pool
+//! on it), and refuse with an [`Error`] that says what happened to which volume, where, and what to do.
+//!
+//! The walk of a volume: *create* counts its size against the pool's [`room`] and writes a [`record`] — *publish* makes
+//! its directory the first time, marks the record `Ready`, then mounts it — *unpublish* unmounts — *delete* moves it out
+//! of the pool by one rename.
+
+pub mod access;
+mod driver;
+mod error;
+pub mod id;
+mod operations;
+mod pool;
+pub mod ports;
+pub mod record;
+pub mod room;
+pub mod size;
+
+pub use driver::{Driver, Parameters, Publish, Volume, Want};
+pub use error::{Error, Reason};

@@ -1,0 +1,232 @@
+//! The pools of a node: which volumes each has, and how much of it is promised.
+
+use std::collections::BTreeMap;
+use std::ops::Bound;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+
+use tracing::{error, info, warn};
+
+use super::access::{AccessMode, TargetPath};
+use super::error::Reason;
+use super::id::VolumeId;
+use super::ports::{Disk, DiskError, DiskErrorKind, Found, Host, Opened, PoolConfig, Unusable};
+use super::record::{PoolId, Record};
+use super::size::Bytes;
+
+/// A pool of the configuration, open or not. A pool that cannot be opened stays closed and is tried again whenever it
+/// is asked for: the other pools and the mounts of running pods must not suffer from one bad disk.
+pub(super) struct Pool {
+    pub(super) config: PoolConfig,
+    open: RwLock<Option<Arc<OpenPool>>>,
+}
+
+impl Pool {
+    pub(super) fn new(config: PoolConfig) -> Self {
+        Self {
+            config,
+            open: RwLock::new(None),
+        }
+    }
+
+    /// The pool, opened now if it was not before, if it is still the one that was opened.
+    pub(super) fn get(&self, host: &dyn Host) -> Result<Arc<OpenPool>, Unusable> {
+        let pool = self.opened(host)?;
+        pool.disk.present()?;
+        Ok(pool)
+    }
+
+    fn opened(&self, host: &dyn Host) -> Result<Arc<OpenPool>, Unusable> {
+        if let Some(pool) = &*self.open.read().unwrap_or_else(PoisonError::into_inner) {
+            return Ok(Arc::clone(pool));
+        }
+        let mut open = self.open.write().unwrap_or_else(PoisonError::into_inner);
+        if let Some(pool) = &*open {
+            return Ok(Arc::clone(pool));
+        }
+        let pool = Arc::new(OpenPool::new(&self.config, host.open(&self.config)?));
+        *open = Some(Arc::clone(&pool));
+        Ok(pool)
+    }
+}
+
+/// A volume as its pool knows it.
+#[derive(Clone)]
+pub(super) struct Entry {
+    /// What its record says, or why that cannot be read.
+    pub(super) record: Result<Record, String>,
+    /// Where it is mounted, as far as this process knows: what is listed is checked before it is relied on.
+    pub(super) mounts: Vec<Mount>,
+}
+
+/// A mount of a volume.
+#[derive(Clone)]
+pub(super) struct Mount {
+    pub(super) target: TargetPath,
+    /// How it was asked for; unknown when it was made before this process started.
+    pub(super) mode: Option<AccessMode>,
+}
+
+/// An open pool.
+pub(super) struct OpenPool {
+    pub(super) config: PoolConfig,
+    pub(super) id: PoolId,
+    pub(super) filesystem: String,
+    pub(super) disk: Box<dyn Disk>,
+    volumes: Mutex<Volumes>,
+}
+
+#[derive(Default)]
+struct Volumes {
+    entries: BTreeMap<VolumeId, Entry>,
+    /// Sum of the sizes in `entries` and of claims being written.
+    claimed: Bytes,
+}
+
+impl OpenPool {
+    fn new(config: &PoolConfig, opened: Opened) -> Self {
+        let Opened {
+            id,
+            filesystem,
+            volumes: found,
+            targets,
+            disk,
+        } = opened;
+        let mut volumes = Volumes::default();
+        for Found { id, record } in found {
+            match &record {
+                Ok(record) => volumes.claimed = volumes.claimed.plus(record.bytes),
+                Err(why) => error!(volume.id = %id, pool = %config.name, why, "the record of a volume cannot be read"),
+            }
+            volumes.entries.insert(
+                id,
+                Entry {
+                    record,
+                    mounts: Vec::new(),
+                },
+            );
+        }
+        for (id, target) in targets {
+            match volumes.entries.get_mut(&id) {
+                Some(entry) => entry.mounts.push(Mount { target, mode: None }),
+                None => warn!(volume.id = %id, %target, pool = %config.name, "mounted, but not a volume of this pool"),
+            }
+        }
+        info!(
+            pool = %config.name, pool.id = %id, path = %config.path.display(), filesystem,
+            volumes = volumes.entries.len(), claimed = %volumes.claimed, "pool opened"
+        );
+        Self {
+            config: config.clone(),
+            id,
+            filesystem,
+            disk,
+            volumes: Mutex::new(volumes),
+        }
+    }
+
+    pub(super) fn entry(&self, id: &VolumeId) -> Option<Entry> {
+        self.lock().entries.get(id).cloned()
+    }
+
+    /// At most `max` sound records after `after`, in the order of their ids.
+    pub(super) fn records_after(&self, after: Option<&VolumeId>, max: usize) -> Vec<Record> {
+        let start = after.map_or(Bound::Unbounded, Bound::Excluded);
+        let volumes = self.lock();
+        let entries = volumes.entries.range::<VolumeId, _>((start, Bound::Unbounded));
+        let sound = entries.filter_map(|(_, entry)| entry.record.as_ref().ok());
+        sound.take(max).cloned().collect()
+    }
+
+    /// The largest volume that may be promised now.
+    pub(super) fn room(&self) -> Result<Bytes, DiskError> {
+        let space = self.disk.space()?;
+        Ok(self.config.limits.room(space, self.lock().claimed))
+    }
+
+    /// Records a new volume, if there is room for it.
+    pub(super) fn claim(&self, record: Record) -> Result<(), Reason> {
+        self.promise(record.bytes)?;
+        let claimed = self.disk.claim(&record);
+        let mut volumes = self.lock();
+        match &claimed {
+            Ok(())
+            | Err(DiskError {
+                kind: DiskErrorKind::Unsettled,
+                ..
+            }) => {
+                let entry = Entry {
+                    record: Ok(record.clone()),
+                    mounts: Vec::new(),
+                };
+                volumes.entries.insert(record.id, entry);
+            }
+            Err(_) => volumes.claimed = volumes.claimed.less(record.bytes),
+        }
+        Ok(claimed?)
+    }
+
+    /// Counts `bytes` as promised, before they are recorded: two callers at once cannot both have the last of the room.
+    fn promise(&self, bytes: Bytes) -> Result<(), Reason> {
+        let space = self.disk.space()?;
+        let mut volumes = self.lock();
+        let room = self.config.limits.room(space, volumes.claimed);
+        if bytes > room {
+            return Err(Reason::NoRoom {
+                pool: self.config.name.clone(),
+                wanted: bytes,
+                room,
+            });
+        }
+        volumes.claimed = volumes.claimed.plus(bytes);
+        Ok(())
+    }
+
+    /// Makes the directory of a volume and keeps its new record.
+    pub(super) fn prepare(&self, record: Record) -> Result<(), Reason> {
+        self.disk.prepare(&record)?;
+        if let Some(entry) = self.lock().entries.get_mut(&record.id) {
+            entry.record = Ok(record);
+        }
+        Ok(())
+    }
+
+    /// Takes a volume out of the pool.
+    pub(super) fn discard(&self, id: &VolumeId) -> Result<(), Reason> {
+        let discarded = self.disk.discard(id);
+        if let Ok(())
+        | Err(DiskError {
+            kind: DiskErrorKind::Unsettled,
+            ..
+        }) = &discarded
+        {
+            let mut volumes = self.lock();
+            if let Some(Entry { record: Ok(record), .. }) = volumes.entries.remove(id) {
+                volumes.claimed = volumes.claimed.less(record.bytes);
+            }
+        }
+        Ok(discarded?)
+    }
+
+    /// Notes that a volume is mounted at a target, asked for in this mode.
+    pub(super) fn note_mount(&self, id: &VolumeId, target: &TargetPath, mode: AccessMode) {
+        if let Some(entry) = self.lock().entries.get_mut(id) {
+            entry.mounts.retain(|mount| mount.target != *target);
+            entry.mounts.push(Mount {
+                target: target.clone(),
+                mode: Some(mode),
+            });
+        }
+    }
+
+    /// Notes that a volume is no longer mounted at a target.
+    pub(super) fn forget_mount(&self, id: &VolumeId, target: &TargetPath) {
+        if let Some(entry) = self.lock().entries.get_mut(id) {
+            entry.mounts.retain(|mount| mount.target != *target);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Volumes> {
+        // Every change below is one statement on one map: a panic elsewhere leaves nothing half done.
+        self.volumes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

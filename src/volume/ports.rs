@@ -1,0 +1,203 @@
+//! What the core asks of the machine it runs on. [`crate::linux`] answers; the tests of the core answer from memory.
+
+use std::error::Error;
+use std::path::PathBuf;
+
+use thiserror::Error;
+
+use super::access::{MountOptions, TargetPath};
+use super::id::{PoolName, VolumeId};
+use super::record::{PoolId, Record};
+use super::room::Limits;
+use super::size::Bytes;
+
+/// A pool as the administrator describes it.
+#[derive(Clone, Debug)]
+pub struct PoolConfig {
+    /// What StorageClasses call it.
+    pub name: PoolName,
+    /// The directory, absolute.
+    pub path: PathBuf,
+    /// Whether the directory must lie on a disk of its own: never take an unmounted disk for an empty pool.
+    pub require_mount: bool,
+    /// How much of it may be promised.
+    pub limits: Limits,
+}
+
+/// Size and use of the filesystem below a pool, see statvfs(3).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Space {
+    /// Size of the filesystem.
+    pub total: Bytes,
+    /// What an unprivileged writer can still get.
+    pub available: Bytes,
+    /// Bytes in use.
+    pub used: Bytes,
+    /// Inodes in all.
+    pub inodes: u64,
+    /// Inodes an unprivileged writer can still get.
+    pub inodes_available: u64,
+    /// Inodes in use.
+    pub inodes_used: u64,
+}
+
+/// Identity of a directory while the machine is up: what a bind mount and its source have in common.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Inode {
+    /// Device number.
+    pub dev: u64,
+    /// Inode number.
+    pub ino: u64,
+}
+
+/// A pool that cannot be used now, and what to do about it.
+#[derive(Clone, Debug, Error)]
+#[error("{0}")]
+pub struct Unusable(pub String);
+
+/// A step on the disk that failed.
+#[derive(Debug, Error)]
+#[error("{verb} {path}")]
+pub struct DiskError {
+    /// What was tried, as a verb.
+    pub verb: &'static str,
+    /// On what.
+    pub path: PathBuf,
+    /// What that means for the caller.
+    pub kind: DiskErrorKind,
+    /// What the kernel said.
+    #[source]
+    pub source: Box<dyn Error + Send + Sync>,
+}
+
+/// What a failed step means for the caller.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DiskErrorKind {
+    /// No room for the bytes or the name (ENOSPC, EDQUOT): nothing was changed.
+    Full,
+    /// Something is in use (EBUSY): nothing was changed.
+    Busy,
+    /// The step was undone or never begun.
+    Failed,
+    /// The step took effect, but a power cut may still undo it.
+    Unsettled,
+}
+
+/// Why a volume could not be mounted or unmounted.
+#[derive(Debug, Error)]
+pub enum BindError {
+    /// The directory of the volume is not there.
+    #[error("its directory is missing")]
+    NoData,
+    /// The target holds a mount of something else, or of the volume with other options.
+    #[error("{0}")]
+    Conflict(String),
+    /// Something is in the way that hostdir did not make.
+    #[error("{0}")]
+    InTheWay(String),
+    /// The target cannot be reached safely.
+    #[error("{0}")]
+    BadTarget(String),
+    /// A system call failed.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+}
+
+/// A volume found on a pool that was just opened.
+#[derive(Debug)]
+pub struct Found {
+    /// Name of its directory.
+    pub id: VolumeId,
+    /// What its record says, or why that cannot be read.
+    pub record: Result<Record, String>,
+}
+
+/// A pool that was just opened.
+pub struct Opened {
+    /// Identity of the pool.
+    pub id: PoolId,
+    /// Name of the filesystem it is on, as mount(8) calls it.
+    pub filesystem: String,
+    /// The volumes on it.
+    pub volumes: Vec<Found>,
+    /// Where its volumes are mounted already.
+    pub targets: Vec<(VolumeId, TargetPath)>,
+    /// The way to change it.
+    pub disk: Box<dyn Disk>,
+}
+
+/// One pool, opened and locked by this process.
+///
+/// Every verb is whole or not at all, and durable when it returns without an error; repeating one is harmless.
+pub trait Disk: Send + Sync {
+    /// Whether the pool is still the one that was opened, and all that took effect on it is durable (what a failed
+    /// sync left open is synced again here). Cheap enough for every call.
+    ///
+    /// # Errors
+    /// It is not: what happened and what to do.
+    fn present(&self) -> Result<(), Unusable>;
+
+    /// Whether a file can be made on it. A full pool will do: deletes still work.
+    ///
+    /// # Errors
+    /// It cannot: what happened and what to do.
+    fn writable(&self) -> Result<(), Unusable>;
+
+    /// Size and use of the filesystem.
+    ///
+    /// # Errors
+    /// The filesystem does not answer.
+    fn space(&self) -> Result<Space, DiskError>;
+
+    /// Records a new volume.
+    ///
+    /// # Errors
+    /// A step failed; unless the error is [`DiskErrorKind::Unsettled`], nothing of the volume is there.
+    fn claim(&self, record: &Record) -> Result<(), DiskError>;
+
+    /// Makes the directory of a volume and records `record` in place of its last record.
+    ///
+    /// # Errors
+    /// A step failed; the old record or the new one is there, and an empty directory or none.
+    fn prepare(&self, record: &Record) -> Result<(), DiskError>;
+
+    /// The directory of a volume, if it is there.
+    ///
+    /// # Errors
+    /// It cannot be told.
+    fn data(&self, id: &VolumeId) -> Result<Option<Inode>, DiskError>;
+
+    /// Mounts the directory of a volume at `target`. A mount that is there already, with the same options, will do.
+    ///
+    /// # Errors
+    /// Nothing was mounted.
+    fn bind(&self, id: &VolumeId, target: &TargetPath, options: MountOptions) -> Result<(), BindError>;
+
+    /// Takes a volume out of the pool, to be erased in the background. A volume that is not there will do.
+    ///
+    /// # Errors
+    /// A step failed; unless the error is [`DiskErrorKind::Unsettled`], the volume is still there.
+    fn discard(&self, id: &VolumeId) -> Result<(), DiskError>;
+}
+
+/// The machine.
+pub trait Host: Send + Sync {
+    /// Opens a pool and locks it.
+    ///
+    /// # Errors
+    /// It cannot be used now; asking again later is worth while.
+    fn open(&self, pool: &PoolConfig) -> Result<Opened, Unusable>;
+
+    /// What is mounted at `target`, if anything is.
+    ///
+    /// # Errors
+    /// It cannot be told.
+    fn mounted(&self, target: &TargetPath) -> Result<Option<Inode>, BindError>;
+
+    /// Unmounts the volume from `target` and removes the target. A target that is not there will do. `data` is the
+    /// directory of the volume, where it is known.
+    ///
+    /// # Errors
+    /// The target holds something that is not proven to be this volume, or a system call failed.
+    fn unbind(&self, id: &VolumeId, target: &TargetPath, data: Option<Inode>) -> Result<(), BindError>;
+}

@@ -1,0 +1,155 @@
+//! How much of a pool may be promised.
+
+use thiserror::Error;
+
+use super::ports::Space;
+use super::size::{Bytes, InvalidSize};
+
+/// The administrator's limits for a pool.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Limits {
+    /// Kept free of promises.
+    pub reserve: Reserve,
+    /// How many times its size a pool may promise: 1 promises no byte twice.
+    pub overcommit: f64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            reserve: Reserve::Bytes(Bytes(0)),
+            overcommit: 1.0,
+        }
+    }
+}
+
+/// A part of a pool, absolute or in percent of the filesystem.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Reserve {
+    /// So many bytes.
+    Bytes(Bytes),
+    /// So many hundredths of the filesystem, 0 to 100.
+    Percent(f64),
+}
+
+/// A text that is not a reserve.
+#[derive(Debug, Error)]
+pub enum InvalidReserve {
+    /// Neither a size nor a percentage.
+    #[error(transparent)]
+    Size(#[from] InvalidSize),
+    /// A percentage that is none.
+    #[error("{0:?} is not a share of a disk: write 0% to 100%")]
+    Percent(String),
+}
+
+impl std::str::FromStr for Reserve {
+    type Err = InvalidReserve;
+
+    fn from_str(text: &str) -> Result<Self, InvalidReserve> {
+        match text.strip_suffix('%') {
+            None => Ok(Self::Bytes(text.parse()?)),
+            Some(number) => match number.parse::<f64>() {
+                Ok(percent) if (0.0..=100.0).contains(&percent) => Ok(Self::Percent(percent)),
+                Ok(_) | Err(_) => Err(InvalidReserve::Percent(text.to_owned())),
+            },
+        }
+    }
+}
+
+impl Limits {
+    /// Steps in which free space is reported: external-provisioner rewrites a CSIStorageCapacity object whenever a byte
+    /// of it changes (pkg/capacity/capacity.go), and a busy disk changes every second.
+    const STEP: Bytes = Bytes(64 << 20);
+
+    /// The largest volume that may be promised now, beside `claimed` bytes promised before.
+    ///
+    /// size × overcommit − reserve − claims, and never more than free space × overcommit: what others have put on the
+    /// same filesystem cannot be promised again.
+    #[must_use]
+    pub fn room(self, space: Space, claimed: Bytes) -> Bytes {
+        let reserve = match self.reserve {
+            Reserve::Bytes(bytes) => bytes,
+            Reserve::Percent(percent) => scaled(space.total, percent / 100.0),
+        };
+        let promised = scaled(space.total, self.overcommit).less(reserve).less(claimed);
+        let free = scaled(space.available.less(reserve), self.overcommit).rounded_down(Self::STEP);
+        promised.min(free).rounded_down(Bytes::MIB)
+    }
+}
+
+/// `bytes × factor`; the factor is finite and not negative ([`Limits`] is checked where it is read).
+#[expect(
+    clippy::cast_precision_loss,
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "a pool's room is exact to 53 bits, which is a byte in 8 PiB; `as` saturates"
+)]
+fn scaled(bytes: Bytes, factor: f64) -> Bytes {
+    if factor == 1.0 {
+        return bytes;
+    }
+    Bytes((bytes.0 as f64 * factor) as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn space(total: u64, available: u64) -> Space {
+        Space {
+            total: Bytes(total << 30),
+            available: Bytes(available << 30),
+            ..Space::default()
+        }
+    }
+
+    #[test]
+    fn room_is_size_less_reserve_and_claims() {
+        let limits = Limits {
+            reserve: "10%".parse().unwrap(),
+            overcommit: 1.0,
+        };
+        assert_eq!(limits.room(space(100, 95), Bytes(30 << 30)), Bytes(60 << 30));
+    }
+
+    #[test]
+    fn what_others_use_is_not_promised() {
+        assert_eq!(Limits::default().room(space(100, 5), Bytes(0)), Bytes(5 << 30));
+    }
+
+    #[test]
+    fn overcommit_promises_more_than_there_is() {
+        let limits = Limits {
+            overcommit: 3.0,
+            ..Limits::default()
+        };
+        assert_eq!(limits.room(space(100, 100), Bytes(120 << 30)), Bytes(180 << 30));
+    }
+
+    #[test]
+    fn nothing_is_left_when_all_is_claimed() {
+        assert_eq!(Limits::default().room(space(10, 10), Bytes(11 << 30)), Bytes(0));
+    }
+
+    #[test]
+    fn reserves_are_read() {
+        assert_eq!("5Gi".parse::<Reserve>().unwrap(), Reserve::Bytes(Bytes(5 << 30)));
+        for text in ["101%", "-1%", "NaN%", "%", "x", ""] {
+            assert!(text.parse::<Reserve>().is_err(), "{text:?} was accepted");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_claim_never_makes_more_room(total in 1_u64..1 << 50, free in 0.0..=1.0_f64, claimed in 0_u64..1 << 50, more in 0_u64..1 << 50) {
+            let available = scaled(Bytes(total), free);
+            let space = Space { total: Bytes(total), available, ..Space::default() };
+            let room = Limits::default().room(space, Bytes(claimed));
+            prop_assert!(room.plus(Bytes(claimed)) <= Bytes(total).max(Bytes(claimed)));
+            prop_assert!(room <= available);
+            prop_assert!(Limits::default().room(space, Bytes(claimed).plus(Bytes(more))) <= room);
+        }
+    }
+}

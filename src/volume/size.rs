@@ -1,0 +1,164 @@
+//! Sizes in bytes, and the ways in which callers and administrators write them.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+/// A number of bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Bytes(pub u64);
+
+impl Bytes {
+    /// One mebibyte.
+    pub const MIB: Self = Self(1 << 20);
+    /// One gibibyte.
+    pub const GIB: Self = Self(1 << 30);
+
+    /// `self - other`, zero where that would be negative.
+    #[must_use]
+    pub fn less(self, other: Self) -> Self {
+        Self(self.0.saturating_sub(other.0))
+    }
+
+    /// `self + other`, the largest number where that would overflow.
+    #[must_use]
+    pub fn plus(self, other: Self) -> Self {
+        Self(self.0.saturating_add(other.0))
+    }
+
+    /// The largest multiple of `step` that is not larger.
+    #[must_use]
+    pub fn rounded_down(self, step: Self) -> Self {
+        Self(self.0 - self.0 % step.0)
+    }
+}
+
+impl fmt::Display for Bytes {
+    /// Exact where the size is a whole number of binary units, else with two decimals: for people to read.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const UNITS: [(u32, &str); 5] = [(50, "PiB"), (40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")];
+        for (shift, unit) in UNITS {
+            let whole = self.0 >> shift;
+            if whole > 0 {
+                let hundredths = (u128::from(self.0 - (whole << shift)) * 100) >> shift;
+                return if hundredths == 0 {
+                    write!(f, "{whole} {unit}")
+                } else {
+                    write!(f, "{whole}.{hundredths:02} {unit}")
+                };
+            }
+        }
+        write!(f, "{} bytes", self.0)
+    }
+}
+
+/// A text that is not a size.
+#[derive(Debug, Error)]
+#[error("{0:?} is not a size: write a whole number of bytes, with Ki, Mi, Gi, Ti or k, M, G, T behind it if you like")]
+pub struct InvalidSize(String);
+
+impl FromStr for Bytes {
+    type Err = InvalidSize;
+
+    /// Reads a whole Kubernetes quantity: `10Gi`, `500M`, `1048576`.
+    fn from_str(text: &str) -> Result<Self, InvalidSize> {
+        let invalid = || InvalidSize(text.to_owned());
+        let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit()).len();
+        let (number, unit) = text.split_at(digits);
+        let unit: u64 = match unit {
+            "" => 1,
+            "k" => 1_000,
+            "M" => 1_000_000,
+            "G" => 1_000_000_000,
+            "T" => 1_000_000_000_000,
+            "Ki" => 1 << 10,
+            "Mi" => 1 << 20,
+            "Gi" => 1 << 30,
+            "Ti" => 1 << 40,
+            _ => return Err(invalid()),
+        };
+        let number: u64 = number.parse().map_err(|_| invalid())?;
+        number.checked_mul(unit).map(Self).ok_or_else(invalid)
+    }
+}
+
+/// What CreateVolume asks for: at least `required`, at most `limit`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SizeRange {
+    /// Smallest acceptable size; zero when the caller has no wish.
+    pub required: Bytes,
+    /// Largest acceptable size.
+    pub limit: Option<Bytes>,
+}
+
+impl SizeRange {
+    /// Size of a volume for which none was asked.
+    pub const DEFAULT: Bytes = Bytes::GIB;
+
+    /// Whether a volume of this size is what the caller asked for.
+    #[must_use]
+    pub fn admits(self, size: Bytes) -> bool {
+        size >= self.required && self.limit.is_none_or(|limit| size <= limit)
+    }
+
+    /// The size to give.
+    #[must_use]
+    pub fn choose(self) -> Bytes {
+        let wish = if self.required == Bytes(0) {
+            Self::DEFAULT
+        } else {
+            self.required
+        };
+        self.limit.map_or(wish, |limit| wish.min(limit))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn quantities_are_read_as_kubernetes_reads_them() {
+        for (text, bytes) in [
+            ("0", 0),
+            ("1048576", 1 << 20),
+            ("10Gi", 10 << 30),
+            ("2k", 2_000),
+            ("3T", 3_000_000_000_000),
+        ] {
+            assert_eq!(text.parse::<Bytes>().unwrap(), Bytes(bytes), "{text}");
+        }
+        for text in [
+            "",
+            "Gi",
+            "-1",
+            "1.5Gi",
+            "1 Gi",
+            "1gb",
+            "99999999999999999999",
+            "99999999Ti",
+        ] {
+            assert!(text.parse::<Bytes>().is_err(), "{text} was accepted");
+        }
+    }
+
+    #[test]
+    fn sizes_are_shown_for_people() {
+        assert_eq!(Bytes(0).to_string(), "0 bytes");
+        assert_eq!(Bytes(1 << 30).to_string(), "1 GiB");
+        assert_eq!(Bytes((3 << 30) / 2).to_string(), "1.50 GiB");
+        assert_eq!(Bytes(u64::MAX).to_string(), "16383.99 PiB");
+    }
+
+    proptest! {
+        #[test]
+        fn the_chosen_size_is_admitted(required in 0_u64..1 << 50, above in proptest::option::of(0_u64..1 << 50)) {
+            let range = SizeRange { required: Bytes(required), limit: above.map(|above| Bytes(required + above)) };
+            prop_assert!(range.admits(range.choose()));
+        }
+    }
+}
