@@ -69,7 +69,7 @@ impl Disk for PoolDisk {
         }
         if self.unsettled.load(Ordering::Acquire) {
             self.settle()
-                .map_err(|error| Unusable(format!("{path} does not take writes: {}", with_cause(&error))))?;
+                .map_err(|error| Unusable(format!("{path} does not take writes: {}", error.with_cause())))?;
         }
         Ok(())
     }
@@ -191,7 +191,7 @@ impl PoolDisk {
     fn read_record(&self, id: &VolumeId) -> Result<Record, String> {
         let read = || self.volumes.child(&c_name(id))?.read(RECORD);
         let bytes = read()
-            .map_err(|error| with_cause(&error))?
+            .map_err(|error| error.with_cause())?
             .ok_or("volume.json is missing")?;
         let record: Record = serde_json::from_slice(&bytes).map_err(|error| format!("volume.json: {error}"))?;
         if record.format != Record::FORMAT {
@@ -278,9 +278,4 @@ fn json(record: &Record) -> Result<Vec<u8>, DiskError> {
 
 fn c_name(id: &VolumeId) -> CString {
     CString::new(id.as_str()).expect("a volume id has no NUL")
-}
-
-/// A failed step and what the kernel said, on one line.
-pub(super) fn with_cause(error: &DiskError) -> String {
-    format!("{error}: {}", error.source)
 }

@@ -16,7 +16,6 @@ use nix::sys::stat::Mode;
 use tracing::{debug, error, warn};
 
 use super::dir::Dir;
-use super::disk::with_cause;
 use super::sys;
 use crate::volume::id::PoolName;
 use crate::volume::ports::DiskError;
@@ -186,7 +185,7 @@ impl Work<'_> {
 
     /// Erases one entry of the trash.
     fn erase(&self, name: &CStr, pace: &mut Pace) -> Result<Result<Outcome, Stopped>, DiskError> {
-        match self.remove(&self.trash, name) {
+        match remove(&self.trash, name) {
             Ok(()) => return Ok(Ok(Outcome::Gone)),
             Err(Errno::ENOTEMPTY) => {}
             Err(errno) => return Ok(Ok(stuck(&self.trash, name, errno))),
@@ -195,7 +194,7 @@ impl Work<'_> {
         let mut outcome = Outcome::Gone;
         for entry in dir.names()? {
             let entry = entry?;
-            let removed = match self.remove(&dir, &entry) {
+            let removed = match remove(&dir, &entry) {
                 Err(Errno::ENOTEMPTY) => {
                     if matches!(outcome, Outcome::Gone) {
                         outcome = Outcome::Shrunk;
@@ -212,24 +211,10 @@ impl Work<'_> {
             }
         }
         drop(dir);
-        if let (false, Err(errno)) = (matches!(outcome, Outcome::Stuck), self.remove(&self.trash, name)) {
+        if let (false, Err(errno)) = (matches!(outcome, Outcome::Stuck), remove(&self.trash, name)) {
             outcome = stuck(&self.trash, name, errno);
         }
         Ok(Ok(outcome))
-    }
-
-    /// Removes an entry of any kind; a directory only when it is empty.
-    fn remove(&self, dir: &Dir, name: &CStr) -> nix::Result<()> {
-        // unlink(2) of a directory fails with EISDIR on Linux.
-        let remove = || match dir.unlink(name) {
-            Err(Errno::EISDIR) => dir.rmdir(name),
-            unlinked => unlinked,
-        };
-        match remove() {
-            Err(Errno::ENOENT) => Ok(()),
-            Err(Errno::EPERM) => loosen(dir, name).and_then(|()| remove()),
-            removed => removed,
-        }
     }
 
     /// Takes a directory out of a deeper one, so that the trash stays flat.
@@ -253,6 +238,20 @@ impl Work<'_> {
         let (id, trash) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
         let name = [id, b".", trash, b".", n.to_string().as_bytes()].concat();
         CString::new(name).expect("made of C strings and digits")
+    }
+}
+
+/// Removes an entry of any kind; a directory only when it is empty.
+fn remove(dir: &Dir, name: &CStr) -> nix::Result<()> {
+    // unlink(2) of a directory fails with EISDIR on Linux.
+    let attempt = || match dir.unlink(name) {
+        Err(Errno::EISDIR) => dir.rmdir(name),
+        unlinked => unlinked,
+    };
+    match attempt() {
+        Err(Errno::ENOENT) => Ok(()),
+        Err(Errno::EPERM) => loosen(dir, name).and_then(|()| attempt()),
+        removed => removed,
     }
 }
 
@@ -281,7 +280,7 @@ fn stuck(dir: &Dir, name: &CStr, errno: Errno) -> Outcome {
 
 fn report(error: &DiskError) -> bool {
     warn!(
-        error = with_cause(error),
+        error = error.with_cause(),
         "part of a deleted volume cannot be erased yet"
     );
     true

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 
 use super::dir::{Dir, failed};
-use super::disk::{PoolDisk, with_cause};
+use super::disk::PoolDisk;
 use super::eraser::Eraser;
 use super::{mountinfo, target};
 use crate::volume::access::TargetPath;
@@ -42,24 +42,24 @@ impl Identity {
 /// Opens a pool and locks it; makes it where there is none, unless a disk has to be mounted there first.
 pub(super) fn open(config: &PoolConfig) -> Result<Opened, Unusable> {
     let root = open_root(config)?;
-    let mount = mount_of(&root).map_err(unusable)?;
+    let mount = mount_of(&root)?;
     if config.require_mount && is_on_root_filesystem(&config.path, &mount) {
         return Err(Unusable(format!(
             "{} is not on a disk of its own, and requireMount is set: mount the disk there",
             config.path.display()
         )));
     }
-    let meta = root.ensure_child(META).map_err(unusable)?;
+    let meta = root.ensure_child(META)?;
     let lock = lock(&meta)?;
-    let volumes = root.ensure_child(c"volumes").map_err(unusable)?;
+    let volumes = root.ensure_child(c"volumes")?;
     let id = identify(&meta, &volumes)?;
-    let trash = root.ensure_child(c"trash").map_err(unusable)?;
-    let new = meta.ensure_child(c"new").map_err(unusable)?;
-    meta.sync().and_then(|()| root.sync()).map_err(unusable)?;
+    let trash = root.ensure_child(c"trash")?;
+    let new = meta.ensure_child(c"new")?;
+    meta.sync().and_then(|()| root.sync())?;
 
     let identity = root
         .stat(c"")
-        .map_err(|errno| unusable(failed("stat", config.path.clone(), errno)))?
+        .map_err(|errno| failed("stat", config.path.clone(), errno))?
         .inode;
     let eraser = Eraser::new(config.name.clone());
     let (path, counter, unsettled) = (config.path.clone(), AtomicU64::new(0), AtomicBool::new(false));
@@ -75,10 +75,10 @@ pub(super) fn open(config: &PoolConfig) -> Result<Opened, Unusable> {
         unsettled,
         _lock: lock,
     };
-    disk.sweep().map_err(unusable)?;
-    let volumes = disk.load().map_err(unusable)?;
-    let targets = targets(&disk).map_err(unusable)?;
-    disk.eraser.start(root.child(c"trash").map_err(unusable)?);
+    disk.sweep()?;
+    let volumes = disk.load()?;
+    let targets = targets(&disk)?;
+    disk.eraser.start(root.child(c"trash")?);
     Ok(Opened {
         id,
         filesystem: mount.filesystem,
@@ -100,14 +100,14 @@ fn open_root(config: &PoolConfig) -> Result<Dir, Unusable> {
             Some(Errno::ENOENT) => make_root(path).map_err(|error| {
                 Unusable(format!(
                     "{shown} does not exist and cannot be made ({}); make it by hand",
-                    with_cause(&error)
+                    error.with_cause()
                 ))
             }),
             Some(Errno::ELOOP) => Err(Unusable(format!(
                 "{shown} goes through a symbolic link; configure the real directory"
             ))),
             Some(Errno::ENOTDIR) => Err(Unusable(format!("{shown} is no directory; configure one"))),
-            Some(_) | None => Err(unusable(error)),
+            Some(_) | None => Err(error.into()),
         },
     }
 }
@@ -145,20 +145,20 @@ fn is_on_root_filesystem(path: &Path, mount: &mountinfo::Entry) -> bool {
 fn lock(meta: &Dir) -> Result<Flock<File>, Unusable> {
     let file = meta
         .open_beneath(LOCK, OFlag::O_RDWR | OFlag::O_CREAT, Mode::S_IRUSR | Mode::S_IWUSR)
-        .map_err(|errno| unusable(meta.failed("create", LOCK, errno)))?;
+        .map_err(|errno| meta.failed("create", LOCK, errno))?;
     Flock::lock(File::from(file), FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
         Errno::EWOULDBLOCK => Unusable(format!(
             "another hostdir process serves it (it holds {}/lock); it can be used when that one has ended",
             meta.path().display()
         )),
-        errno => unusable(meta.failed("lock", LOCK, errno)),
+        errno => meta.failed("lock", LOCK, errno).into(),
     })
 }
 
 /// The identity of the pool; a new one only where no volume can belong to an old one.
 fn identify(meta: &Dir, volumes: &Dir) -> Result<PoolId, Unusable> {
     let path = meta.path().display();
-    if let Some(bytes) = meta.read(IDENTITY).map_err(unusable)? {
+    if let Some(bytes) = meta.read(IDENTITY)? {
         let identity: Identity = serde_json::from_slice(&bytes).map_err(|error| {
             Unusable(format!(
                 "{path}/pool.json cannot be read ({error}); restore it from a backup"
@@ -173,7 +173,7 @@ fn identify(meta: &Dir, volumes: &Dir) -> Result<PoolId, Unusable> {
         }
         return Ok(identity.id);
     }
-    if volumes.names().map_err(unusable)?.next().is_some() {
+    if volumes.names()?.next().is_some() {
         return Err(Unusable(format!(
             "{path}/pool.json is missing, but there are volumes; restore it from a backup, or move the volumes away"
         )));
@@ -186,8 +186,7 @@ fn identify(meta: &Dir, volumes: &Dir) -> Result<PoolId, Unusable> {
     let json = serde_json::to_vec_pretty(&identity).map_err(|error| Unusable(error.to_string()))?;
     meta.write(NEW_IDENTITY, &json)
         .and_then(|()| meta.rename(NEW_IDENTITY, IDENTITY))
-        .and_then(|()| meta.sync())
-        .map_err(unusable)?;
+        .and_then(|()| meta.sync())?;
     Ok(identity.id)
 }
 
@@ -214,10 +213,6 @@ fn volume_of(root: &Path) -> Option<VolumeId> {
     let (data, id, home) = (parts.next()?, parts.next()?, parts.next()?);
     let id = VolumeId::parse(std::str::from_utf8(id).ok()?).ok()?;
     (data == b"data" && home == b"volumes").then_some(id)
-}
-
-fn unusable(error: DiskError) -> Unusable {
-    Unusable(with_cause(&error))
 }
 
 #[cfg(test)]

@@ -40,6 +40,10 @@ impl AccessMode {
 
 /// The options of one bind mount, see mount(8).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is a flag of its own, and any set of them is possible"
+)]
 pub struct MountOptions {
     /// `ro`
     pub read_only: bool,

@@ -13,9 +13,6 @@ pub const VOLUME_ID_MAX: usize = 63;
 /// Ids with this prefix only ever come from [`VolumeId::for_name`]: no literal name can pass for a hashed one.
 const HASHED: &str = "hash-";
 
-/// Hexadecimal digits kept of a SHA-256: 160 bits, far beyond accidental or deliberate collision.
-const HASH_DIGITS: usize = 40;
-
 /// A text that is not a [`VolumeId`], [`PoolName`] or [`NodeName`], and why.
 #[derive(Debug, Error)]
 #[error("{what} {text:?} {why}")]
@@ -61,7 +58,7 @@ impl VolumeId {
     pub fn for_name(name: &str) -> Self {
         match Self::parse(name) {
             Ok(id) if !name.starts_with(HASHED) => id,
-            Ok(_) | Err(_) => Self(format!("{HASHED}{}", &hex_sha256(name)[..HASH_DIGITS])),
+            Ok(_) | Err(_) => Self(hashed(name)),
         }
     }
 
@@ -188,7 +185,7 @@ impl NodeName {
         if self.0.len() <= VOLUME_ID_MAX {
             self.0.clone()
         } else {
-            format!("{HASHED}{}", &hex_sha256(&self.0)[..HASH_DIGITS])
+            hashed(&self.0)
         }
     }
 }
@@ -215,11 +212,14 @@ fn label(text: &str) -> Result<(), &'static str> {
     Ok(())
 }
 
-fn hex_sha256(text: &str) -> String {
-    Sha256::digest(text.as_bytes())
+/// Half of a SHA-256 in hexadecimal. Collisions are not to be feared, and a record holds the whole name besides.
+fn hashed(text: &str) -> String {
+    let digest: [u8; 32] = Sha256::digest(text.as_bytes()).into();
+    let half = digest
         .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect()
+        .take(16)
+        .fold(0_u128, |number, byte| number << 8 | u128::from(*byte));
+    format!("{HASHED}{half:032x}")
 }
 
 #[cfg(test)]

@@ -106,9 +106,10 @@ impl OpenPool {
             );
         }
         for (id, target) in targets {
-            match volumes.entries.get_mut(&id) {
-                Some(entry) => entry.mounts.push(Mount { target, mode: None }),
-                None => warn!(volume.id = %id, %target, pool = %config.name, "mounted, but not a volume of this pool"),
+            if let Some(entry) = volumes.entries.get_mut(&id) {
+                entry.mounts.push(Mount { target, mode: None });
+            } else {
+                warn!(volume.id = %id, %target, pool = %config.name, "mounted, but not a volume of this pool");
             }
         }
         info!(

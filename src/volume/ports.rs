@@ -70,6 +70,20 @@ pub struct DiskError {
     pub source: Box<dyn Error + Send + Sync>,
 }
 
+impl DiskError {
+    /// What was tried and what the kernel said, on one line.
+    #[must_use]
+    pub fn with_cause(&self) -> String {
+        format!("{self}: {}", self.source)
+    }
+}
+
+impl From<DiskError> for Unusable {
+    fn from(error: DiskError) -> Self {
+        Self(error.with_cause())
+    }
+}
+
 /// What a failed step means for the caller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DiskErrorKind {

@@ -86,9 +86,6 @@ impl Limits {
     reason = "a pool's room is exact to 53 bits, which is a byte in 8 PiB; `as` saturates"
 )]
 fn scaled(bytes: Bytes, factor: f64) -> Bytes {
-    if factor == 1.0 {
-        return bytes;
-    }
     Bytes((bytes.0 as f64 * factor) as u64)
 }
 
