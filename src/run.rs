@@ -17,8 +17,9 @@ use crate::volume::Driver;
 /// Threads for calls that block; more calls than that wait their turn. Each is a stack of 2 MiB, touched little.
 const BLOCKING_THREADS: usize = 64;
 
-/// How long running calls may take to end after SIGTERM: below the 30 s that the kubelet waits before SIGKILL.
-const STOP_TIMEOUT: Duration = Duration::from_secs(25);
+/// How long running calls may take to end after SIGTERM: with what comes after it, below the 30 s that the kubelet waits
+/// before SIGKILL. A call cut off by that is as one cut off by a power failure: whole or not at all.
+const STOP_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Runs what the command line asks for, to its end.
 ///
@@ -42,9 +43,9 @@ fn local(args: LocalArgs) -> anyhow::Result<()> {
         .build()
         .context("start the runtime")?;
     info!(node = %driver.node(), endpoint = %endpoint.path().display(), version = env!("CARGO_PKG_VERSION"), "serving");
-    runtime.block_on(csi::serve(&listener, Arc::clone(&driver), stop_signal(&runtime)?))?;
-    // A verb whose caller has gone away still runs: it ends, then the pools are closed in order.
-    runtime.shutdown_timeout(STOP_TIMEOUT);
+    let stop = stop_signal(&runtime)?;
+    runtime.block_on(csi::serve(&listener, Arc::clone(&driver), stop, STOP_TIMEOUT))?;
+    runtime.shutdown_background();
     drop(driver);
     info!("stopped");
     Ok(())

@@ -12,6 +12,7 @@ mod status;
 
 use std::sync::Arc;
 
+use tokio_util::task::TaskTracker;
 use tonic::Status;
 use tracing::{error, warn};
 
@@ -41,6 +42,8 @@ pub const TOPOLOGY_KEY: &str = "topology.hostdir.csi/node";
 #[derive(Clone)]
 struct Services {
     driver: Arc<Driver>,
+    /// The calls that are running.
+    calls: TaskTracker,
 }
 
 impl Services {
@@ -51,7 +54,7 @@ impl Services {
         F: FnOnce(&Driver) -> Result<T, Status> + Send + 'static,
     {
         let driver = Arc::clone(&self.driver);
-        let ended = tokio::task::spawn_blocking(move || verb(&driver)).await;
+        let ended = self.calls.spawn_blocking(move || verb(&driver)).await;
         let answer = ended.unwrap_or_else(|panic| {
             error!(call, %panic, "a call panicked; this is a bug");
             Err(Status::unavailable(format!(

@@ -7,10 +7,14 @@ use std::os::unix::net::{UnixListener as StdListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use thiserror::Error;
 use tokio::net::UnixListener;
+use tokio::sync::Notify;
+use tokio::time::{sleep, timeout};
 use tokio_stream::wrappers::UnixListenerStream;
+use tokio_util::task::TaskTracker;
 use tonic::transport::Server;
 use tracing::{info, warn};
 
@@ -131,21 +135,46 @@ impl Drop for Listener {
     }
 }
 
-/// Serves Identity, Controller and Node until `stop` is ready; running calls are then answered before this returns.
+/// Serves Identity, Controller and Node until `stop` is ready. Running calls are then answered, for `patience` at most.
 ///
 /// # Errors
 /// The socket fails.
-pub async fn serve(listener: &Listener, driver: Arc<Driver>, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
+pub async fn serve(
+    listener: &Listener,
+    driver: Arc<Driver>,
+    stop: impl Future<Output = ()>,
+    patience: Duration,
+) -> anyhow::Result<()> {
     let incoming = UnixListenerStream::new(UnixListener::from_std(listener.listener.try_clone()?)?);
-    let services = Services { driver };
-    Server::builder()
+    let calls = TaskTracker::new();
+    let services = Services {
+        driver,
+        calls: calls.clone(),
+    };
+    let stopping = Notify::new();
+    let serving = Server::builder()
         .add_service(IdentityServer::new(services.clone()))
         .add_service(ControllerServer::new(services.clone()))
         .add_service(NodeServer::new(services))
-        .serve_with_incoming_shutdown(incoming, stop)
-        .await?;
+        .serve_with_incoming_shutdown(incoming, stopping.notified());
+    let stopped = async {
+        stop.await;
+        stopping.notify_one();
+        calls.close();
+        if timeout(patience, calls.wait()).await.is_err() {
+            warn!(calls = calls.len(), "calls are still running; not waiting any longer");
+        }
+        sleep(GOODBYE).await;
+    };
+    tokio::select! {
+        served = serving => served?,
+        () = stopped => info!("a client does not close its connection; not waiting for it"),
+    }
     Ok(())
 }
+
+/// How long clients have to take the last answers and hang up. One that hangs itself must not keep us.
+const GOODBYE: Duration = Duration::from_secs(1);
 
 #[cfg(test)]
 mod tests {

@@ -58,9 +58,8 @@ impl std::str::FromStr for Reserve {
 }
 
 impl Limits {
-    /// Steps in which free space is reported: external-provisioner rewrites a CSIStorageCapacity object whenever a byte
-    /// of it changes (pkg/capacity/capacity.go), and a busy disk changes every second.
-    const STEP: Bytes = Bytes(64 << 20);
+    /// Largest step in which free space is reported, see [`step`].
+    const STEP_MAX: Bytes = Bytes(64 << 20);
 
     /// The largest volume that may be promised now, beside `claimed` bytes promised before.
     ///
@@ -73,9 +72,17 @@ impl Limits {
             Reserve::Percent(percent) => scaled(space.total, percent / 100.0),
         };
         let promised = scaled(space.total, self.overcommit).less(reserve).less(claimed);
-        let free = scaled(space.available.less(reserve), self.overcommit).rounded_down(Self::STEP);
+        let free = scaled(space.available.less(reserve), self.overcommit).rounded_down(step(space.total));
         promised.min(free).rounded_down(Bytes::MIB)
     }
+}
+
+/// Steps in which free space of a filesystem is reported: external-provisioner rewrites a CSIStorageCapacity object
+/// whenever a byte of it changes (pkg/capacity/capacity.go), and a busy disk changes every second.
+fn step(total: Bytes) -> Bytes {
+    Bytes(total.0 / 1024)
+        .clamp(Bytes::MIB, Limits::STEP_MAX)
+        .rounded_down(Bytes::MIB)
 }
 
 /// `bytes × factor`; the factor is finite and not negative ([`Limits`] is checked where it is read).

@@ -1,0 +1,664 @@
+//! Hostile and broken input: a clear error, and nothing outside the pool is touched.
+
+use std::fs;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use hostdir::csi::proto::ValidateVolumeCapabilitiesRequest;
+use hostdir::csi::proto::volume_capability::access_mode::Mode;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::stat::{self, SFlag, mknod};
+use tonic::{Code, Status};
+
+use crate::support::client::{capability, create_request};
+use crate::support::scene::start;
+use crate::support::scratch::{is_mounted, mounts_below, names, remount};
+use crate::support::{Client, Driver, Process, Scratch, skipped, wait_until};
+
+/// A driver, and things beside its pool that must stay as they are.
+struct Place {
+    scratch: Scratch,
+    process: Process,
+    client: Client,
+    outside: Vec<(PathBuf, String)>,
+}
+
+impl Place {
+    fn new(test: &str) -> Option<Self> {
+        let scratch = Scratch::new(test)?;
+        let outside = [
+            "etc/passwd",
+            "pods/neighbour/file",
+            "volumes/pvc-1/volume.json",
+            "outside/file",
+        ];
+        let outside = outside.map(|name| {
+            fs::create_dir_all(scratch.path(name).parent().unwrap()).unwrap();
+            fs::write(scratch.path(name), name).unwrap();
+            (scratch.path(name), name.to_owned())
+        });
+        let (process, client) = start(&Driver::new(&scratch).pool("default", &scratch.path("pool")));
+        Some(Self {
+            scratch,
+            process,
+            client,
+            outside: outside.to_vec(),
+        })
+    }
+
+    fn target(&self) -> PathBuf {
+        self.scratch.path("pods/target")
+    }
+
+    fn data(&self, id: &str) -> PathBuf {
+        self.scratch.path("pool/volumes").join(id).join("data")
+    }
+
+    /// A volume that a pod has used.
+    fn used_volume(&self, id: &str) {
+        self.client.create(id).unwrap();
+        self.client.publish(id, &self.target()).unwrap();
+        self.client.unpublish(id, &self.target()).unwrap();
+    }
+
+    fn delete_and_wait(&self, id: &str) {
+        self.client.delete(id).unwrap();
+        let trash = self.scratch.path("pool/trash");
+        wait_until("the trash is empty", || names(&trash).is_empty());
+        self.check_outside();
+    }
+
+    fn check_outside(&self) {
+        for (path, content) in &self.outside {
+            let now = fs::read_to_string(path).unwrap_or_else(|error| panic!("{} was harmed: {error}", path.display()));
+            assert_eq!(now, *content, "{} was changed", path.display());
+        }
+    }
+}
+
+#[test]
+fn hostile_volume_ids_reach_nothing() {
+    let Some(place) = Place::new("hostile_volume_ids") else {
+        return;
+    };
+    let client = &place.client;
+    let long = "a".repeat(129);
+    let target = place.target();
+    let ids = [
+        "../../etc",
+        "..",
+        ".",
+        "/etc",
+        "/",
+        "a/b",
+        "a/../b",
+        ".hostdir",
+        "",
+        "a\0b",
+        "a\nb",
+        "ä",
+        "\u{202e}x",
+        &long,
+        "PVC-1",
+        "pvc_1",
+        "-a",
+        "pvc-1/data",
+        "$(id)",
+        "a;b",
+        "*",
+        "%2e%2e",
+    ];
+    for id in ids {
+        let validate = ValidateVolumeCapabilitiesRequest {
+            volume_id: id.to_owned(),
+            volume_capabilities: vec![capability(Mode::SingleNodeWriter, &[])],
+            ..ValidateVolumeCapabilitiesRequest::default()
+        };
+        let answers: [(&str, Result<(), Status>); 5] = [
+            ("delete", client.delete(id)),
+            ("publish", client.publish(id, &target)),
+            ("unpublish", client.unpublish(id, &target)),
+            ("stats", client.stats(id, "/").map(drop)),
+            (
+                "validate",
+                client
+                    .wait(client.controller().validate_volume_capabilities(validate))
+                    .map(drop),
+            ),
+        ];
+        for (call, answer) in answers {
+            let status = answer.expect_err(id);
+            assert_eq!(status.code(), Code::InvalidArgument, "{call} of {id:?}: {status}");
+            assert!(
+                status.message().contains("volume_id") || status.message().contains("volume id"),
+                "{status}"
+            );
+        }
+    }
+    place.check_outside();
+    assert!(!target.exists());
+    assert_eq!(names(place.scratch.path("pool")), [".hostdir", "trash", "volumes"]);
+}
+
+#[test]
+fn hostile_names_become_harmless_ids() {
+    let Some(place) = Place::new("hostile_names") else {
+        return;
+    };
+    for name in [
+        "../../etc",
+        "/etc",
+        "..",
+        ".hostdir",
+        "a b",
+        "ÄÖÜ",
+        "$(reboot)",
+        "PVC-1",
+        &"x".repeat(128),
+    ] {
+        let volume = place.client.create(name).unwrap();
+        assert!(
+            volume.volume_id.starts_with("hash-"),
+            "{name} became {}",
+            volume.volume_id
+        );
+        assert_eq!(place.client.create(name).unwrap(), volume);
+        place.client.publish(&volume.volume_id, &place.target()).unwrap();
+        place.client.unpublish(&volume.volume_id, &place.target()).unwrap();
+        place.client.delete(&volume.volume_id).unwrap();
+    }
+    for name in ["", "a\0b", "a\nb", "\u{7f}", &"x".repeat(129)] {
+        let status = place.client.create_as(create_request(name)).unwrap_err();
+        assert_eq!(status.code(), Code::InvalidArgument, "{name:?}");
+    }
+    place.check_outside();
+}
+
+#[test]
+fn hostile_targets_are_refused() {
+    let Some(place) = Place::new("hostile_targets") else {
+        return;
+    };
+    let pods = place.scratch.path("pods");
+    place.used_volume("pvc-1");
+    symlink(place.scratch.path("outside"), pods.join("link")).unwrap();
+    symlink("/nowhere", pods.join("dangling")).unwrap();
+    fs::write(pods.join("file"), "in the way").unwrap();
+    let in_pods = |name: &str| pods.join(name).display().to_string();
+    let cases = [
+        ("pods/a".to_owned(), Code::InvalidArgument, "absolute"),
+        (in_pods("../pods/a"), Code::InvalidArgument, "'..'"),
+        (in_pods("./a"), Code::InvalidArgument, "'.'"),
+        ("/".to_owned(), Code::InvalidArgument, "root"),
+        (in_pods("a\0b"), Code::InvalidArgument, "NUL"),
+        (format!("/{}", "a/".repeat(3000)), Code::InvalidArgument, "longer"),
+        (in_pods("link/a"), Code::InvalidArgument, "symbolic link"),
+        (in_pods("missing/a"), Code::InvalidArgument, "does not exist"),
+        (in_pods("file/a"), Code::InvalidArgument, "no directory"),
+        (in_pods("link"), Code::FailedPrecondition, "no directory"),
+        (in_pods("dangling"), Code::FailedPrecondition, "no directory"),
+        (in_pods("file"), Code::FailedPrecondition, "no directory"),
+        (in_pods("neighbour"), Code::FailedPrecondition, "files in it"),
+    ];
+    for (target, code, word) in cases {
+        let status = place
+            .client
+            .publish_as("pvc-1", &target, crate::support::Mount::default())
+            .expect_err(&target);
+        assert_eq!(status.code(), code, "{target:.80}: {status}");
+        assert!(
+            status.message().contains(word) && status.message().contains("pvc-1"),
+            "{word}: {status}"
+        );
+        if code == Code::FailedPrecondition {
+            place
+                .client
+                .unpublish_at("pvc-1", &target)
+                .expect_err("unpublish removed what hostdir did not make");
+        }
+        place.check_outside();
+    }
+    assert_eq!(fs::read_to_string(pods.join("file")).unwrap(), "in the way");
+    assert_eq!(fs::read_link(pods.join("dangling")).unwrap(), Path::new("/nowhere"));
+    assert_eq!(names(place.scratch.path("outside")), ["file"]);
+    assert!(!pods.join("missing").exists());
+}
+
+#[test]
+fn a_foreign_mount_at_the_target_is_left_alone() {
+    let Some(place) = Place::new("a_foreign_mount") else {
+        return;
+    };
+    place.used_volume("pvc-1");
+    place.used_volume("pvc-2");
+    let target = place.target();
+    let foreign = place.scratch.tmpfs("pods/target", "1M");
+    fs::write(foreign.join("file"), "foreign").unwrap();
+    let status = place.client.publish("pvc-1", &target).unwrap_err();
+    assert_eq!(status.code(), Code::AlreadyExists, "{status}");
+    let status = place.client.unpublish("pvc-1", &target).unwrap_err();
+    assert!(status.message().contains("not this volume"), "{status}");
+    assert_eq!(fs::read_to_string(target.join("file")).unwrap(), "foreign");
+    umount2(&target, MntFlags::empty()).unwrap();
+
+    // Another volume of ours is as foreign.
+    place.client.publish("pvc-2", &target).unwrap();
+    assert_eq!(
+        place.client.publish("pvc-1", &target).unwrap_err().code(),
+        Code::AlreadyExists
+    );
+    place
+        .client
+        .unpublish("pvc-1", &target)
+        .expect_err("the wrong volume was unmounted");
+    assert!(is_mounted(&target));
+    place.client.unpublish("pvc-2", &target).unwrap();
+}
+
+#[test]
+fn whatever_a_tenant_plants_is_erased_and_leads_nowhere() {
+    let Some(place) = Place::new("whatever_a_tenant_plants") else {
+        return;
+    };
+    place.used_volume("pvc-1");
+    let data = place.data("pvc-1");
+    let mode = stat::Mode::from_bits_truncate(0o600);
+    for dir in ["", "dir", "dir/deep"] {
+        let dir = data.join(dir);
+        fs::create_dir_all(&dir).unwrap();
+        symlink(place.scratch.path("outside"), dir.join("link-to-dir")).unwrap();
+        symlink(place.scratch.path("outside/file"), dir.join("link-to-file")).unwrap();
+        symlink("/", dir.join("link-to-root")).unwrap();
+        symlink("..", dir.join("link-up")).unwrap();
+        mknod(&dir.join("fifo"), SFlag::S_IFIFO, mode, 0).unwrap();
+        mknod(&dir.join("disk"), SFlag::S_IFBLK, mode, stat::makedev(7, 0)).unwrap();
+        mknod(&dir.join("null"), SFlag::S_IFCHR, mode, stat::makedev(1, 3)).unwrap();
+        drop(UnixListener::bind(dir.join("socket")).unwrap());
+        fs::hard_link(place.scratch.path("outside/file"), dir.join("hard-link")).unwrap();
+        fs::write(dir.join(std::ffi::OsStr::from_bytes(b"not \xff utf-8 \n")), "x").unwrap();
+        fs::write(dir.join("n".repeat(255)), "x").unwrap();
+        fs::set_permissions(&dir, fs::Permissions::from_mode(0o000)).unwrap();
+    }
+    place.delete_and_wait("pvc-1");
+    assert_eq!(fs::metadata(place.scratch.path("outside/file")).unwrap().nlink(), 1);
+}
+
+#[test]
+fn a_data_directory_that_became_a_link_is_not_followed() {
+    let Some(place) = Place::new("a_data_directory_that_became_a_link") else {
+        return;
+    };
+    place.used_volume("pvc-1");
+    fs::remove_dir(place.data("pvc-1")).unwrap();
+    symlink(place.scratch.path("outside"), place.data("pvc-1")).unwrap();
+    place
+        .client
+        .publish("pvc-1", &place.target())
+        .expect_err("a link was mounted");
+    assert!(!place.target().exists());
+    place.delete_and_wait("pvc-1");
+
+    // A whole volume directory replaced by a link.
+    place.used_volume("pvc-2");
+    fs::rename(place.scratch.path("pool/volumes/pvc-2"), place.scratch.path("moved")).unwrap();
+    symlink(place.scratch.path("moved"), place.scratch.path("pool/volumes/pvc-2")).unwrap();
+    place
+        .client
+        .publish("pvc-2", &place.target())
+        .expect_err("a link was mounted");
+    place.delete_and_wait("pvc-2");
+    assert!(place.scratch.path("moved/data").exists());
+}
+
+#[test]
+fn a_tree_of_4000_levels_is_erased() {
+    let Some(place) = Place::new("a_tree_of_4000_levels") else {
+        return;
+    };
+    place.used_volume("pvc-1");
+    let mut dir: std::os::fd::OwnedFd = fs::File::open(place.data("pvc-1")).unwrap().into();
+    for _ in 0..4000 {
+        stat::mkdirat(&dir, "d", stat::Mode::S_IRWXU).unwrap();
+        let flags = nix::fcntl::OFlag::O_DIRECTORY;
+        dir = nix::fcntl::openat(&dir, "d", flags, stat::Mode::empty()).unwrap();
+    }
+    drop(dir);
+    place.delete_and_wait("pvc-1");
+}
+
+#[test]
+fn a_million_files_are_erased_while_others_are_served() {
+    let Some(place) = Place::new("a_million_files") else {
+        return;
+    };
+    place.used_volume("pvc-1");
+    let dir = fs::File::open(place.data("pvc-1")).unwrap();
+    for number in 0..1_000_000 {
+        stat::mknodat(
+            &dir,
+            format!("{number}").as_str(),
+            SFlag::S_IFREG,
+            stat::Mode::S_IRWXU,
+            0,
+        )
+        .unwrap();
+    }
+    drop(dir);
+    place.client.delete("pvc-1").unwrap();
+    assert!(
+        !names(place.scratch.path("pool/trash")).is_empty(),
+        "the delete waited for the eraser"
+    );
+    // Another volume lives its whole life meanwhile, also one of the same name.
+    for id in ["pvc-1", "pvc-2"] {
+        place.used_volume(id);
+        place.client.delete(id).unwrap();
+    }
+    crate::support::wait_for(std::time::Duration::from_secs(600), "the trash is empty", || {
+        names(place.scratch.path("pool/trash")).is_empty()
+    });
+}
+
+#[test]
+fn immutable_files_are_erased() {
+    let test = "immutable_files";
+    let Some(place) = Place::new(test) else { return };
+    place.used_volume("pvc-1");
+    let data = place.data("pvc-1");
+    fs::create_dir_all(data.join("dir/deep")).unwrap();
+    for name in ["file", "log", "dir/file", "dir/deep/file"] {
+        fs::write(data.join(name), "x").unwrap();
+    }
+    let flags = [
+        ("+i", "file"),
+        ("+a", "log"),
+        ("+i", "dir/deep/file"),
+        ("+i", "dir/deep"),
+        ("+a", "dir"),
+        ("+i", ""),
+    ];
+    for (flag, name) in flags {
+        let output = Command::new("chattr")
+            .arg(flag)
+            .arg(data.join(name))
+            .output()
+            .expect("run chattr");
+        if !output.status.success() {
+            return skipped(
+                test,
+                &format!(
+                    "the filesystem has no flags: {}",
+                    String::from_utf8_lossy(&output.stderr)
+                ),
+            );
+        }
+    }
+    assert!(fs::write(data.join("file"), "y").is_err(), "chattr has no effect");
+    place.delete_and_wait("pvc-1");
+}
+
+#[test]
+fn what_is_mounted_in_a_deleted_volume_is_not_erased() {
+    let Some(place) = Place::new("what_is_mounted_in_a_deleted_volume") else {
+        return;
+    };
+    place.used_volume("pvc-1");
+    let data = place.data("pvc-1");
+    for name in ["dir/on-dir", "plain"] {
+        fs::create_dir_all(data.join(name)).unwrap();
+    }
+    fs::write(data.join("dir/on-file"), "").unwrap();
+    let mounts = [
+        ("outside", data.join("dir/on-dir")),
+        ("outside/file", data.join("dir/on-file")),
+    ];
+    for (from, to) in &mounts {
+        mount(
+            Some(&place.scratch.path(from)),
+            to,
+            None::<&str>,
+            MsFlags::MS_BIND,
+            None::<&str>,
+        )
+        .unwrap();
+    }
+    place.client.delete("pvc-1").unwrap();
+    place.process.wait_for_log("something is mounted on it");
+    place.check_outside();
+    // All the rest is gone, and so are these as soon as nothing is mounted there.
+    for mount_point in mounts_below(&place.scratch.path("pool")) {
+        umount2(&mount_point, MntFlags::empty()).unwrap();
+    }
+    let Place {
+        scratch,
+        process,
+        outside,
+        ..
+    } = place;
+    process.kill();
+    let (process, client) = start(&Driver::new(&scratch).pool("default", &scratch.path("pool")));
+    let place = Place {
+        scratch,
+        process,
+        client,
+        outside,
+    };
+    wait_until("the trash is empty", || {
+        names(place.scratch.path("pool/trash")).is_empty()
+    });
+    place.check_outside();
+}
+
+#[test]
+fn broken_and_foreign_things_in_the_pool_are_named_and_left_alone() {
+    let Some(place) = Place::new("broken_and_foreign_things") else {
+        return;
+    };
+    let volumes = place.scratch.path("pool/volumes");
+    for id in ["torn", "newer", "foreign", "missing", "fine"] {
+        place.used_volume(id);
+        fs::write(place.data(id).join("file"), "data").unwrap();
+    }
+    fs::write(volumes.join("torn/volume.json"), "{\"format\": 1, \"id").unwrap();
+    let record = fs::read_to_string(volumes.join("newer/volume.json")).unwrap();
+    fs::write(
+        volumes.join("newer/volume.json"),
+        record.replace("\"format\": 1", "\"format\": 2"),
+    )
+    .unwrap();
+    fs::copy(volumes.join("fine/volume.json"), volumes.join("foreign/volume.json")).unwrap();
+    fs::remove_file(volumes.join("missing/volume.json")).unwrap();
+    fs::create_dir(volumes.join("Not A Volume")).unwrap();
+    fs::write(volumes.join("README"), "notes").unwrap();
+
+    let Place {
+        scratch,
+        process,
+        outside,
+        ..
+    } = place;
+    process.kill();
+    let (process, client) = start(&Driver::new(&scratch).pool("default", &scratch.path("pool")));
+    let place = Place {
+        scratch,
+        process,
+        client,
+        outside,
+    };
+    for (id, word) in [
+        ("torn", "EOF"),
+        ("newer", "format 2"),
+        ("foreign", "volume fine"),
+        ("missing", "missing"),
+    ] {
+        for status in [
+            place.client.publish(id, &place.target()).unwrap_err(),
+            place.client.create(id).unwrap_err(),
+        ] {
+            assert_eq!(status.code(), Code::FailedPrecondition);
+            assert!(
+                status.message().contains(word) && status.message().contains(id),
+                "{word}: {status}"
+            );
+        }
+        assert!(place.data(id).join("file").exists(), "data of {id} was touched");
+        place.delete_and_wait(id);
+    }
+    assert_eq!(place.client.list(0), ["fine"]);
+    assert_eq!(names(&volumes), ["Not A Volume", "README", "fine"]);
+}
+
+/// The driver with this pool; it starts, but says what is wrong with the pool.
+fn unusable(driver: &Driver, word: &str) -> (Process, Client) {
+    let (process, client) = start(driver);
+    let status = client.probe().expect_err(word);
+    assert_eq!(status.code(), Code::FailedPrecondition);
+    assert!(status.message().contains(word), "{word:?} is not in {status}");
+    assert_eq!(client.create("pvc-1").unwrap_err().code(), Code::Unavailable);
+    assert_eq!(client.delete("pvc-1").unwrap_err().code(), Code::Unavailable);
+    assert_eq!(client.capacity("default"), 0);
+    (process, client)
+}
+
+#[test]
+fn a_pool_that_is_a_link_or_a_file_is_refused() {
+    let Some(scratch) = Scratch::new("a_pool_that_is_a_link") else {
+        return;
+    };
+    let real = scratch.mkdir("real");
+    symlink(&real, scratch.path("link")).unwrap();
+    fs::write(scratch.path("file"), "x").unwrap();
+    let driver = |pool: PathBuf| Driver::new(&scratch).pool("default", &pool);
+    drop(unusable(&driver(scratch.path("link")), "symbolic link"));
+    drop(unusable(&driver(scratch.path("link/pool")), "symbolic link"));
+    drop(unusable(&driver(scratch.path("file")), "no directory"));
+    drop(unusable(&driver(scratch.path("no/such/parent")), "cannot be made"));
+    assert_eq!(names(&real), [""; 0]);
+}
+
+#[test]
+fn a_pool_that_is_absent_is_used_as_soon_as_it_is_there() {
+    let Some(scratch) = Scratch::new("a_pool_that_is_absent") else {
+        return;
+    };
+    let driver = Driver::new(&scratch).pool("default", &scratch.path("disk/pool"));
+    let (_process, client) = unusable(&driver, "does not exist");
+    scratch.mkdir("disk");
+    client.probe().expect("it is there now");
+    client.create("pvc-1").unwrap();
+}
+
+#[test]
+fn a_disk_that_is_not_mounted_is_not_taken_for_an_empty_pool() {
+    let Some(scratch) = Scratch::new("a_disk_that_is_not_mounted") else {
+        return;
+    };
+    let disk = scratch.mkdir("disk");
+    let config = format!(
+        "pools: [{{name: default, path: {}/pool, requireMount: true}}]\n",
+        disk.display()
+    );
+    fs::write(scratch.path("config.yaml"), config).unwrap();
+    let driver = Driver::new(&scratch)
+        .arg("--config")
+        .arg(scratch.path("config.yaml").display().to_string());
+    drop(unusable(&driver, "requireMount is set"));
+    assert_eq!(names(&disk), [""; 0], "a pool was made on the wrong filesystem");
+    fs::create_dir(disk.join("pool")).unwrap();
+    drop(unusable(&driver, "not on a disk of its own"));
+    assert_eq!(names(disk.join("pool")), [""; 0]);
+    scratch.tmpfs("disk", "16M");
+    fs::create_dir(disk.join("pool")).unwrap();
+    let (_process, client) = start(&driver);
+    client.probe().expect("the disk is mounted");
+}
+
+#[test]
+fn a_read_only_pool_says_so() {
+    let Some(scratch) = Scratch::new("a_read_only_pool") else {
+        return;
+    };
+    let disk = scratch.tmpfs("disk", "16M");
+    let driver = Driver::new(&scratch).pool("default", &disk);
+    let target = scratch.mkdir("pods").join("a");
+    let (process, client) = start(&driver);
+    client.create("pvc-1").unwrap();
+    client.publish("pvc-1", &target).unwrap();
+    drop((process, client));
+    remount(&disk, MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY);
+    let (_process, client) = unusable(&driver, "Read-only file system");
+    client
+        .unpublish("pvc-1", &target)
+        .expect("pods end on a read-only disk");
+}
+
+#[test]
+fn a_full_pool_answers_clearly_and_deletes_still_work() {
+    let Some(scratch) = Scratch::new("a_full_pool") else {
+        return;
+    };
+    let disk = scratch.tmpfs("disk", "4M");
+    let (_process, client) = start(&Driver::new(&scratch).pool("default", &disk));
+    let target = scratch.mkdir("pods").join("a");
+    for id in ["pvc-1", "pvc-2"] {
+        client.create(id).unwrap();
+    }
+    client.publish("pvc-1", &target).unwrap();
+    while fs::write(target.join(format!("fill-{}", names(&target).len())), vec![0; 64 << 10]).is_ok() {}
+    let _ = fs::write(target.join("last"), vec![0; 1]);
+    client.probe().expect("a full pool is no broken pool");
+    assert_eq!(client.capacity("default"), 0);
+    let status = client.create("pvc-3").unwrap_err();
+    assert_eq!(status.code(), Code::ResourceExhausted, "{status}");
+    let status = client.publish("pvc-2", &scratch.path("pods/b")).unwrap_err();
+    assert_eq!(status.code(), Code::ResourceExhausted, "{status}");
+    assert!(status.message().contains("No space left"), "{status}");
+    client.unpublish("pvc-1", &target).unwrap();
+    client.delete("pvc-1").unwrap();
+    wait_until("the trash is empty", || names(disk.join("trash")).is_empty());
+    client
+        .publish("pvc-2", &scratch.path("pods/b"))
+        .expect("there is room again");
+}
+
+#[test]
+fn a_pool_without_its_identity_is_refused_while_it_has_volumes() {
+    let Some(place) = Place::new("a_pool_without_its_identity") else {
+        return;
+    };
+    place.used_volume("pvc-1");
+    let identity = place.scratch.path("pool/.hostdir/pool.json");
+    let content = fs::read(&identity).unwrap();
+    let Place { scratch, process, .. } = place;
+    process.kill();
+    let driver = Driver::new(&scratch).pool("default", &scratch.path("pool"));
+    fs::remove_file(&identity).unwrap();
+    drop(unusable(&driver, "pool.json is missing"));
+    assert!(!identity.exists());
+    fs::write(&identity, "{").unwrap();
+    drop(unusable(&driver, "pool.json cannot be read"));
+    fs::write(&identity, content).unwrap();
+    let (_process, client) = start(&driver);
+    assert_eq!(client.list(0), ["pvc-1"]);
+}
+
+#[test]
+fn one_bad_pool_does_not_stop_the_others() {
+    let Some(scratch) = Scratch::new("one_bad_pool") else {
+        return;
+    };
+    let driver = Driver::new(&scratch)
+        .pool("default", &scratch.path("pool"))
+        .pool("bad", &scratch.path("no/disk"));
+    let (_process, client) = start(&driver);
+    let status = client.probe().unwrap_err();
+    assert!(
+        status.message().contains("pool bad") && !status.message().contains("pool default"),
+        "{status}"
+    );
+    client.create("pvc-1").unwrap();
+    client.publish("pvc-1", &scratch.mkdir("pods").join("a")).unwrap();
+}

@@ -1,0 +1,234 @@
+//! The process: its socket, its pools, its end, its log.
+
+use std::fs;
+
+use hostdir::csi::proto::volume_capability::access_mode::Mode;
+use hostdir::csi::proto::{CreateVolumeRequest, DeleteVolumeRequest, NodeGetInfoRequest, NodePublishVolumeRequest};
+use nix::errno::Errno;
+use nix::sys::signal::Signal;
+use tonic::Code;
+
+use crate::support::client::{capability, create_request, map};
+use crate::support::faults::{Fault, Step};
+use crate::support::scene::start;
+use crate::support::scratch::names;
+use crate::support::{Driver, Scratch, wait_until};
+
+#[test]
+fn one_operation_at_a_time_per_volume_and_different_ones_in_parallel() {
+    let Some(scratch) = Scratch::new("one_operation_at_a_time") else {
+        return;
+    };
+    let driver = Driver::new(&scratch)
+        .pool("default", &scratch.path("pool"))
+        .with_faults();
+    let (mut process, client) = start(&driver);
+    let other = process.connect();
+    client.create("pvc-2").unwrap();
+    std::thread::scope(|scope| {
+        process.faults().arm(Step::Named("mkdirat", 0), Fault::Hold);
+        let first = scope.spawn(|| client.create("pvc-1"));
+        wait_until("the first call is under way", || process.faults().holds());
+        for answer in [
+            other.create("pvc-1").map(drop),
+            other.delete("pvc-1"),
+            other.publish("pvc-1", &scratch.path("t")),
+        ] {
+            let status = answer.unwrap_err();
+            assert_eq!(status.code(), Code::Aborted);
+            assert!(status.message().contains("pvc-1"), "{status}");
+        }
+        other.publish("pvc-2", &scratch.path("t")).expect("another volume");
+        other.probe().expect("the driver as a whole");
+        process.faults().release();
+        first.join().expect("no panic").expect("the first call");
+    });
+    client.create("pvc-1").expect("the same call again");
+}
+
+#[test]
+fn sigterm_lets_running_calls_end_and_leaves_no_socket() {
+    let Some(scratch) = Scratch::new("sigterm") else { return };
+    let driver = Driver::new(&scratch)
+        .pool("default", &scratch.path("pool"))
+        .with_faults();
+    let (mut process, client) = start(&driver);
+    std::thread::scope(|scope| {
+        process.faults().arm(Step::Named("mkdirat", 0), Fault::Hold);
+        let call = scope.spawn(|| client.create("pvc-1"));
+        wait_until("the call is under way", || process.faults().holds());
+        process.signal(Signal::SIGTERM);
+        process.wait_for_log("stopping");
+        process.faults().release();
+        call.join().expect("no panic").expect("the call that was running");
+    });
+    assert!(process.ended().success(), "{}", process.log());
+    assert!(!driver.socket.exists(), "the socket was left behind");
+    let (restarted, client) = start(&driver);
+    assert_eq!(client.list(0), ["pvc-1"]);
+    assert!(restarted.stop().success());
+}
+
+#[test]
+fn a_stale_socket_is_replaced_and_a_live_one_refused() {
+    let Some(scratch) = Scratch::new("a_stale_socket") else {
+        return;
+    };
+    let driver = Driver::new(&scratch).pool("default", &scratch.path("pool"));
+    driver.start().kill();
+    assert!(driver.socket.exists());
+    let (_process, client) = start(&driver);
+    let refusal = driver.refuses();
+    assert!(refusal.contains("another process is listening"), "{refusal}");
+    client.probe().expect("the first one still answers");
+    fs::remove_file(&driver.socket).unwrap();
+    fs::write(&driver.socket, "a file").unwrap();
+    let refusal = driver.refuses();
+    assert!(refusal.contains("is no socket"), "{refusal}");
+}
+
+#[test]
+fn a_second_process_on_a_pool_says_so_and_takes_over_when_the_first_ends() {
+    let Some(scratch) = Scratch::new("a_second_process") else {
+        return;
+    };
+    let pool = scratch.path("pool");
+    let (first, client) = start(&Driver::new(&scratch).pool("default", &pool));
+    client.create("pvc-1").unwrap();
+    let mut second = Driver::new(&scratch).pool("default", &pool);
+    second.socket = scratch.path("second.sock");
+    let (_second, other) = start(&second);
+    for status in [other.probe().unwrap_err(), other.create("pvc-2").unwrap_err()] {
+        assert!(
+            status.message().contains("another hostdir process serves it"),
+            "{status}"
+        );
+    }
+    first.kill();
+    other.probe().expect("the pool is free");
+    assert_eq!(other.list(0), ["pvc-1"]);
+}
+
+#[test]
+fn mistakes_on_the_command_line_are_named() {
+    let Some(scratch) = Scratch::new("mistakes_on_the_command_line") else {
+        return;
+    };
+    let pool = scratch.path("pool");
+    for (driver, word) in [
+        (Driver::new(&scratch), "no pool is configured"),
+        (Driver::new(&scratch).arg("--pool").arg("default"), "NAME=PATH"),
+        (Driver::new(&scratch).pool("Default", &pool), "pool name"),
+        (
+            Driver::new(&scratch).pool("default", "relative".as_ref()),
+            "must be absolute",
+        ),
+        (
+            Driver::new(&scratch)
+                .pool("default", &pool)
+                .pool("default", &scratch.path("b")),
+            "configured twice",
+        ),
+        (
+            Driver::new(&scratch).arg("--config").arg("/no/such/file"),
+            "/no/such/file",
+        ),
+    ] {
+        let refusal = driver.refuses();
+        assert!(refusal.contains(word), "{word:?} is not in {refusal}");
+    }
+    assert!(!pool.exists());
+}
+
+#[test]
+fn the_log_is_json_and_has_no_secrets() {
+    let Some(scratch) = Scratch::new("the_log_is_json") else {
+        return;
+    };
+    let driver = Driver::new(&scratch).pool("default", &scratch.path("pool"));
+    let driver = driver.arg("--log-format").arg("json").arg("--log-level=trace");
+    let (process, client) = start(&driver);
+    let secrets = || map(&[("password", "s3cr3t-value")]);
+    let create = || CreateVolumeRequest {
+        secrets: secrets(),
+        ..create_request("pvc-1")
+    };
+    client.create_as(create()).unwrap();
+    client
+        .create_as(CreateVolumeRequest {
+            parameters: map(&[("x", "1")]),
+            ..create()
+        })
+        .unwrap_err();
+    let publish = |target: &str, volume_id: &str| NodePublishVolumeRequest {
+        volume_id: volume_id.into(),
+        target_path: target.into(),
+        volume_capability: Some(capability(Mode::SingleNodeWriter, &[])),
+        secrets: secrets(),
+        volume_context: map(&[("csi.storage.k8s.io/serviceAccount.tokens", "t0k3n-value")]),
+        publish_context: map(&[("device", "publ1sh-value")]),
+        ..NodePublishVolumeRequest::default()
+    };
+    let target = scratch.path("t").display().to_string();
+    client
+        .wait(client.node().node_publish_volume(publish(&target, "pvc-1")))
+        .unwrap();
+    client
+        .wait(client.node().node_publish_volume(publish("relative", "pvc-1")))
+        .unwrap_err();
+    client
+        .wait(client.node().node_publish_volume(publish(&target, "pvc-2")))
+        .unwrap_err();
+    let delete = DeleteVolumeRequest {
+        volume_id: "pvc-1".into(),
+        secrets: secrets(),
+    };
+    client.wait(client.controller().delete_volume(delete)).unwrap_err();
+    let log = process.log();
+    for line in log.lines() {
+        let line: serde_json::Value = serde_json::from_str(line).expect("each line is JSON");
+        assert!(line["level"].is_string() && line["timestamp"].is_string(), "{line}");
+    }
+    assert!(
+        log.contains("volume created") && log.contains("\"volume.id\":\"pvc-1\""),
+        "{log}"
+    );
+    for secret in ["s3cr3t", "t0k3n", "publ1sh"] {
+        assert!(!log.contains(secret), "{secret} was logged");
+    }
+}
+
+#[test]
+fn a_node_name_longer_than_a_label_has_a_topology_all_the_same() {
+    let Some(scratch) = Scratch::new("a_long_node_name") else {
+        return;
+    };
+    let name = format!("{}.example.com", "n".repeat(100));
+    let driver = Driver::on_node(&scratch, &name).pool("default", &scratch.path("pool"));
+    let (_process, client) = start(&driver);
+    let info = client.wait(client.node().node_get_info(NodeGetInfoRequest {})).unwrap();
+    assert_eq!(info.node_id, name);
+    let segment = info.accessible_topology.unwrap().segments["topology.hostdir.csi/node"].clone();
+    assert!(segment.len() <= 63 && segment.starts_with("hash-"), "{segment}");
+}
+
+#[test]
+fn a_sync_that_failed_is_made_good_before_the_next_answer() {
+    let Some(scratch) = Scratch::new("a_sync_that_failed") else {
+        return;
+    };
+    let driver = Driver::new(&scratch)
+        .pool("default", &scratch.path("pool"))
+        .with_faults();
+    let (process, client) = start(&driver);
+    client.create("pvc-0").unwrap();
+    // The third sync is that of the directory into which the volume was renamed.
+    process.faults().arm(Step::Named("fsync", 2), Fault::Fail(Errno::EIO));
+    assert_eq!(client.create("pvc-1").unwrap_err().code(), Code::Unavailable);
+    process.faults().arm(Step::Never, Fault::Die);
+    client.create("pvc-1").unwrap();
+    let steps = process.faults().disarm();
+    assert!(steps.contains(&"fsync"), "answered without a sync: {steps:?}");
+    assert_eq!(names(scratch.path("pool/volumes")), ["pvc-0", "pvc-1"]);
+    assert!(client.capacity("default") > 0);
+}
