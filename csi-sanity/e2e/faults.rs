@@ -63,7 +63,7 @@ fn check_refusal(scene: &Scene, call: Call, status: &Status, at: &str) {
         match call {
             Call::Create => assert!(!scene.exists(), "{at}: refused for good, but there: {message}"),
             Call::FirstPublish | Call::LaterPublish => {
-                assert!(!scene.is_mounted(), "{at}: refused, but mounted: {message}")
+                assert!(!scene.is_mounted(), "{at}: refused, but mounted: {message}");
             }
             Call::DeleteUnused | Call::DeleteAndErase => assert!(scene.exists(), "{at}: refused, but gone: {message}"),
             Call::Unpublish => {}

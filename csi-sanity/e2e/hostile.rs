@@ -357,7 +357,7 @@ fn a_million_files_are_erased_while_others_are_served() {
         place.used_volume(id);
         place.client.delete(id).unwrap();
     }
-    crate::support::wait_for(std::time::Duration::from_secs(600), "the trash is empty", || {
+    crate::support::wait_for(std::time::Duration::from_mins(10), "the trash is empty", || {
         names(place.scratch.path("pool/trash")).is_empty()
     });
 }

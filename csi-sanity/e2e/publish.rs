@@ -143,13 +143,15 @@ fn a_pod_that_is_not_root_writes_through_its_group() {
     assert!(write(&target, 1000, 1000), "the owner cannot write");
 }
 
+type Flags = &'static [&'static str];
+
 #[test]
 fn mount_options_are_set_before_anybody_sees_the_mount() {
     let Some(node) = Node::new("mount_options_are_set") else {
         return;
     };
     node.client.create("pvc-1").unwrap();
-    let cases: [(&str, bool, Mode, &[&'static str], &[&str]); 5] = [
+    let cases: [(&str, bool, Mode, Flags, Flags); 5] = [
         ("plain", false, Mode::SingleNodeMultiWriter, &[], &["rw"]),
         ("read-only", true, Mode::SingleNodeMultiWriter, &[], &["ro"]),
         ("reader", false, Mode::SingleNodeReaderOnly, &[], &["ro"]),

@@ -26,12 +26,13 @@ fn small(test: &str) -> Option<(Scratch, Process, Client)> {
     Some((scratch, process, client))
 }
 
-fn topology(node: &str) -> Option<TopologyRequirement> {
+/// Nowhere but on this node.
+fn only_on(node: &str) -> TopologyRequirement {
     let segments = map(&[("topology.hostdir.csi/node", node)]);
-    Some(TopologyRequirement {
+    TopologyRequirement {
         requisite: vec![Topology { segments }],
         preferred: Vec::new(),
-    })
+    }
 }
 
 /// Refused with `code`, in words that hold `word`.
@@ -86,12 +87,12 @@ fn a_name_is_taken_by_one_size_one_class_and_one_node() {
         "other parameters",
     );
     let there = CreateVolumeRequest {
-        accessibility_requirements: topology("node-b"),
+        accessibility_requirements: Some(only_on("node-b")),
         ..request()
     };
     refused(&client, there, Code::AlreadyExists, "another topology");
     let here = CreateVolumeRequest {
-        accessibility_requirements: topology("node-a"),
+        accessibility_requirements: Some(only_on("node-a")),
         ..request()
     };
     client.create_as(here).unwrap();
@@ -104,7 +105,7 @@ fn what_cannot_be_here_is_refused_so_that_the_pod_goes_elsewhere() {
     };
     let request = || create_request("pvc-1");
     let there = CreateVolumeRequest {
-        accessibility_requirements: topology("node-b"),
+        accessibility_requirements: Some(only_on("node-b")),
         ..request()
     };
     refused(&client, there, Code::ResourceExhausted, "does not include this node");

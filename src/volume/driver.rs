@@ -467,3 +467,7 @@ fn bind(target: &TargetPath, source: BindError) -> Reason {
         source,
     }
 }
+
+#[cfg(test)]
+#[path = "driver_tests.rs"]
+mod tests;

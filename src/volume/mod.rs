@@ -11,6 +11,8 @@ pub mod access;
 mod driver;
 mod error;
 pub mod id;
+#[cfg(test)]
+mod memory;
 mod operations;
 mod pool;
 pub mod ports;

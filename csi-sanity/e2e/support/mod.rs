@@ -15,7 +15,7 @@ pub(crate) use driver::{Driver, Process};
 pub(crate) use scratch::Scratch;
 
 /// How long anything may take that is waited for. Far beyond what it takes: a test that fails by this has failed.
-pub(crate) const DEADLINE: Duration = Duration::from_secs(60);
+pub(crate) const DEADLINE: Duration = Duration::from_mins(1);
 
 /// Says that a test cannot run here, and fails where it must run. Written past the test harness, which would hide it.
 pub(crate) fn skipped(test: &str, why: &str) {

@@ -163,7 +163,7 @@ impl Scene {
         assert_eq!(names(self.pool.join("volumes")), [""; 0]);
         assert_eq!(names(self.pool.join(".hostdir")), ["lock", "new", "pool.json"]);
         assert_eq!(names(self.pool.join(".hostdir/new")), [""; 0]);
-        assert_eq!(mounts_below(&self.scratch.path("")), [PathBuf::new(); 0]);
+        assert!(mounts_below(&self.scratch.path("")).is_empty());
         assert_eq!(names(self.scratch.path("pods")), [""; 0]);
     }
 }

@@ -1,0 +1,265 @@
+//! The verbs on a machine in memory that fails when it is told to.
+
+use super::super::memory::Memory;
+use super::super::ports::DiskErrorKind;
+use super::super::room::Limits;
+use super::*;
+
+struct Fixture {
+    memory: Memory,
+    driver: Driver,
+}
+
+fn pool(name: &str) -> PoolName {
+    PoolName::parse(name).unwrap()
+}
+
+fn id(text: &str) -> VolumeId {
+    VolumeId::parse(text).unwrap()
+}
+
+fn target(path: &str) -> TargetPath {
+    TargetPath::parse(path).unwrap()
+}
+
+fn want(name: &str, gib: u64) -> Want {
+    Want {
+        name: name.into(),
+        size: SizeRange {
+            required: Bytes(gib << 30),
+            limit: None,
+        },
+        parameters: Parameters::default(),
+        claim: None,
+        may_be_here: true,
+    }
+}
+
+fn publish(volume: &str, path: &str, mode: AccessMode) -> Publish {
+    Publish {
+        id: id(volume),
+        target: target(path),
+        mode,
+        options: MountOptions::default(),
+        made_on: None,
+    }
+}
+
+impl Fixture {
+    /// Pools `default` and `other`, 10 GiB each.
+    fn new() -> Self {
+        Self::on(Memory::default())
+    }
+
+    fn on(memory: Memory) -> Self {
+        let config = |name: &str| PoolConfig {
+            name: pool(name),
+            path: format!("/{name}").into(),
+            require_mount: false,
+            limits: Limits::default(),
+        };
+        let node = NodeName::parse("node-a").unwrap();
+        let driver = Driver::new(node, Box::new(memory.clone()), vec![config("default"), config("other")]);
+        Self { memory, driver }
+    }
+
+    fn restarted(self) -> Self {
+        Self::on(self.memory)
+    }
+
+    fn used(&self, volume: &str) {
+        self.driver.create(&want(volume, 1)).unwrap();
+        self.driver
+            .publish(&publish(volume, "/t", AccessMode::SingleNodeWriter))
+            .unwrap();
+        self.driver.unpublish(&id(volume), &target("/t")).unwrap();
+    }
+
+    fn room(&self) -> u64 {
+        self.driver.room(&pool("default")).0 >> 30
+    }
+}
+
+#[test]
+fn verbs_may_be_repeated() {
+    let Fixture { driver, .. } = Fixture::new();
+    let made = driver.create(&want("a", 1)).unwrap();
+    assert_eq!(driver.create(&want("a", 1)).unwrap(), made);
+    for _ in 0..2 {
+        driver
+            .publish(&publish("a", "/t", AccessMode::SingleNodeWriter))
+            .unwrap();
+    }
+    for _ in 0..2 {
+        driver.unpublish(&id("a"), &target("/t")).unwrap();
+    }
+    for _ in 0..2 {
+        driver.delete(&id("a")).unwrap();
+    }
+}
+
+#[test]
+fn a_claim_that_failed_leaves_no_promise() {
+    let fixture = Fixture::new();
+    fixture.memory.fail("claim", DiskErrorKind::Failed);
+    fixture.driver.create(&want("a", 4)).unwrap_err();
+    assert_eq!(fixture.room(), 10);
+    fixture.driver.create(&want("a", 4)).unwrap();
+    assert_eq!(fixture.room(), 6);
+}
+
+#[test]
+fn a_claim_that_took_effect_unsettled_counts_and_is_found_again() {
+    let fixture = Fixture::new();
+    fixture.memory.fail("claim", DiskErrorKind::Unsettled);
+    let error = fixture.driver.create(&want("a", 4)).unwrap_err();
+    assert!(matches!(*error.reason, Reason::Disk(ref disk) if disk.kind == DiskErrorKind::Unsettled));
+    assert_eq!(fixture.room(), 6);
+    fixture.driver.create(&want("a", 4)).unwrap();
+    assert_eq!(fixture.room(), 6, "counted twice");
+}
+
+#[test]
+fn a_delete_that_failed_deletes_nothing_and_one_unsettled_is_done() {
+    let fixture = Fixture::new();
+    fixture.used("a");
+    fixture.memory.fail("discard", DiskErrorKind::Failed);
+    fixture.driver.delete(&id("a")).unwrap_err();
+    assert!(fixture.memory.has(&pool("default"), &id("a")) && fixture.driver.get(&id("a")).is_ok());
+    fixture.memory.fail("discard", DiskErrorKind::Unsettled);
+    fixture.driver.delete(&id("a")).unwrap_err();
+    assert!(!fixture.memory.has(&pool("default"), &id("a")) && fixture.driver.get(&id("a")).is_err());
+    assert_eq!(fixture.room(), 10);
+    fixture.driver.delete(&id("a")).unwrap();
+}
+
+#[test]
+fn a_first_publish_that_failed_is_still_a_first_publish() {
+    let fixture = Fixture::new();
+    fixture.driver.create(&want("a", 1)).unwrap();
+    let first = publish("a", "/t", AccessMode::SingleNodeWriter);
+    for kind in [DiskErrorKind::Failed, DiskErrorKind::Full, DiskErrorKind::Unsettled] {
+        fixture.memory.fail("prepare", kind);
+        fixture.driver.publish(&first).unwrap_err();
+    }
+    fixture.driver.publish(&first).unwrap();
+}
+
+#[test]
+fn a_used_volume_without_its_directory_is_never_published_empty() {
+    let fixture = Fixture::new();
+    fixture.used("a");
+    fixture.memory.lose_directory(&pool("default"), &id("a"));
+    let fixture = fixture.restarted();
+    let error = fixture
+        .driver
+        .publish(&publish("a", "/t", AccessMode::SingleNodeWriter))
+        .unwrap_err();
+    assert!(matches!(*error.reason, Reason::DataMissing { .. }), "{error}");
+}
+
+#[test]
+fn what_may_be_on_an_absent_disk_is_not_said_to_be_gone() {
+    let fixture = Fixture::new();
+    fixture.used("a");
+    fixture.memory.set_absent(&pool("default"), true);
+    for error in [
+        fixture.driver.delete(&id("a")).unwrap_err(),
+        fixture.driver.delete(&id("never-made")).unwrap_err(),
+        fixture.driver.create(&want("b", 1)).unwrap_err(),
+        fixture.driver.get(&id("a")).unwrap_err(),
+    ] {
+        assert!(matches!(*error.reason, Reason::PoolUnusable { .. }), "{error}");
+    }
+    assert_eq!(fixture.room(), 0);
+    fixture
+        .driver
+        .unpublish(&id("a"), &target("/t"))
+        .expect("a pod must be able to end");
+    fixture.memory.set_absent(&pool("default"), false);
+    fixture.driver.delete(&id("a")).unwrap();
+}
+
+#[test]
+fn a_pool_that_was_absent_at_start_is_opened_when_it_is_there() {
+    let memory = Memory::default();
+    memory.set_absent(&pool("default"), true);
+    let fixture = Fixture::on(memory);
+    let error = fixture.driver.probe().unwrap_err().to_string();
+    assert!(
+        error.contains("pool default") && !error.contains("pool other"),
+        "{error}"
+    );
+    fixture.memory.set_absent(&pool("default"), false);
+    fixture.driver.probe().unwrap();
+    fixture.driver.create(&want("a", 1)).unwrap();
+}
+
+#[test]
+fn a_volume_on_two_pools_is_touched_by_nobody() {
+    let fixture = Fixture::new();
+    fixture.used("a");
+    let record = fixture.driver.get(&id("a")).unwrap().record;
+    fixture.memory.put(&pool("other"), record);
+    let fixture = fixture.restarted();
+    for error in [
+        fixture.driver.delete(&id("a")).unwrap_err(),
+        fixture.driver.get(&id("a")).unwrap_err(),
+    ] {
+        assert!(matches!(*error.reason, Reason::Ambiguous(..)), "{error}");
+    }
+    assert!(fixture.memory.has(&pool("default"), &id("a")) && fixture.memory.has(&pool("other"), &id("a")));
+}
+
+#[test]
+fn what_cannot_be_told_is_taken_for_mounted() {
+    let fixture = Fixture::new();
+    fixture.driver.create(&want("a", 1)).unwrap();
+    fixture
+        .driver
+        .publish(&publish("a", "/t", AccessMode::SingleNodeWriter))
+        .unwrap();
+    fixture.memory.hide_mounts();
+    let error = fixture.driver.delete(&id("a")).unwrap_err();
+    assert!(matches!(*error.reason, Reason::Mounted(_)), "{error}");
+}
+
+#[test]
+fn lists_go_by_id_over_all_pools() {
+    let fixture = Fixture::new();
+    for (name, pool_name) in [("c", "default"), ("a", "other"), ("b", "default"), ("d", "other")] {
+        let parameters = Parameters {
+            pool: pool(pool_name),
+            ..Parameters::default()
+        };
+        fixture
+            .driver
+            .create(&Want {
+                parameters,
+                ..want(name, 1)
+            })
+            .unwrap();
+    }
+    let list = |after: Option<&str>, max| {
+        let volumes = fixture.driver.list(after.map(id).as_ref(), max);
+        volumes
+            .iter()
+            .map(|volume| volume.record.id.to_string())
+            .collect::<String>()
+    };
+    assert_eq!(list(None, 10), "abcd");
+    assert_eq!(list(None, 3), "abc");
+    assert_eq!(list(Some("b"), 3), "cd");
+    assert_eq!(list(Some("d"), 3), "");
+}
+
+#[test]
+fn errors_say_which_volume_and_which_node() {
+    let Fixture { driver, .. } = Fixture::new();
+    let error = driver.create(&want("a", 100)).unwrap_err().to_string();
+    assert_eq!(
+        error,
+        "volume a on node node-a: 100 GiB do not fit in pool default: 10 GiB are left to promise; \
+         delete volumes there, ask for less, or let the pod go to another node"
+    );
+}

@@ -1,0 +1,239 @@
+//! A machine in memory, for the tests of the verbs: what a real disk cannot be made to do on demand.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use super::access::{MountOptions, TargetPath};
+use super::id::{PoolName, VolumeId};
+use super::ports::{
+    BindError, Disk, DiskError, DiskErrorKind, Found, Host, Inode, Opened, PoolConfig, Space, Unusable,
+};
+use super::record::{PoolId, Record};
+use super::size::Bytes;
+
+/// All disks and mounts; clones are the same machine.
+#[derive(Clone, Default)]
+pub(super) struct Memory(Arc<Mutex<State>>);
+
+#[derive(Default)]
+struct State {
+    pools: BTreeMap<PoolName, PoolState>,
+    mounts: HashMap<TargetPath, Inode>,
+    /// Verbs that fail next, once each, and how.
+    failing: HashMap<&'static str, DiskErrorKind>,
+    unreadable_targets: bool,
+}
+
+struct PoolState {
+    id: PoolId,
+    absent: bool,
+    volumes: BTreeMap<VolumeId, Record>,
+    directories: HashSet<VolumeId>,
+}
+
+impl Default for PoolState {
+    fn default() -> Self {
+        Self {
+            id: PoolId::random(),
+            absent: false,
+            volumes: BTreeMap::new(),
+            directories: HashSet::new(),
+        }
+    }
+}
+
+impl Memory {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.lock().expect("no test panics in here")
+    }
+
+    /// The next call of this verb fails so.
+    pub(super) fn fail(&self, verb: &'static str, kind: DiskErrorKind) {
+        self.lock().failing.insert(verb, kind);
+    }
+
+    /// Takes a pool's disk away, or brings it back.
+    pub(super) fn set_absent(&self, pool: &PoolName, absent: bool) {
+        self.lock().pools.entry(pool.clone()).or_default().absent = absent;
+    }
+
+    /// No longer tells what is mounted anywhere.
+    pub(super) fn hide_mounts(&self) {
+        self.lock().unreadable_targets = true;
+    }
+
+    /// A record on a pool that nobody has opened yet.
+    pub(super) fn put(&self, pool: &PoolName, record: Record) {
+        self.lock()
+            .pools
+            .entry(pool.clone())
+            .or_default()
+            .volumes
+            .insert(record.id.clone(), record);
+    }
+
+    /// Whether a volume is on a pool.
+    pub(super) fn has(&self, pool: &PoolName, id: &VolumeId) -> bool {
+        self.lock()
+            .pools
+            .get(pool)
+            .is_some_and(|pool| pool.volumes.contains_key(id))
+    }
+
+    /// Loses the directory of a volume.
+    pub(super) fn lose_directory(&self, pool: &PoolName, id: &VolumeId) {
+        self.lock()
+            .pools
+            .entry(pool.clone())
+            .or_default()
+            .directories
+            .remove(id);
+    }
+}
+
+impl State {
+    fn attempt(&mut self, verb: &'static str) -> Result<(), DiskError> {
+        match self.failing.remove(verb) {
+            None => Ok(()),
+            Some(kind) => Err(failed(verb, kind)),
+        }
+    }
+}
+
+fn failed(verb: &'static str, kind: DiskErrorKind) -> DiskError {
+    DiskError {
+        verb,
+        path: PathBuf::from("/memory"),
+        kind,
+        source: "as the test wants".into(),
+    }
+}
+
+/// The directory of a volume has the same identity as long as it exists.
+fn inode(id: &VolumeId) -> Inode {
+    let ino = id
+        .as_str()
+        .bytes()
+        .fold(7_u64, |hash, byte| hash.wrapping_mul(31).wrapping_add(u64::from(byte)));
+    Inode { dev: 1, ino }
+}
+
+impl Host for Memory {
+    fn open(&self, config: &PoolConfig) -> Result<Opened, Unusable> {
+        let mut state = self.lock();
+        let pool = state.pools.entry(config.name.clone()).or_default();
+        if pool.absent {
+            return Err(Unusable("its disk is absent".into()));
+        }
+        let found = |(id, record): (&VolumeId, &Record)| Found {
+            id: id.clone(),
+            record: Ok(record.clone()),
+        };
+        Ok(Opened {
+            id: pool.id,
+            filesystem: "memory".into(),
+            volumes: pool.volumes.iter().map(found).collect(),
+            targets: Vec::new(),
+            disk: Box::new(MemoryDisk {
+                memory: self.clone(),
+                pool: config.name.clone(),
+            }),
+        })
+    }
+
+    fn mounted(&self, target: &TargetPath) -> Result<Option<Inode>, BindError> {
+        let state = self.lock();
+        if state.unreadable_targets {
+            return Err(failed("stat", DiskErrorKind::Failed).into());
+        }
+        Ok(state.mounts.get(target).copied())
+    }
+
+    fn unbind(&self, _: &VolumeId, target: &TargetPath, _: Option<Inode>) -> Result<(), BindError> {
+        self.lock().mounts.remove(target);
+        Ok(())
+    }
+}
+
+struct MemoryDisk {
+    memory: Memory,
+    pool: PoolName,
+}
+
+impl MemoryDisk {
+    fn change(&self, verb: &'static str, change: impl FnOnce(&mut PoolState)) -> Result<(), DiskError> {
+        let mut state = self.memory.lock();
+        let attempt = state.attempt(verb);
+        // A change that is not settled has taken effect.
+        if attempt
+            .as_ref()
+            .err()
+            .is_none_or(|error| error.kind == DiskErrorKind::Unsettled)
+        {
+            change(state.pools.entry(self.pool.clone()).or_default());
+        }
+        attempt
+    }
+}
+
+impl Disk for MemoryDisk {
+    fn present(&self) -> Result<(), Unusable> {
+        let absent = self.memory.lock().pools.get(&self.pool).is_none_or(|pool| pool.absent);
+        if absent {
+            Err(Unusable("its disk is absent".into()))
+        } else {
+            Ok(())
+        }
+    }
+
+    fn writable(&self) -> Result<(), Unusable> {
+        Ok(self.memory.lock().attempt("writable")?)
+    }
+
+    fn space(&self) -> Result<Space, DiskError> {
+        self.memory.lock().attempt("space")?;
+        Ok(Space {
+            total: Bytes(10 << 30),
+            available: Bytes(10 << 30),
+            ..Space::default()
+        })
+    }
+
+    fn claim(&self, record: &Record) -> Result<(), DiskError> {
+        self.change("claim", |pool| {
+            drop(pool.volumes.insert(record.id.clone(), record.clone()));
+        })
+    }
+
+    fn prepare(&self, record: &Record) -> Result<(), DiskError> {
+        self.change("prepare", |pool| {
+            pool.directories.insert(record.id.clone());
+            pool.volumes.insert(record.id.clone(), record.clone());
+        })
+    }
+
+    fn data(&self, id: &VolumeId) -> Result<Option<Inode>, DiskError> {
+        let mut state = self.memory.lock();
+        state.attempt("data")?;
+        let there = state
+            .pools
+            .get(&self.pool)
+            .is_some_and(|pool| pool.directories.contains(id));
+        Ok(there.then(|| inode(id)))
+    }
+
+    fn bind(&self, id: &VolumeId, target: &TargetPath, _: MountOptions) -> Result<(), BindError> {
+        let mut state = self.memory.lock();
+        state.attempt("bind")?;
+        state.mounts.insert(target.clone(), inode(id));
+        Ok(())
+    }
+
+    fn discard(&self, id: &VolumeId) -> Result<(), DiskError> {
+        self.change("discard", |pool| {
+            pool.volumes.remove(id);
+            pool.directories.remove(id);
+        })
+    }
+}
