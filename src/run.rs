@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::Context;
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
-use tracing::info;
+use tracing::{info, warn};
 use tracing_subscriber::filter::LevelFilter;
 
 use crate::config::{Cli, Command, Local, LocalArgs, LogFormat};
@@ -34,6 +34,9 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
 fn local(args: LocalArgs) -> anyhow::Result<()> {
     log_to_stderr(args.log_format, args.log_level);
     let Local { endpoint, node, pools } = args.resolve()?;
+    if !nix::unistd::geteuid().is_root() {
+        warn!("not running as root: volumes can be created and deleted, but not mounted");
+    }
     // The socket first: a second hostdir on it must not touch the pools of the first.
     let listener = Listener::bind(&endpoint)?;
     let driver = Arc::new(Driver::new(node, Box::new(Linux), pools));

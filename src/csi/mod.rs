@@ -1,6 +1,6 @@
 //! The gRPC edge: CSI requests are taken apart, one verb of the core is called, its answer is put together again.
 //!
-//! [`parse`] turns what a request holds into types that cannot be wrong; [`status`] turns refusals into status codes. No
+//! `parse` turns what a request holds into types that cannot be wrong; `status` turns refusals into status codes. No
 //! request is ever logged: it may hold secrets. The verbs block, so each runs on a thread of its own.
 
 mod controller;

@@ -148,7 +148,7 @@ impl Disk for PoolDisk {
         Ok(Some(stat.inode))
     }
 
-    fn bind(&self, id: &VolumeId, target: &TargetPath, options: MountOptions) -> Result<(), BindError> {
+    fn bind(&self, id: &VolumeId, target: &TargetPath, options: MountOptions) -> Result<bool, BindError> {
         let data = absent(self.open_data(id))?.ok_or(BindError::NoData)?;
         target::bind(&data, target, options)
     }

@@ -27,7 +27,7 @@ impl Host for Linux {
         target::mounted(target)
     }
 
-    fn unbind(&self, id: &VolumeId, target: &TargetPath, data: Option<Inode>) -> Result<(), BindError> {
+    fn unbind(&self, id: &VolumeId, target: &TargetPath, data: Option<Inode>) -> Result<bool, BindError> {
         target::unbind(id, target, data)
     }
 }

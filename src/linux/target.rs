@@ -48,8 +48,8 @@ enum Found {
     Other,
 }
 
-/// Mounts `data` at `target`, or finds it mounted there with the same options.
-pub(super) fn bind(data: &Dir, target: &TargetPath, options: MountOptions) -> Result<(), BindError> {
+/// Mounts `data` at `target`, or finds it mounted there with the same options; whether it was mounted now.
+pub(super) fn bind(data: &Dir, target: &TargetPath, options: MountOptions) -> Result<bool, BindError> {
     let place = Place::open(target)?.ok_or_else(|| {
         BindError::BadTarget("its parent directory does not exist; the caller (kubelet) makes it".into())
     })?;
@@ -60,7 +60,10 @@ pub(super) fn bind(data: &Dir, target: &TargetPath, options: MountOptions) -> Re
     let made = match place.look()? {
         Found::Nothing => place.make()?,
         Found::Directory => place.require_empty()?,
-        Found::Mount(there) if there.inode == source.inode => return place.require_flags(wanted),
+        Found::Mount(there) if there.inode == source.inode => {
+            place.require_flags(wanted)?;
+            return Ok(false);
+        }
         Found::Mount(_) => {
             return Err(BindError::Conflict(
                 "something else is mounted there; unmount it first".into(),
@@ -76,7 +79,8 @@ pub(super) fn bind(data: &Dir, target: &TargetPath, options: MountOptions) -> Re
         if let (true, Err(errno)) = (made, place.parent.rmdir(&place.name)) {
             warn!(%target, %errno, "cannot remove the target again after a failed mount");
         }
-    })
+    })?;
+    Ok(true)
 }
 
 /// What is mounted at `target`, if anything is.
@@ -90,15 +94,16 @@ pub(super) fn mounted(target: &TargetPath) -> Result<Option<Inode>, BindError> {
     }
 }
 
-/// Unmounts the volume from `target`, proves that nothing is mounted there any more, and removes the empty directory.
-pub(super) fn unbind(id: &VolumeId, target: &TargetPath, data: Option<Inode>) -> Result<(), BindError> {
+/// Unmounts the volume from `target`, proves that nothing is mounted there any more, and removes the empty directory;
+/// whether there was one.
+pub(super) fn unbind(id: &VolumeId, target: &TargetPath, data: Option<Inode>) -> Result<bool, BindError> {
     let Some(place) = Place::open(target)? else {
-        return Ok(());
+        return Ok(false);
     };
     for _ in 0..STACKED_MAX {
         match place.look()? {
-            Found::Nothing => return Ok(()),
-            Found::Directory => return place.remove(),
+            Found::Nothing => return Ok(false),
+            Found::Directory => return place.remove().map(|()| true),
             Found::Mount(there) if Some(there.inode) == data || is_mount_of(&there, id)? => place.unmount()?,
             Found::Mount(_) => {
                 let why = "what is mounted there is not this volume; hostdir leaves it alone, unmount it by hand if it is not needed";

@@ -238,11 +238,14 @@ impl Driver {
             read_only: options.read_only || mode.is_read_only(),
             ..*options
         };
-        pool.disk
+        let mounted = pool
+            .disk
             .bind(id, target, options)
             .map_err(|source| bind(target, source))?;
         pool.note_mount(id, target, *mode);
-        info!(volume.id = %id, node = %self.node, pool = %pool.config.name, %target, "volume published");
+        if mounted {
+            info!(volume.id = %id, node = %self.node, pool = %pool.config.name, %target, "volume published");
+        }
         Ok(())
     }
 
@@ -261,13 +264,16 @@ impl Driver {
         let found = self.look_up(id).ok().and_then(|lookup| lookup.found);
         // A disk that does not answer must not keep the pod: then the mount table has to prove whose mount it is.
         let data = found.as_ref().and_then(|(pool, _)| pool.disk.data(id).ok().flatten());
-        self.host
+        let unmounted = self
+            .host
             .unbind(id, target, data)
             .map_err(|source| bind(target, source))?;
         if let Some((pool, _)) = found {
             pool.forget_mount(id, target);
         }
-        info!(volume.id = %id, node = %self.node, %target, "volume unpublished");
+        if unmounted {
+            info!(volume.id = %id, node = %self.node, %target, "volume unpublished");
+        }
         Ok(())
     }
 

@@ -150,9 +150,8 @@ impl Host for Memory {
         Ok(state.mounts.get(target).copied())
     }
 
-    fn unbind(&self, _: &VolumeId, target: &TargetPath, _: Option<Inode>) -> Result<(), BindError> {
-        self.lock().mounts.remove(target);
-        Ok(())
+    fn unbind(&self, _: &VolumeId, target: &TargetPath, _: Option<Inode>) -> Result<bool, BindError> {
+        Ok(self.lock().mounts.remove(target).is_some())
     }
 }
 
@@ -223,11 +222,10 @@ impl Disk for MemoryDisk {
         Ok(there.then(|| inode(id)))
     }
 
-    fn bind(&self, id: &VolumeId, target: &TargetPath, _: MountOptions) -> Result<(), BindError> {
+    fn bind(&self, id: &VolumeId, target: &TargetPath, _: MountOptions) -> Result<bool, BindError> {
         let mut state = self.memory.lock();
         state.attempt("bind")?;
-        state.mounts.insert(target.clone(), inode(id));
-        Ok(())
+        Ok(state.mounts.insert(target.clone(), inode(id)).is_none())
     }
 
     fn discard(&self, id: &VolumeId) -> Result<(), DiskError> {

@@ -181,11 +181,12 @@ pub trait Disk: Send + Sync {
     /// It cannot be told.
     fn data(&self, id: &VolumeId) -> Result<Option<Inode>, DiskError>;
 
-    /// Mounts the directory of a volume at `target`. A mount that is there already, with the same options, will do.
+    /// Mounts the directory of a volume at `target`. A mount that is there already, with the same options, will do; says
+    /// whether one was made.
     ///
     /// # Errors
     /// Nothing was mounted.
-    fn bind(&self, id: &VolumeId, target: &TargetPath, options: MountOptions) -> Result<(), BindError>;
+    fn bind(&self, id: &VolumeId, target: &TargetPath, options: MountOptions) -> Result<bool, BindError>;
 
     /// Takes a volume out of the pool, to be erased in the background. A volume that is not there will do.
     ///
@@ -208,10 +209,10 @@ pub trait Host: Send + Sync {
     /// It cannot be told.
     fn mounted(&self, target: &TargetPath) -> Result<Option<Inode>, BindError>;
 
-    /// Unmounts the volume from `target` and removes the target. A target that is not there will do. `data` is the
-    /// directory of the volume, where it is known.
+    /// Unmounts the volume from `target` and removes the target. A target that is not there will do; says whether one
+    /// was. `data` is the directory of the volume, where it is known.
     ///
     /// # Errors
     /// The target holds something that is not proven to be this volume, or a system call failed.
-    fn unbind(&self, id: &VolumeId, target: &TargetPath, data: Option<Inode>) -> Result<(), BindError>;
+    fn unbind(&self, id: &VolumeId, target: &TargetPath, data: Option<Inode>) -> Result<bool, BindError>;
 }
