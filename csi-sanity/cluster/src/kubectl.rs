@@ -1,0 +1,100 @@
+//! kubectl, and what is usually asked of it.
+
+use std::io::Write;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+
+use crate::machine::{text_of, wait_for};
+
+/// A kubectl that talks to one cluster.
+#[derive(Clone)]
+pub struct Kubectl {
+    /// nsenter(1) with its arguments, up to and with kubectl and its kubeconfig.
+    pub(crate) prefix: Vec<String>,
+}
+
+impl Kubectl {
+    /// A command, for whoever wants more than this type has.
+    #[must_use]
+    pub fn command(&self) -> Command {
+        let mut command = Command::new(&self.prefix[0]);
+        command.args(&self.prefix[1..]);
+        command
+    }
+
+    /// Runs `kubectl <args>`; what it prints.
+    ///
+    /// # Errors
+    /// It fails: what it says.
+    pub fn run(&self, args: &[&str]) -> Result<String> {
+        let output = self
+            .command()
+            .args(args)
+            .stdin(Stdio::null())
+            .output()
+            .context("run kubectl")?;
+        text_of(&output).with_context(|| format!("kubectl {}", args.join(" ")))
+    }
+
+    /// Applies manifests, YAML or JSON.
+    ///
+    /// # Errors
+    /// The API server refuses them.
+    pub fn apply(&self, manifests: &str) -> Result<()> {
+        self.feed(&["apply", "--server-side", "--force-conflicts", "-f", "-"], manifests)
+            .map(drop)
+    }
+
+    /// Runs `kubectl <args>` with something on its standard input.
+    ///
+    /// # Errors
+    /// It fails: what it says.
+    pub fn feed(&self, args: &[&str], input: &str) -> Result<String> {
+        let mut child = self
+            .command()
+            .args(args)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .context("run kubectl")?;
+        let mut stdin = child.stdin.take().context("kubectl has no standard input")?;
+        let input = input.to_owned();
+        let writer = std::thread::spawn(move || stdin.write_all(input.as_bytes()));
+        let output = child.wait_with_output().context("wait for kubectl")?;
+        let text = text_of(&output).with_context(|| format!("kubectl {}", args.join(" ")))?;
+        writer
+            .join()
+            .map_err(|_| anyhow::anyhow!("the writer panicked"))?
+            .context("write to kubectl")?;
+        Ok(text)
+    }
+
+    /// An object, or a list of them, as JSON.
+    ///
+    /// # Errors
+    /// There is none, or the API server does not answer.
+    pub fn get(&self, what: &[&str]) -> Result<Value> {
+        let args = [&["get", "-o", "json"], what].concat();
+        Ok(serde_json::from_str(&self.run(&args)?)?)
+    }
+
+    /// The objects of a list.
+    ///
+    /// # Errors
+    /// The API server does not answer.
+    pub fn list(&self, what: &[&str]) -> Result<Vec<Value>> {
+        Ok(self.get(what)?["items"].as_array().cloned().unwrap_or_default())
+    }
+
+    /// Waits until `condition` holds.
+    ///
+    /// # Errors
+    /// It did not within `limit`; the last error, if there was one.
+    pub fn wait(&self, limit: Duration, what: &str, condition: impl FnMut() -> Result<bool>) -> Result<()> {
+        wait_for(limit, what, condition)
+    }
+}
