@@ -27,6 +27,20 @@ pub struct Cli {
 pub enum Command {
     /// Serve CSI Identity, Controller and Node for this node's pools, with all records kept on the pools themselves.
     Local(LocalArgs),
+    /// Ask a hostdir that serves whether it answers: for liveness and readiness probes.
+    Probe(ProbeArgs),
+}
+
+/// The command line of `hostdir probe`.
+#[derive(Debug, Args)]
+pub struct ProbeArgs {
+    /// The socket it serves: unix:///path/to.sock
+    #[arg(long, env = "CSI_ENDPOINT", value_name = "URL")]
+    pub endpoint: Endpoint,
+
+    /// Ask for every pool, too: present, writable, the one it was
+    #[arg(long)]
+    pub ready: bool,
 }
 
 /// The command line of `hostdir local`.

@@ -9,9 +9,9 @@ use tokio::signal::unix::{SignalKind, signal};
 use tracing::{info, warn};
 use tracing_subscriber::filter::LevelFilter;
 
-use crate::config::{Cli, Command, Local, LocalArgs, LogFormat};
+use crate::config::{Cli, Command, Local, LocalArgs, LogFormat, ProbeArgs};
 use crate::csi::{self, Listener};
-use crate::linux::Linux;
+use crate::linux::{self, Linux};
 use crate::volume::Driver;
 
 /// Threads for calls that block; more calls than that wait their turn. Each is a stack of 2 MiB, touched little.
@@ -28,7 +28,17 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(20);
 pub fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Command::Local(args) => local(args),
+        Command::Probe(args) => probe(&args),
     }
+}
+
+/// Asks another process. Its exit code is the answer, and what is wrong goes to standard error.
+fn probe(args: &ProbeArgs) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("start the runtime")?;
+    runtime.block_on(csi::probe(&args.endpoint, args.ready))
 }
 
 fn local(args: LocalArgs) -> anyhow::Result<()> {
@@ -37,6 +47,7 @@ fn local(args: LocalArgs) -> anyhow::Result<()> {
     if !nix::unistd::geteuid().is_root() {
         warn!("not running as root: volumes can be created and deleted, but not mounted");
     }
+    linux::drop_privileges().context("drop privileges")?;
     // The socket first: a second hostdir on it must not touch the pools of the first.
     let listener = Listener::bind(&endpoint)?;
     let driver = Arc::new(Driver::new(node, Box::new(Linux), pools));

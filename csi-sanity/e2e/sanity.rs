@@ -5,7 +5,9 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use crate::support::{Driver, Scratch, skipped, tools};
+use hostdir_cluster::tools;
+
+use crate::support::{Driver, Scratch, skipped};
 
 /// The specs that are skipped, each under the reason why.
 const SKIPPED: &str = include_str!("../skipped-specs.txt");
@@ -96,7 +98,7 @@ fn csi_sanity_passes_again_after_a_kill_and_with_another_pool() {
     let Some(scratch) = Scratch::new(test) else { return };
     let csi_sanity = match tools::csi_sanity() {
         Ok(path) => path,
-        Err(why) => return skipped(test, &why),
+        Err(why) => return skipped(test, &format!("{why:#}")),
     };
     let driver = Driver::new(&scratch).arg("--config").arg(config(&scratch));
     let process = driver.start();

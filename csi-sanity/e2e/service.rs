@@ -232,3 +232,57 @@ fn a_sync_that_failed_is_made_good_before_the_next_answer() {
     assert_eq!(names(scratch.path("pool/volumes")), ["pvc-0", "pvc-1"]);
     assert!(client.capacity("default") > 0);
 }
+
+#[test]
+fn it_keeps_only_the_capabilities_it_needs() {
+    let Some(scratch) = Scratch::new("it_keeps_only_the_capabilities") else {
+        return;
+    };
+    let (process, _client) = start(&Driver::new(&scratch).pool("default", &scratch.path("pool")));
+    // CHOWN 0, DAC_OVERRIDE 1, FOWNER 3, FSETID 4, LINUX_IMMUTABLE 9, SYS_ADMIN 21: linux/capability.h
+    let kept = format!("{:016x}", 1 << 0 | 1 << 1 | 1 << 3 | 1 << 4 | 1 << 9 | 1 << 21);
+    // Every thread, and those of the eraser and the calls, too.
+    for task in names(format!("/proc/{}/task", process.pid())) {
+        let status = fs::read_to_string(format!("/proc/{}/task/{task}/status", process.pid())).unwrap();
+        let field = |name: &str| {
+            status
+                .lines()
+                .find_map(|line| line.strip_prefix(name))
+                .unwrap()
+                .trim()
+                .to_owned()
+        };
+        for set in ["CapPrm:", "CapEff:", "CapBnd:"] {
+            assert_eq!(field(set), kept, "{set} of thread {task}");
+        }
+        assert_eq!(field("CapInh:"), "0".repeat(16));
+        assert_eq!(field("NoNewPrivs:"), "1");
+    }
+}
+
+#[test]
+fn a_probe_says_whether_it_answers_and_whether_it_is_ready() {
+    let Some(scratch) = Scratch::new("a_probe_says") else {
+        return;
+    };
+    let driver = Driver::new(&scratch).pool("default", &scratch.path("absent/pool"));
+    let probe = |ready: &[&str]| {
+        let output = std::process::Command::new(env!("CARGO_BIN_EXE_hostdir"))
+            .args(["probe", "--endpoint"])
+            .arg(format!("unix://{}", driver.socket.display()))
+            .args(ready)
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        output.status.success().then_some(()).ok_or(text)
+    };
+    assert!(probe(&[]).unwrap_err().contains("csi.sock"));
+    let (process, _client) = start(&driver);
+    probe(&[]).expect("it answers");
+    assert!(probe(&["--ready"]).unwrap_err().contains("pool default"));
+    scratch.mkdir("absent");
+    probe(&["--ready"]).expect("it is ready");
+    process.signal(Signal::SIGSTOP);
+    assert!(probe(&[]).is_err(), "a hung driver passed for alive");
+    process.signal(Signal::SIGCONT);
+}

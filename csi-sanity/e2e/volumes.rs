@@ -243,7 +243,14 @@ fn capacity_is_what_can_still_be_promised() {
     let room = client.capacity("default");
     assert!(room <= 128 * MIB, "what others use was promised: {room}");
     refused(&client, request(129), Code::ResourceExhausted, "do not fit");
-    assert_eq!(client.capacity("no-such-pool"), 0);
+    // What no node can do must come to CreateVolume, which says why; without capacity it would never get there.
+    assert_eq!(client.capacity("no-such-pool"), i64::MAX);
+    let request = GetCapacityRequest {
+        parameters: map(&[("poool", "x")]),
+        ..GetCapacityRequest::default()
+    };
+    let wrong = client.wait(client.controller().get_capacity(request)).unwrap();
+    assert_eq!(wrong.available_capacity, i64::MAX);
     let request = GetCapacityRequest {
         accessible_topology: Some(Topology {
             segments: map(&[("topology.hostdir.csi/node", "node-b")]),

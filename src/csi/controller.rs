@@ -30,6 +30,11 @@ const PAGE_MAX: usize = 4096;
 /// What makes a `starting_token` ours: the id of the last volume of the page before comes behind it.
 const TOKEN_PREFIX: &str = "after:";
 
+/// The capacity of a StorageClass that is wrong on every node: unknown parameters, a pool that is not configured. With none,
+/// the scheduler would only ever say "not enough free storage"; with this, the claim comes to CreateVolume, whose refusal
+/// names the cause in an event on the claim.
+const UNLIMITED: Bytes = Bytes(i64::MAX.unsigned_abs());
+
 #[tonic::async_trait]
 impl Controller for Services {
     async fn create_volume(
@@ -93,18 +98,20 @@ impl Controller for Services {
             parameters,
             accessible_topology,
         } = request.into_inner();
-        let (parameters, _) = parse::parameters(parameters)?;
         let room = self
             .run("GetCapacity", move |driver| {
-                let here = accessible_topology.is_none_or(|topology| parse::is_here(&topology, driver.node()));
+                if !accessible_topology.is_none_or(|topology| parse::is_here(&topology, driver.node())) {
+                    return Ok(Bytes(0));
+                }
+                let Ok((parameters, _)) = parse::parameters(parameters) else {
+                    return Ok(UNLIMITED);
+                };
                 let filesystem = || driver.filesystem(&parameters.pool);
-                let possible = volume_capabilities
-                    .into_iter()
-                    .all(|capability| parse::capability(capability, filesystem).is_ok());
-                Ok(if here && possible {
-                    driver.room(&parameters.pool)
-                } else {
-                    Bytes(0)
+                let possible = parse::capabilities(volume_capabilities, filesystem).is_ok();
+                Ok(match driver.room(&parameters.pool) {
+                    None => UNLIMITED,
+                    Some(room) if possible => room,
+                    Some(_) => Bytes(0),
                 })
             })
             .await?;
@@ -157,6 +164,11 @@ fn want(driver: &Driver, request: CreateVolumeRequest) -> Result<Want, Status> {
         )));
     }
     let (parameters, claim) = parse::parameters(parameters)?;
+    if volume_capabilities.is_empty() {
+        return Err(Status::invalid_argument(format!(
+            "volume {name:?}: volume_capabilities is missing"
+        )));
+    }
     parse::capabilities(volume_capabilities, || driver.filesystem(&parameters.pool))?;
     let size = parse::size(capacity_range)?;
     let may_be_here = parse::admits(accessibility_requirements, driver.node());

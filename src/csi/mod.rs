@@ -7,6 +7,7 @@ mod controller;
 mod identity;
 mod node;
 mod parse;
+mod probe;
 mod server;
 mod status;
 
@@ -16,6 +17,7 @@ use tokio_util::task::TaskTracker;
 use tonic::Status;
 use tracing::{error, warn};
 
+pub use probe::probe;
 pub use server::{Endpoint, InvalidEndpoint, Listener, serve};
 
 use crate::volume::Driver;

@@ -136,11 +136,8 @@ fn access_mode_of(mode: Mode) -> Result<AccessMode, Status> {
     }
 }
 
-/// All capabilities of a request; there must be one.
+/// All capabilities of a request.
 pub(super) fn capabilities(list: Vec<VolumeCapability>, filesystem: impl Fn() -> Option<String>) -> Result<(), Status> {
-    if list.is_empty() {
-        return Err(invalid("volume_capabilities is missing"));
-    }
     list.into_iter()
         .try_for_each(|one| capability(one, &filesystem).map(drop))
 }

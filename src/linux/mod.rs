@@ -8,8 +8,11 @@ mod disk;
 mod eraser;
 mod mountinfo;
 mod open;
+mod privileges;
 mod sys;
 mod target;
+
+pub use privileges::drop_privileges;
 
 use crate::volume::access::TargetPath;
 use crate::volume::id::VolumeId;

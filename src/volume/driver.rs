@@ -312,20 +312,18 @@ impl Driver {
         Ok(pool.disk.space()?)
     }
 
-    /// The largest volume that a pool can still promise: nothing if there is no such pool, or it cannot be used.
+    /// The largest volume that a pool can still promise: none if it cannot be used, nothing if there is no such pool.
     #[must_use]
-    pub fn room(&self, pool: &PoolName) -> Bytes {
-        let pool = match self.pool(pool) {
-            Ok(pool) => pool,
-            Err(why) => {
-                warn!(node = %self.node, pool = %pool, %why, "no capacity");
-                return Bytes(0);
-            }
+    pub fn room(&self, pool: &PoolName) -> Option<Bytes> {
+        let room = match self.pool(pool) {
+            Err(Reason::NoSuchPool { .. }) => return None,
+            Err(reason) => Err(reason),
+            Ok(pool) => pool.room().map_err(Reason::from),
         };
-        pool.room().unwrap_or_else(|error| {
-            warn!(node = %self.node, pool = %pool.config.name, error = &error as &dyn std::error::Error, "no capacity");
+        Some(room.unwrap_or_else(|why| {
+            warn!(node = %self.node, pool = %pool, %why, "no capacity");
             Bytes(0)
-        })
+        }))
     }
 
     /// The filesystem of a pool, as mount(8) calls it.

@@ -76,7 +76,7 @@ impl Fixture {
     }
 
     fn room(&self) -> u64 {
-        self.driver.room(&pool("default")).0 >> 30
+        self.driver.room(&pool("default")).unwrap().0 >> 30
     }
 }
 

@@ -18,6 +18,10 @@ use crate::tools;
 
 /// The image that hostdir is in.
 pub const HOSTDIR_IMAGE: &str = "hostdir:0.1.0";
+/// The chart, from the repository's root.
+pub const CHART: &str = "deploy/chart";
+/// The namespace that hostdir is installed in.
+pub const NAMESPACE: &str = "hostdir-system";
 /// The image of pods that do something: busybox.
 pub const BUSYBOX_IMAGE: &str = "hostdir-lab/busybox:1";
 
@@ -36,6 +40,8 @@ pub struct Cluster {
     pub kubectl: Kubectl,
     /// The administrator's kubeconfig, for use in the control plane's network.
     pub kubeconfig: String,
+    /// Where its programs are.
+    pub bin: PathBuf,
     dir: PathBuf,
     // Last, so that everything else is gone when it cleans.
     _janitor: Janitor,
@@ -46,7 +52,7 @@ impl Cluster {
     /// of hostdir, of the sidecars and of busybox.
     ///
     /// # Errors
-    /// Something cannot be built or does not start.
+    /// Something cannot be built or does not start; the error has the ends of all logs.
     pub fn up(nodes: usize) -> Result<Self> {
         let bin = tools::cluster().context("build the programs of a cluster")?;
         let hostdir = tools::static_hostdir()?;
@@ -54,10 +60,47 @@ impl Cluster {
         let dir = tempfile::Builder::new().prefix("hostdir-lab-").tempdir()?.keep();
         let janitor = Janitor::new(&dir)?;
         let names: Vec<String> = (1..=nodes).map(|number| format!("node-{number}")).collect();
-        let addresses: [IpAddr; 3] = [ADDRESS.parse()?, SERVICE_ADDRESS.parse()?, "127.0.0.1".parse()?];
-        let pki = Pki::new(&dir.join("pki"), &addresses, &names)?;
-        let kubeconfig = pki.kubeconfig("admin", SERVER)?;
+        let cluster = Self::start(&bin, &hostdir, &dir, janitor, &names).map_err(|(error, _janitor)| {
+            error.context(names.iter().fold(tail_of_logs(&dir, "control-plane"), |text, name| {
+                text + &tail_of_logs(&dir, name)
+            }))
+        })?;
+        eprintln!("a cluster of {nodes} nodes is up after {:.0?}", start.elapsed());
+        Ok(cluster)
+    }
 
+    /// The cluster; or, with the error, the janitor, who must not clean before the logs are read.
+    fn start(
+        bin: &Path,
+        hostdir: &Path,
+        dir: &Path,
+        janitor: Janitor,
+        names: &[String],
+    ) -> Result<Self, (anyhow::Error, Janitor)> {
+        match Self::start_machines(bin, hostdir, dir, &janitor, names) {
+            Ok((control_plane, nodes, kubectl, kubeconfig)) => Ok(Self {
+                nodes,
+                control_plane,
+                kubectl,
+                kubeconfig,
+                bin: bin.to_owned(),
+                dir: dir.to_owned(),
+                _janitor: janitor,
+            }),
+            Err(error) => Err((error, janitor)),
+        }
+    }
+
+    fn start_machines(
+        bin: &Path,
+        hostdir: &Path,
+        dir: &Path,
+        janitor: &Janitor,
+        names: &[String],
+    ) -> Result<(ControlPlane, Vec<Node>, Kubectl, String)> {
+        let addresses: [IpAddr; 3] = [ADDRESS.parse()?, SERVICE_ADDRESS.parse()?, "127.0.0.1".parse()?];
+        let pki = Pki::new(&dir.join("pki"), &addresses, names)?;
+        let kubeconfig = pki.kubeconfig("admin", SERVER)?;
         let machine = Machine::start("control-plane", &dir.join("control-plane"))?;
         control_plane::prepare_network(&machine)?;
         let net = machine.pid().to_string();
@@ -75,39 +118,106 @@ impl Cluster {
         let kubectl = Kubectl {
             prefix: prefix.map(str::to_owned).to_vec(),
         };
-        control_plane::start(&machine, &pki, &bin, &kubectl)?;
+        control_plane::start(&machine, &pki, bin, &kubectl)?;
+        let control_plane = ControlPlane { machine };
 
         let archive = dir.join("images.tar");
-        images::archive(&images_of(&bin, &hostdir), &archive)?;
-        let mut cluster = Self {
-            nodes: Vec::new(),
-            control_plane: ControlPlane { machine },
-            kubectl,
-            kubeconfig,
-            dir: dir.clone(),
-            _janitor: janitor,
-        };
+        images::archive(&images_of(bin, hostdir), &archive)?;
+        let mut nodes = Vec::new();
         for (number, name) in names.iter().enumerate() {
-            let cgroup = cluster._janitor.make_cgroup(name)?;
-            let mut node = Node::new(number + 1, name, &dir, &bin, cgroup, &pki)?;
-            node.power_on(&cluster.control_plane)?;
+            let mut node = Node::new(number + 1, name, dir, bin, janitor.make_cgroup(name)?, &pki)?;
+            node.power_on(&control_plane)?;
             node.import(&archive)?;
-            cluster.nodes.push(node);
+            nodes.push(node);
         }
-        cluster.join_pod_networks()?;
-        cluster.wait_ready(nodes)?;
-        eprintln!("a cluster of {nodes} nodes is up after {:.0?}", start.elapsed());
-        Ok(cluster)
+        join_pod_networks(&nodes)?;
+        wait_ready(&kubectl, names.len())?;
+        Ok((control_plane, nodes, kubectl, kubeconfig))
     }
 
-    /// Routes from every node to the pods of every other.
-    fn join_pod_networks(&self) -> Result<()> {
-        for node in &self.nodes {
-            for other in self.nodes.iter().filter(|other| other.name != node.name) {
-                node.sh(&format!("ip route replace {} via {}", other.pods(), other.address()))?;
-            }
+    /// Installs hostdir by its chart, or upgrades it, with these settings (`key=value`, as `helm --set-json` takes them),
+    /// and waits until its pods run.
+    ///
+    /// # Errors
+    /// Helm fails, or the pods do not start.
+    pub fn install(&self, settings: &[&str]) -> Result<()> {
+        let mut args = vec![
+            "upgrade",
+            "--install",
+            "hostdir",
+            CHART,
+            "--namespace",
+            NAMESPACE,
+            "--create-namespace",
+        ];
+        for setting in settings {
+            args.extend(["--set-json", setting]);
         }
-        Ok(())
+        self.helm(&args)?;
+        wait_until("hostdir is rolled out", || {
+            let status = self.kubectl.get(&["daemonset", "hostdir", "-n", NAMESPACE])?;
+            let field = |name: &str| status["status"][name].as_u64();
+            let observed = field("observedGeneration") == status["metadata"]["generation"].as_u64();
+            let (wanted, updated) = (field("desiredNumberScheduled"), field("updatedNumberScheduled"));
+            let running = self.running_drivers()?;
+            Ok(observed && wanted.is_some_and(|wanted| wanted > 0) && updated == wanted && Some(running) == wanted)
+        })
+    }
+
+    /// Pods of hostdir whose containers all run: whether or not their pools are fine.
+    fn running_drivers(&self) -> Result<u64> {
+        let pods = self
+            .kubectl
+            .list(&["pods", "-n", NAMESPACE, "-l", "app.kubernetes.io/name=hostdir"])?;
+        let runs = |pod: &&serde_json::Value| {
+            let containers = pod["status"]["containerStatuses"]
+                .as_array()
+                .cloned()
+                .unwrap_or_default();
+            pod["metadata"]["deletionTimestamp"].is_null()
+                && containers.len() == 3
+                && containers
+                    .iter()
+                    .all(|container| container["state"]["running"].is_object())
+        };
+        Ok(pods.iter().filter(runs).count() as u64)
+    }
+
+    /// Runs Helm against the cluster, in the repository's root; what it prints.
+    ///
+    /// # Errors
+    /// It fails: what it says.
+    pub fn helm(&self, args: &[&str]) -> Result<String> {
+        let helm = tools::helm()?;
+        let net = self.control_plane.machine.pid().to_string();
+        let output = std::process::Command::new("nsenter")
+            .args(["-t", &net, "--net", "--"])
+            .arg(helm)
+            .args(["--kubeconfig", &self.kubeconfig])
+            .args(args)
+            .current_dir(tools::root())
+            .output()
+            .context("run helm")?;
+        crate::machine::text_of(&output).with_context(|| format!("helm {}", args.join(" ")))
+    }
+
+    /// A cable from this machine's own network to the cluster's. It vanishes with the cluster.
+    ///
+    /// # Errors
+    /// The address is taken.
+    pub fn connect_this_machine(&self) -> Result<()> {
+        let hub = self.control_plane.machine.pid();
+        let script = format!(
+            "ip link add hostdir-lab type veth peer name lab0 netns {hub}
+             ip addr add 10.42.0.254/24 dev hostdir-lab
+             ip link set hostdir-lab up"
+        );
+        let output = std::process::Command::new("sh").args(["-ec", &script]).output()?;
+        crate::machine::text_of(&output).context("connect this machine to the cluster")?;
+        self.control_plane
+            .machine
+            .sh("ip link set lab0 master br0 up")
+            .map(drop)
     }
 
     /// Waits until so many nodes are Ready.
@@ -115,12 +225,7 @@ impl Cluster {
     /// # Errors
     /// They are not in time.
     pub fn wait_ready(&self, nodes: usize) -> Result<()> {
-        wait_until("all nodes are Ready", || {
-            let path = "jsonpath={range .items[*]}{.status.conditions[?(@.type=='Ready')].status}{' '}{end}";
-            let ready = self.kubectl.run(&["get", "nodes", "-o", path])?;
-            Ok(ready.split_whitespace().filter(|status| *status == "True").count() == nodes)
-        })
-        .inspect_err(|_| eprintln!("{}", self.logs()))
+        wait_ready(&self.kubectl, nodes)
     }
 
     /// Switches a node on again.
@@ -129,7 +234,7 @@ impl Cluster {
     /// It does not start.
     pub fn power_on(&mut self, node: usize) -> Result<()> {
         self.nodes[node].power_on(&self.control_plane)?;
-        self.join_pod_networks()
+        join_pod_networks(&self.nodes)
     }
 
     /// Stops (`true`) or continues the API server, as a machine that swaps would.
@@ -153,16 +258,6 @@ impl Cluster {
             .map(drop)
     }
 
-    /// The ends of all logs, for whoever wonders.
-    #[must_use]
-    pub fn logs(&self) -> String {
-        let mut text = control_plane::tail_of_logs(&self.dir.join("control-plane")).unwrap_or_default();
-        for node in &self.nodes {
-            text.push_str(&node.logs().unwrap_or_default());
-        }
-        text
-    }
-
     /// Copies all logs of the machines to a directory that stays.
     ///
     /// # Errors
@@ -180,8 +275,41 @@ impl Cluster {
     }
 }
 
+/// Routes from every node to the pods of every other.
+fn join_pod_networks(nodes: &[Node]) -> Result<()> {
+    for node in nodes {
+        for other in nodes.iter().filter(|other| other.name != node.name) {
+            node.sh(&format!("ip route replace {} via {}", other.pods(), other.address()))?;
+        }
+    }
+    Ok(())
+}
+
+fn wait_ready(kubectl: &Kubectl, nodes: usize) -> Result<()> {
+    wait_until("all nodes are Ready", || {
+        let path = "jsonpath={range .items[*]}{.status.conditions[?(@.type=='Ready')].status}{' '}{end}";
+        let ready = kubectl.run(&["get", "nodes", "-o", path])?;
+        Ok(ready.split_whitespace().filter(|status| *status == "True").count() == nodes)
+    })
+}
+
+/// The ends of the logs of a machine, for whoever wonders why it does not work.
+fn tail_of_logs(dir: &Path, machine: &str) -> String {
+    let logs = std::fs::read_dir(dir.join(machine).join("log"))
+        .into_iter()
+        .flatten()
+        .flatten();
+    logs.fold(String::new(), |text, log| {
+        let content = std::fs::read(log.path()).unwrap_or_default();
+        let content = String::from_utf8_lossy(&content);
+        let lines: Vec<&str> = content.lines().collect();
+        let end = lines[lines.len().saturating_sub(12)..].join("\n");
+        format!("{text}\n--- {machine}: {}\n{end}", log.file_name().display())
+    })
+}
+
 /// Waiting time of those who ask a whole cluster for something.
-pub const PATIENCE: Duration = Duration::from_secs(180);
+pub const PATIENCE: Duration = Duration::from_mins(3);
 
 fn images_of(bin: &Path, hostdir: &Path) -> Vec<Image> {
     let program = |name: &str, file: &'static str, entrypoint: &'static [&'static str]| Image {

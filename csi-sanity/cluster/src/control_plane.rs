@@ -1,6 +1,5 @@
 //! etcd, kube-apiserver, kube-controller-manager and kube-scheduler, on a machine of their own.
 
-use std::fs;
 use std::path::Path;
 
 use anyhow::Result;
@@ -57,7 +56,7 @@ pub(crate) fn start(machine: &Machine, pki: &Pki, bin: &Path, kubectl: &Kubectl)
             arg("kubelet-certificate-authority", &pki.path("ca.crt")),
             arg("kubelet-preferred-address-types", "InternalIP"),
             arg("service-account-issuer", "https://kubernetes.default.svc"),
-            arg("service-account-key-file", &pki.path("sa.key")),
+            arg("service-account-key-file", &pki.path("sa.pub")),
             arg("service-account-signing-key-file", &pki.path("sa.key")),
             arg("authorization-mode", "Node,RBAC"),
             arg("enable-admission-plugins", "NodeRestriction"),
@@ -96,20 +95,4 @@ pub(crate) fn start(machine: &Machine, pki: &Pki, bin: &Path, kubectl: &Kubectl)
     wait_until("service accounts are made", || {
         kubectl.run(&["get", "serviceaccount", "default"]).map(|_| true)
     })
-}
-
-/// The end of the logs of a machine, for a test that failed.
-pub(crate) fn tail_of_logs(machine_dir: &Path) -> Result<String> {
-    let mut text = String::new();
-    for entry in fs::read_dir(machine_dir.join("log"))? {
-        let path = entry?.path();
-        let log = String::from_utf8_lossy(&fs::read(&path)?).into_owned();
-        let lines: Vec<&str> = log.lines().rev().take(15).collect();
-        text.push_str(&format!("--- {}\n", path.display()));
-        lines
-            .iter()
-            .rev()
-            .for_each(|line| text.push_str(&format!("{line:.300}\n")));
-    }
-    Ok(text)
 }

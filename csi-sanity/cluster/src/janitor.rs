@@ -22,6 +22,8 @@ for attempt in $(seq 100); do
     [ -z "$left" ] && break
     sleep 0.1
 done
+# The parent of all clusters' cgroups, if this was the last one.
+rmdir /sys/fs/cgroup/*/"${2%/*}" 2>/dev/null
 rm -rf --one-file-system "$1"
 "#;
 

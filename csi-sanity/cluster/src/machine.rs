@@ -4,15 +4,17 @@ use std::fs::{self, File};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 /// How long anything may take that is waited for.
-pub(crate) const DEADLINE: Duration = Duration::from_secs(120);
+pub(crate) const DEADLINE: Duration = Duration::from_mins(2);
 
 /// Process 1 of a machine: sets it up, says so, and reaps orphans.
 const INIT: &str = include_str!("init.sh");
@@ -47,9 +49,8 @@ impl Machine {
             ])
             .args(["--propagation", "private", "bash", "-c", INIT, "init", name])
             .arg(dir);
-        let unshare = detached(&mut command, &dir.join("log/init"))?
-            .spawn()
-            .context("start unshare(1)")?;
+        detached(&mut command, &dir.join("log/init"))?;
+        let unshare = spawn_lasting(command).context("start unshare(1)")?;
         let mut machine = Self {
             name: name.to_owned(),
             dir: dir.to_owned(),
@@ -102,9 +103,8 @@ impl Machine {
         let inherited = std::env::var("PATH").unwrap_or_default();
         command.env("PATH", format!("{}:{inherited}", path.display()));
         let log = self.dir.join("log").join(name);
-        let child = detached(&mut command, &log)?
-            .spawn()
-            .with_context(|| format!("start {name}"))?;
+        detached(&mut command, &log)?;
+        let child = spawn_lasting(command).with_context(|| format!("start {name}"))?;
         // Nobody waits for it but this: it must not become a zombie.
         std::thread::spawn(move || child.wait_with_output());
         Ok(())
@@ -125,8 +125,28 @@ impl Drop for Machine {
     }
 }
 
+/// Starts a command on a thread that lasts as long as this process: parent-death signals come when the thread that
+/// started a child ends, and tests are short-lived threads.
+fn spawn_lasting(mut command: Command) -> Result<Child> {
+    type Task = Box<dyn FnOnce() + Send>;
+    static SPAWNER: OnceLock<Mutex<Sender<Task>>> = OnceLock::new();
+    let spawner = SPAWNER.get_or_init(|| {
+        let (tasks, received) = channel::<Task>();
+        std::thread::spawn(move || received.into_iter().for_each(|task| task()));
+        Mutex::new(tasks)
+    });
+    let (answer, child) = channel();
+    let task: Task = Box::new(move || drop(answer.send(command.spawn())));
+    spawner
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .send(task)
+        .map_err(|_| anyhow!("the spawner is gone"))?;
+    Ok(child.recv().context("hear from the spawner")??)
+}
+
 /// A command whose output goes to a file, and that is killed when the thread that starts it ends.
-fn detached<'a>(command: &'a mut Command, log: &Path) -> Result<&'a mut Command> {
+fn detached(command: &mut Command, log: &Path) -> Result<()> {
     let log = File::options()
         .create(true)
         .append(true)
@@ -138,7 +158,7 @@ fn detached<'a>(command: &'a mut Command, log: &Path) -> Result<&'a mut Command>
     unsafe {
         command.pre_exec(|| set_pdeathsig(Signal::SIGKILL).map_err(std::io::Error::from));
     }
-    Ok(command)
+    Ok(())
 }
 
 fn child_of(parent: u32) -> Result<Pid> {

@@ -47,7 +47,9 @@ impl Pki {
             Some("system:masters"),
             &[],
         )?;
-        fs::write(dir.join("sa.key"), KeyPair::generate()?.serialize_pem())?;
+        let service_accounts = KeyPair::generate()?;
+        fs::write(dir.join("sa.key"), service_accounts.serialize_pem())?;
+        fs::write(dir.join("sa.pub"), service_accounts.public_key_pem())?;
         let users = USERS
             .iter()
             .map(|(token, user, group)| format!("{token},{user},{user},\"{group}\"\n"));

@@ -5,7 +5,6 @@ pub(crate) mod driver;
 pub(crate) mod faults;
 pub(crate) mod scene;
 pub(crate) mod scratch;
-pub(crate) mod tools;
 
 use std::io::Write;
 use std::time::{Duration, Instant};

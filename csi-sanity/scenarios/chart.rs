@@ -1,0 +1,116 @@
+//! The chart: it lints, it refuses wrong values by name, a real API server takes it, and the plain manifests are its own.
+
+use std::path::Path;
+use std::process::Command;
+
+use hostdir_cluster::cluster::{CHART, NAMESPACE};
+use hostdir_cluster::tools;
+
+use crate::lab::{lab, skipped};
+
+/// Runs Helm without a cluster: what it prints, and whether it succeeded.
+fn helm(helm: &Path, args: &[&str]) -> (String, bool) {
+    let output = Command::new(helm)
+        .args(args)
+        .current_dir(tools::root())
+        .output()
+        .unwrap();
+    let text = [output.stdout, output.stderr].concat();
+    (String::from_utf8_lossy(&text).into_owned(), output.status.success())
+}
+
+#[test]
+fn the_chart_lints_and_refuses_wrong_values_by_name() {
+    let program = match tools::helm() {
+        Ok(program) => program,
+        Err(why) => return skipped("the_chart_lints", &format!("{why:#}")),
+    };
+    let (text, sound) = helm(&program, &["lint", "--strict", CHART]);
+    assert!(sound, "{text}");
+    for (setting, word) in [
+        ("pools[0].path=\"relative\"", "path"),
+        ("pools[0].pth=\"/x\"", "pth"),
+        ("pools=[]", "pools"),
+        ("logLevel=\"loud\"", "logLevel"),
+        ("storageClasses[0].parameters.poool=\"x\"", "poool"),
+        ("storageClasses[0].parameters.pool=\"fast\"", "fast"),
+        ("storageClasses[0].mountOptions=[\"suid\"]", "mountOptions"),
+        ("image.digest=\"latest\"", "digest"),
+        ("surprise=1", "surprise"),
+    ] {
+        let (text, sound) = helm(&program, &["template", CHART, "--set-json", setting]);
+        assert!(!sound && text.contains(word), "{setting}: {text}");
+    }
+    let digest = format!("image.digest=\"sha256:{}\"", "0".repeat(64));
+    let (text, _) = helm(&program, &["template", CHART, "--set-json", &digest]);
+    assert!(text.contains("image: hostdir@sha256:000"), "a digest does not count");
+}
+
+#[test]
+fn the_plain_manifests_are_those_of_the_chart() {
+    let program = match tools::helm() {
+        Ok(program) => program,
+        Err(why) => return skipped("the_plain_manifests", &format!("{why:#}")),
+    };
+    let (rendered, sound) = helm(&program, &["template", "hostdir", CHART, "--namespace", NAMESPACE]);
+    assert!(sound, "{rendered}");
+    let path = tools::root().join("deploy/hostdir.yaml");
+    let wanted = format!(
+        "# Rendered from deploy/chart with its default values, for those without Helm:\n\
+         #   kubectl create namespace {NAMESPACE} && kubectl apply -f deploy/hostdir.yaml\n{rendered}"
+    );
+    if std::env::var_os("HOSTDIR_RENDER").is_some() {
+        std::fs::write(&path, &wanted).unwrap();
+    }
+    let found = std::fs::read_to_string(&path).unwrap_or_default();
+    assert!(
+        found == wanted,
+        "deploy/hostdir.yaml is not what the chart renders; write it anew with HOSTDIR_RENDER=1"
+    );
+}
+
+#[test]
+fn an_api_server_takes_the_plain_manifests() {
+    let Some(lab) = lab("dry-run", "server-side dry run of the plain manifests") else {
+        return;
+    };
+    let manifests = std::fs::read_to_string(tools::root().join("deploy/hostdir.yaml")).unwrap();
+    let args = [
+        "apply",
+        "--server-side",
+        "--dry-run=server",
+        "--force-conflicts",
+        "--validate=strict",
+        "-f",
+        "-",
+    ];
+    lab.kubectl().feed(&args, &manifests).unwrap();
+}
+
+#[test]
+fn the_sidecar_may_do_what_it_needs_and_no_more() {
+    let Some(lab) = lab("rbac", "least privilege of the service account") else {
+        return;
+    };
+    let account = format!("system:serviceaccount:{NAMESPACE}:hostdir");
+    let may = |args: &[&str]| {
+        let args = [&["auth", "can-i", "--as", &account], args].concat();
+        lab.kubectl().run(&args).is_ok_and(|answer| answer.trim() == "yes")
+    };
+    assert!(may(&["create", "persistentvolumes"]) && may(&["list", "persistentvolumeclaims", "-A"]));
+    for forbidden in [
+        &["get", "secrets", "-A"][..],
+        &["create", "pods", "-A"],
+        &["create", "pods/exec", "-A"],
+        &["list", "nodes"],
+        &["update", "nodes"],
+        &["delete", "persistentvolumeclaims", "-A"],
+        &["list", "pods", "-A"],
+        &["create", "serviceaccounts/token", "-A"],
+        &["create", "clusterrolebindings"],
+        &["impersonate", "users"],
+        &["delete", "csistoragecapacities", "-n", "default"],
+    ] {
+        assert!(!may(forbidden), "it may {}", forbidden.join(" "));
+    }
+}

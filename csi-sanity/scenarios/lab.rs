@@ -1,0 +1,256 @@
+//! The one cluster that all tests share, and what they ask of it.
+
+use std::fmt::Write as _;
+use std::io::Write as _;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use hostdir_cluster::cluster::NAMESPACE;
+use hostdir_cluster::{Cluster, Kubectl, tools};
+use serde_json::Value;
+
+/// How long anything may take that is waited for: pods start in seconds, but these machines are shared.
+pub(crate) const PATIENCE: Duration = Duration::from_mins(3);
+
+/// A node's pool, from the node's root.
+pub(crate) const POOL: &str = "/var/lib/hostdir";
+
+/// The cluster, while a test has it, with a namespace for that test.
+pub(crate) struct Lab {
+    cluster: MutexGuard<'static, Cluster>,
+    /// The namespace, named as the test.
+    pub(crate) namespace: String,
+    title: &'static str,
+    start: Instant,
+}
+
+impl std::ops::Deref for Lab {
+    type Target = Cluster;
+
+    fn deref(&self) -> &Cluster {
+        &self.cluster
+    }
+}
+
+impl std::ops::DerefMut for Lab {
+    fn deref_mut(&mut self) -> &mut Cluster {
+        &mut self.cluster
+    }
+}
+
+/// The cluster, for a test of this name; nothing, said aloud, where there can be none.
+pub(crate) fn lab(namespace: &str, title: &'static str) -> Option<Lab> {
+    static CLUSTER: OnceLock<Result<Mutex<Cluster>, String>> = OnceLock::new();
+    if !nix::unistd::geteuid().is_root() {
+        skipped(title, "it needs root, to make namespaces");
+        return None;
+    }
+    let made = CLUSTER.get_or_init(|| up().map(Mutex::new).map_err(|error| format!("{error:#}")));
+    let cluster = match made {
+        Ok(cluster) => cluster.lock().unwrap_or_else(PoisonError::into_inner),
+        Err(why) => {
+            skipped(title, &format!("there is no cluster: {why}"));
+            return None;
+        }
+    };
+    cluster
+        .kubectl
+        .run(&["create", "namespace", namespace])
+        .expect("make a namespace");
+    Some(Lab {
+        cluster,
+        namespace: namespace.to_owned(),
+        title,
+        start: Instant::now(),
+    })
+}
+
+/// Three nodes. The first has the machine's disk, the others little room: a filesystem of 1 GiB each.
+fn up() -> Result<Cluster> {
+    let cluster = Cluster::up(3)?;
+    for node in &cluster.nodes[1..] {
+        node.sh(&format!(
+            "mkdir -p {POOL} && mount -t tmpfs -o size=1G,mode=0700 tmpfs {POOL}"
+        ))?;
+    }
+    cluster.install(&[])?;
+    Ok(cluster)
+}
+
+/// Says that a test cannot run here, and fails where it must run. Written past the test harness, which would hide it.
+pub(crate) fn skipped(test: &str, why: &str) {
+    assert!(
+        std::env::var_os("CI").is_none(),
+        "{test} must run here, but cannot: {why}"
+    );
+    report(&format!("SKIPPED {test}: {why}"));
+}
+
+/// Says how long something took, past the test harness.
+pub(crate) fn report(what: &str) {
+    std::io::stderr().write_all(format!("    {what}\n").as_bytes()).unwrap();
+}
+
+impl Lab {
+    pub(crate) fn kubectl(&self) -> &Kubectl {
+        &self.cluster.kubectl
+    }
+
+    /// Applies objects in the test's namespace.
+    pub(crate) fn apply(&self, objects: &[Value]) {
+        let mut text = String::new();
+        for object in objects {
+            let mut object = object.clone();
+            object["metadata"]["namespace"] = self.namespace.clone().into();
+            writeln!(text, "---\n{object}").unwrap();
+        }
+        self.kubectl().apply(&text).unwrap();
+    }
+
+    /// Waits until something is so.
+    pub(crate) fn wait(&self, what: &str, condition: impl FnMut() -> Result<bool>) {
+        self.kubectl().wait(PATIENCE, what, condition).unwrap();
+    }
+
+    /// An object of the test's namespace.
+    pub(crate) fn get(&self, kind: &str, name: &str) -> Result<Value> {
+        self.kubectl().get(&[kind, name, "-n", &self.namespace])
+    }
+
+    /// Deletes an object of the test's namespace, and waits until it is gone.
+    pub(crate) fn delete(&self, kind: &str, name: &str) {
+        let args = ["delete", kind, name, "-n", &self.namespace, "--wait", "--timeout=180s"];
+        self.kubectl().run(&args).unwrap();
+    }
+
+    /// Waits until a pod runs and is ready; the node it is on.
+    pub(crate) fn running(&self, pod: &str) -> String {
+        let mut node = String::new();
+        self.wait(&format!("pod {pod} is ready"), || {
+            let pod = self.get("pod", pod)?;
+            pod["spec"]["nodeName"]
+                .as_str()
+                .unwrap_or_default()
+                .clone_into(&mut node);
+            let conditions = pod["status"]["conditions"].as_array().cloned().unwrap_or_default();
+            Ok(conditions
+                .iter()
+                .any(|condition| condition["type"] == "Ready" && condition["status"] == "True"))
+        });
+        node
+    }
+
+    /// Runs a shell script in a pod.
+    pub(crate) fn exec(&self, pod: &str, script: &str) -> Result<String> {
+        self.kubectl()
+            .run(&["exec", "-n", &self.namespace, pod, "--", "sh", "-ec", script])
+    }
+
+    /// What `kubectl describe` shows.
+    pub(crate) fn describe(&self, kind: &str, name: &str) -> Result<String> {
+        self.kubectl().run(&["describe", kind, name, "-n", &self.namespace])
+    }
+
+    /// Waits until `kubectl describe` shows something.
+    pub(crate) fn described(&self, kind: &str, name: &str, text: &str) {
+        self.wait(&format!("kubectl describe {kind} {name} shows {text:?}"), || {
+            Ok(self.describe(kind, name)?.contains(text))
+        });
+    }
+
+    /// The volume of a claim: its id is the name of its PersistentVolume.
+    pub(crate) fn volume_of(&self, claim: &str) -> String {
+        let claim = self.get("pvc", claim).unwrap();
+        claim["spec"]["volumeName"].as_str().unwrap().to_owned()
+    }
+
+    /// The names in a directory of a pool, node by node.
+    pub(crate) fn in_pools(&self, dir: &str) -> Vec<String> {
+        let list = |node: &hostdir_cluster::Node| node.sh(&format!("ls {POOL}/{dir}")).unwrap();
+        let names: Vec<String> = self.nodes.iter().map(list).collect();
+        names
+            .iter()
+            .flat_map(|names| names.lines())
+            .map(str::to_owned)
+            .collect()
+    }
+
+    /// Mounts of hostdir's volumes below the kubelets, on all nodes.
+    pub(crate) fn mounts(&self) -> usize {
+        let count = |node: &hostdir_cluster::Node| {
+            node.sh("grep -c ' /var/lib/kubelet/pods/.*kubernetes.io~csi' /proc/self/mountinfo || :")
+                .unwrap()
+        };
+        self.nodes
+            .iter()
+            .map(|node| count(node).trim().parse::<usize>().unwrap())
+            .sum()
+    }
+
+    /// What a node publishes that it can promise of a StorageClass, in bytes.
+    pub(crate) fn capacity(&self, class: &str, node: &str) -> Result<u64> {
+        let objects = self.kubectl().list(&["csistoragecapacities", "-n", NAMESPACE])?;
+        let here = |object: &&Value| {
+            object["storageClassName"] == class
+                && object["nodeTopology"]["matchLabels"]["topology.hostdir.csi/node"] == node
+        };
+        let object = objects
+            .iter()
+            .find(here)
+            .ok_or_else(|| anyhow::anyhow!("nothing published by {node} for {class}"))?;
+        let quantity = object["capacity"].as_str().unwrap_or("0");
+        let digits = quantity.trim_end_matches(|c: char| !c.is_ascii_digit());
+        let unit = match &quantity[digits.len()..] {
+            "Ki" => 1 << 10,
+            "Mi" => 1 << 20,
+            "Gi" => 1 << 30,
+            "Ti" => 1_u64 << 40,
+            _ => 1,
+        };
+        Ok(digits.parse::<u64>()? * unit)
+    }
+
+    /// Waits until no volume, mount or trash is left anywhere.
+    pub(crate) fn nothing_is_left(&self) {
+        self.wait("no PersistentVolume is left", || {
+            Ok(self.kubectl().list(&["pv"])?.is_empty())
+        });
+        for dir in ["volumes", "trash"] {
+            self.wait(&format!("no {dir} are left"), || Ok(self.in_pools(dir).is_empty()));
+        }
+        self.wait("no mount is left", || Ok(self.mounts() == 0));
+    }
+
+    /// Kills the driver of a node with -9, as the kubelet's host sees it.
+    pub(crate) fn kill_driver(&self, node: usize) {
+        // The driver is process 1 of a container; its command line tells it from the probes of the kubelet.
+        self.nodes[node]
+            .sh("for p in /proc/[0-9]*; do
+            [ \"$(tr '\\0' ' ' < $p/cmdline 2>/dev/null | cut -c1-14)\" = '/hostdir local' ] && kill -9 ${p#/proc/} || :
+        done")
+            .unwrap();
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        let time = self.start.elapsed();
+        if std::thread::panicking() {
+            let logs = tools::root().join("target/lab/logs").join(&self.namespace);
+            let state = self
+                .kubectl()
+                .run(&["get", "pods,pvc,pv,events,csistoragecapacities", "-A", "-o", "wide"]);
+            report(&format!("{} failed; logs are in {}", self.title, logs.display()));
+            let _ = std::fs::create_dir_all(&logs);
+            let _ = std::fs::write(logs.join("state"), state.unwrap_or_else(|error| format!("{error:#}")));
+            let _ = self.cluster.keep_logs(&logs);
+        } else {
+            report(&format!("{:<75} {:>5.1} s", self.title, time.as_secs_f64()));
+        }
+        let args = ["delete", "namespace", &self.namespace, "--wait", "--timeout=120s"];
+        if let Err(error) = self.kubectl().run(&args) {
+            report(&format!("{error:#}"));
+        }
+    }
+}

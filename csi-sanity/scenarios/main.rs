@@ -1,0 +1,12 @@
+//! hostdir where it is used: a real cluster of three nodes, hostdir installed by its chart, real pods.
+//!
+//! All tests share one cluster, one after the other. The first builds it, and Kubernetes with it if this machine has not yet
+//! (a quarter of an hour). It needs root; what is learnt of a failure is kept below the target directory.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+mod chart;
+mod lab;
+mod objects;
+mod pods;
+mod scale;
+mod trouble;

@@ -1,0 +1,122 @@
+//! Many claims and pods at once, and a driver that dies all the while.
+
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use crate::lab::{Lab, lab, report};
+use crate::objects::{claim, on_node, pod};
+
+const COUNT: usize = 100;
+
+/// 100 claims with pods on one node: all bound and running, none doubled; all deleted: nothing left.
+fn many(lab: &Lab, meanwhile: impl Fn() + Sync) {
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                meanwhile();
+                std::thread::sleep(Duration::from_secs(1));
+            }
+        });
+        let _done = SetOnDrop(&done);
+        let objects: Vec<Value> = (0..COUNT)
+            .flat_map(|number| {
+                let name = format!("many-{number}");
+                [claim(&name, "1Mi"), on_node(pod(&name, &name), "node-1")]
+            })
+            .collect();
+        let start = Instant::now();
+        lab.apply(&objects);
+        let in_phase = |kind: &str, phase: &str| {
+            let objects = lab.kubectl().list(&[kind, "-n", &lab.namespace])?;
+            anyhow::Ok(
+                objects
+                    .iter()
+                    .filter(|object| object["status"]["phase"] == phase)
+                    .count(),
+            )
+        };
+        let patience = Duration::from_mins(8);
+        let kubectl = lab.kubectl();
+        kubectl
+            .wait(patience, "all claims are bound", || {
+                Ok(in_phase("pvc", "Bound")? == COUNT)
+            })
+            .unwrap();
+        let bound = start.elapsed();
+        kubectl
+            .wait(patience, "all pods run", || Ok(in_phase("pod", "Running")? == COUNT))
+            .unwrap();
+        let running = start.elapsed();
+        let rate = f64::from(u32::try_from(COUNT).unwrap()) / bound.as_secs_f64();
+        report(&format!(
+            "{COUNT} claims bound in {bound:.1?} ({rate:.1} per second), {COUNT} pods running in {running:.1?}"
+        ));
+        check_one_to_one(lab);
+
+        let start = Instant::now();
+        lab.kubectl()
+            .run(&[
+                "delete",
+                "pods,pvc",
+                "--all",
+                "-n",
+                &lab.namespace,
+                "--wait",
+                "--timeout=480s",
+            ])
+            .unwrap();
+        lab.nothing_is_left();
+        report(&format!("all gone in {:.1?}", start.elapsed()));
+    });
+}
+
+struct SetOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for SetOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// A claim, a PersistentVolume, a directory, a mount: as many of each.
+fn check_one_to_one(lab: &Lab) {
+    let names = |kind: &str| -> BTreeSet<String> {
+        let objects = lab.kubectl().list(&[kind]).unwrap();
+        objects
+            .iter()
+            .map(|object| object["metadata"]["name"].as_str().unwrap().to_owned())
+            .collect()
+    };
+    let volumes = names("pv");
+    assert_eq!(volumes.len(), COUNT);
+    assert_eq!(lab.in_pools("volumes").into_iter().collect::<BTreeSet<_>>(), volumes);
+    assert_eq!(lab.mounts(), COUNT);
+}
+
+#[test]
+fn scenario_5_a_hundred_claims_and_pods_on_one_node() {
+    let Some(lab) = lab("many", "5. 100 claims and pods on one node") else {
+        return;
+    };
+    many(&lab, || {});
+}
+
+#[test]
+fn scenario_6_a_hundred_claims_while_the_driver_is_killed_every_second() {
+    let Some(lab) = lab("many-kills", "6. the same while the driver is killed every second") else {
+        return;
+    };
+    let kills = std::sync::atomic::AtomicUsize::new(0);
+    many(&lab, || {
+        lab.kill_driver(0);
+        kills.fetch_add(1, Ordering::Relaxed);
+    });
+    report(&format!(
+        "{} times the driver was killed, or was not back yet",
+        kills.into_inner()
+    ));
+}

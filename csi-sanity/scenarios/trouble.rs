@@ -1,0 +1,133 @@
+//! What cannot be, what is upgraded, what is taken away, and what people are told.
+
+use hostdir_cluster::cluster::NAMESPACE;
+use serde_json::json;
+
+use crate::lab::{POOL, lab};
+use crate::objects::{claim, claim_of, class, on_node, pod};
+
+#[test]
+fn scenario_7_pods_go_where_there_is_room_and_wait_where_there_is_none() {
+    let Some(lab) = lab(
+        "room",
+        "7. a pod goes where there is room, and is told where there is none",
+    ) else {
+        return;
+    };
+    for node in ["node-1", "node-2", "node-3"] {
+        lab.wait("capacity is published", || Ok(lab.capacity("hostdir", node)? > 0));
+    }
+    // Nodes 2 and 3 have 1 GiB each.
+    lab.apply(&[claim("big", "10Gi"), pod("big", "big")]);
+    assert_eq!(lab.running("big"), "node-1");
+    lab.apply(&[claim("huge", "100Ti"), pod("huge", "huge")]);
+    lab.described("pod", "huge", "did not have enough free storage");
+    lab.apply(&[
+        claim("elsewhere", "10Gi"),
+        on_node(pod("elsewhere", "elsewhere"), "node-2"),
+    ]);
+    lab.described("pod", "elsewhere", "did not have enough free storage");
+    lab.kubectl()
+        .run(&["delete", "pods,pvc", "--all", "-n", &lab.namespace, "--wait"])
+        .unwrap();
+    lab.nothing_is_left();
+}
+
+#[test]
+fn scenario_8_upgrades_and_uninstalls_leave_pods_alone() {
+    let Some(lab) = lab("upgrade", "8. helm upgrade and uninstall leave pods and data alone") else {
+        return;
+    };
+    lab.apply(&[claim("data", "10Mi"), on_node(pod("pod", "data"), "node-1")]);
+    lab.running("pod");
+    // A pod that notices when its volume blinks: it writes, without a pause, into a file that it opens anew each time.
+    lab.exec(
+        "pod",
+        "(while :; do echo x >> /data/log || echo blink >> /data/blinks; done) > /dev/null 2>&1 &",
+    )
+    .unwrap();
+    let id = mount_id(&lab);
+    lab.install(&["logLevel=\"debug\""]).unwrap();
+    assert_eq!(mount_id(&lab), id, "the volume was mounted anew");
+    lab.exec("pod", "test ! -e /data/blinks; test -s /data/log").unwrap();
+
+    lab.helm(&["uninstall", "hostdir", "--namespace", NAMESPACE, "--wait"])
+        .unwrap();
+    assert_eq!(mount_id(&lab), id);
+    let volume = lab.volume_of("data");
+    lab.nodes[0]
+        .sh(&format!("test -s {POOL}/volumes/{volume}/data/log"))
+        .unwrap();
+    lab.exec("pod", "test ! -e /data/blinks; echo still here > /data/file")
+        .unwrap();
+
+    lab.install(&[]).unwrap();
+    lab.delete("pod", "pod");
+    lab.apply(&[on_node(pod("pod", "data"), "node-1")]);
+    lab.running("pod");
+    assert_eq!(lab.exec("pod", "cat /data/file").unwrap(), "still here\n");
+    lab.delete("pod", "pod");
+    lab.delete("pvc", "data");
+    lab.nothing_is_left();
+}
+
+/// The mount of the one volume there is, as the kernel of its node numbers it.
+fn mount_id(lab: &crate::lab::Lab) -> String {
+    lab.nodes[0]
+        .sh("grep ' /var/lib/kubelet/pods/.*kubernetes.io~csi' /proc/self/mountinfo | cut -d' ' -f1")
+        .unwrap()
+}
+
+#[test]
+fn scenario_9_people_are_told_the_cause() {
+    let Some(lab) = lab("causes", "9. kubectl describe names the cause") else {
+        return;
+    };
+    lab.apply(&[
+        class("typo", &json!({"poool": "default"}), "Delete", &[]),
+        class("no-pool", &json!({"pool": "fast"}), "Delete", &[]),
+        claim_of("typo", "10Mi", "typo", "ReadWriteOnce"),
+        claim_of("no-pool", "10Mi", "no-pool", "ReadWriteOnce"),
+        pod("typo", "typo"),
+        pod("no-pool", "no-pool"),
+    ]);
+    lab.described("pvc", "typo", "unknown field `poool`");
+    lab.described("pvc", "no-pool", "has no pool \"fast\" (it has: default)");
+
+    // The disk of a pool is gone when a pod comes back for its volume.
+    let pools = r#"pools=[{"name":"default","path":"/var/lib/hostdir"},{"name":"disk","path":"/mnt/disk/hostdir","requireMount":true}]"#;
+    lab.nodes[0]
+        .sh("mkdir -p /mnt/disk && mount -t tmpfs -o size=64M tmpfs /mnt/disk && mkdir /mnt/disk/hostdir")
+        .unwrap();
+    lab.install(&[pools]).unwrap();
+    lab.apply(&[
+        class("disk", &json!({"pool": "disk"}), "Delete", &[]),
+        claim_of("disk", "10Mi", "disk", "ReadWriteOnce"),
+        on_node(pod("disk", "disk"), "node-1"),
+    ]);
+    lab.running("disk");
+    lab.exec("disk", "echo kept > /data/file").unwrap();
+    lab.delete("pod", "disk");
+    lab.nodes[0].sh("umount -l /mnt/disk").unwrap();
+    lab.apply(&[on_node(pod("disk", "disk"), "node-1")]);
+    lab.described("pod", "disk", "pool disk cannot be used: /mnt/disk/hostdir");
+    // A pool that is missing everywhere makes hostdir's own pods say so, too.
+    lab.wait("hostdir's pods say so", || {
+        let events = lab
+            .kubectl()
+            .run(&["get", "events", "-n", NAMESPACE, "-o", "jsonpath={..message}"])?;
+        Ok(events.contains("not ready: pool disk: /mnt/disk/hostdir"))
+    });
+    lab.kubectl()
+        .run(&["delete", "pods", "--all", "-n", &lab.namespace, "--wait"])
+        .unwrap();
+    // The disk is lost for good: the pool is taken out of the configuration, and the volume goes with its claim.
+    lab.install(&[]).unwrap();
+    lab.kubectl()
+        .run(&["delete", "pvc", "--all", "-n", &lab.namespace, "--wait"])
+        .unwrap();
+    lab.kubectl()
+        .run(&["delete", "storageclass", "typo", "no-pool", "disk"])
+        .unwrap();
+    lab.nothing_is_left();
+}

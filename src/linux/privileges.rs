@@ -1,0 +1,55 @@
+//! What this process may do, for good, before it serves anybody.
+
+use caps::errors::CapsError;
+use caps::{CapSet, Capability, CapsHashSet};
+use nix::sys::prctl;
+use thiserror::Error;
+
+/// The capabilities that hostdir needs, see capabilities(7).
+const KEPT: [Capability; 6] = [
+    // Mount and unmount volumes.
+    Capability::CAP_SYS_ADMIN,
+    // Reach directories that tenants have closed.
+    Capability::CAP_DAC_OVERRIDE,
+    // Set the mode of a volume's directory; erase out of sticky directories.
+    Capability::CAP_FOWNER,
+    // Set the owner of a volume's directory.
+    Capability::CAP_CHOWN,
+    // Keep the set-group-id bit on it.
+    Capability::CAP_FSETID,
+    // Erase what tenants have made immutable.
+    Capability::CAP_LINUX_IMMUTABLE,
+];
+
+/// Privileges that could not be dropped.
+#[derive(Debug, Error)]
+pub enum PrivilegeError {
+    /// capget(2), capset(2) or prctl(2) failed.
+    #[error("change the capabilities of this process")]
+    Capabilities(#[from] CapsError),
+    /// prctl(2) failed.
+    #[error("forbid new privileges")]
+    NewPrivileges(#[from] nix::Error),
+}
+
+/// Drops every capability but the few that hostdir needs, and the means to get any back. Threads inherit what their maker
+/// has: this comes before any is started.
+///
+/// # Errors
+/// The kernel refuses; nothing should be served then.
+pub fn drop_privileges() -> Result<(), PrivilegeError> {
+    let permitted = caps::read(None, CapSet::Permitted)?;
+    let kept: CapsHashSet = KEPT.into_iter().filter(|kept| permitted.contains(kept)).collect();
+    if permitted.contains(&Capability::CAP_SETPCAP) {
+        for capability in caps::read(None, CapSet::Bounding)? {
+            if !kept.contains(&capability) {
+                caps::drop(None, CapSet::Bounding, capability)?;
+            }
+        }
+    }
+    caps::set(None, CapSet::Inheritable, &CapsHashSet::new())?;
+    caps::set(None, CapSet::Effective, &kept)?;
+    caps::set(None, CapSet::Permitted, &kept)?;
+    prctl::set_no_new_privs()?;
+    Ok(())
+}
