@@ -28,15 +28,21 @@ fn the_chart_lints_and_refuses_wrong_values_by_name() {
     let (text, sound) = helm(&program, &["lint", "--strict", CHART]);
     assert!(sound, "{text}");
     for (setting, word) in [
-        ("pools[0].path=\"relative\"", "path"),
-        ("pools[0].pth=\"/x\"", "pth"),
-        ("pools=[]", "pools"),
-        ("logLevel=\"loud\"", "logLevel"),
-        ("storageClasses[0].parameters.poool=\"x\"", "poool"),
-        ("storageClasses[0].parameters.pool=\"fast\"", "fast"),
-        ("storageClasses[0].mountOptions=[\"suid\"]", "mountOptions"),
-        ("image.digest=\"latest\"", "digest"),
-        ("surprise=1", "surprise"),
+        (r#"pools=[{"name":"a","path":"relative"}]"#, "path"),
+        (r#"pools=[{"name":"a","path":"/a","pth":"/x"}]"#, "pth"),
+        (r#"pools=[]"#, "pools"),
+        (r#"logLevel="loud""#, "logLevel"),
+        (r#"storageClasses=[{"name":"a","parameters":{"poool":"x"}}]"#, "poool"),
+        (
+            r#"storageClasses=[{"name":"a","parameters":{"pool":"fast"}}]"#,
+            "\"fast\" is not among",
+        ),
+        (
+            r#"storageClasses=[{"name":"a","mountOptions":["suid"]}]"#,
+            "mountOptions",
+        ),
+        (r#"image.digest="latest""#, "digest"),
+        (r#"surprise=1"#, "surprise"),
     ] {
         let (text, sound) = helm(&program, &["template", CHART, "--set-json", setting]);
         assert!(!sound && text.contains(word), "{setting}: {text}");

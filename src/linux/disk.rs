@@ -91,21 +91,7 @@ impl Disk for PoolDisk {
     }
 
     fn space(&self) -> Result<Space, DiskError> {
-        let found = fstatvfs(&self.volumes).map_err(|errno| failed("statvfs", self.path.clone(), errno))?;
-        let bytes = |blocks: u64| Bytes(blocks.saturating_mul(found.fragment_size()));
-        let available = if found.flags().contains(FsFlags::ST_RDONLY) {
-            0
-        } else {
-            found.blocks_available()
-        };
-        Ok(Space {
-            total: bytes(found.blocks()),
-            available: bytes(available),
-            used: bytes(found.blocks() - found.blocks_free()),
-            inodes: found.files(),
-            inodes_available: found.files_available(),
-            inodes_used: found.files() - found.files_free(),
-        })
+        space(&self.volumes)
     }
 
     fn claim(&self, record: &Record) -> Result<(), DiskError> {
@@ -263,6 +249,25 @@ impl PoolDisk {
         let bytes: Vec<u8> = format!("{name}.{n}").bytes().filter(|byte| *byte != 0).collect();
         CString::new(bytes).expect("no NUL is left")
     }
+}
+
+/// Size and use of the filesystem of a directory.
+pub(super) fn space(dir: &Dir) -> Result<Space, DiskError> {
+    let found = fstatvfs(dir).map_err(|errno| failed("statvfs", dir.path().to_owned(), errno))?;
+    let bytes = |blocks: u64| Bytes(blocks.saturating_mul(found.fragment_size()));
+    let available = if found.flags().contains(FsFlags::ST_RDONLY) {
+        0
+    } else {
+        found.blocks_available()
+    };
+    Ok(Space {
+        total: bytes(found.blocks()),
+        available: bytes(available),
+        used: bytes(found.blocks() - found.blocks_free()),
+        inodes: found.files(),
+        inodes_available: found.files_available(),
+        inodes_used: found.files() - found.files_free(),
+    })
 }
 
 fn json(record: &Record) -> Result<Vec<u8>, DiskError> {

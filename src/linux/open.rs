@@ -14,13 +14,14 @@ use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 
 use super::dir::{Dir, failed};
-use super::disk::PoolDisk;
+use super::disk::{PoolDisk, space};
 use super::eraser::Eraser;
 use super::{mountinfo, target};
 use crate::volume::access::TargetPath;
 use crate::volume::id::VolumeId;
 use crate::volume::ports::{Disk, DiskError, Opened, PoolConfig, Unusable};
 use crate::volume::record::PoolId;
+use crate::volume::size::Bytes;
 
 const META: &CStr = c".hostdir";
 const IDENTITY: &CStr = c"pool.json";
@@ -33,6 +34,8 @@ struct Identity {
     format: u32,
     id: PoolId,
     created: Timestamp,
+    /// Bytes in use on the filesystem at that time.
+    foreign: Bytes,
 }
 
 impl Identity {
@@ -52,7 +55,7 @@ pub(super) fn open(config: &PoolConfig) -> Result<Opened, Unusable> {
     let meta = root.ensure_child(META)?;
     let lock = lock(&meta)?;
     let volumes = root.ensure_child(c"volumes")?;
-    let id = identify(&meta, &volumes)?;
+    let Identity { id, foreign, .. } = identify(&meta, &volumes)?;
     let trash = root.ensure_child(c"trash")?;
     let new = meta.ensure_child(c"new")?;
     meta.sync().and_then(|()| root.sync())?;
@@ -82,6 +85,7 @@ pub(super) fn open(config: &PoolConfig) -> Result<Opened, Unusable> {
     Ok(Opened {
         id,
         filesystem: mount.filesystem,
+        foreign,
         volumes,
         targets,
         disk: Box::new(disk),
@@ -156,7 +160,7 @@ fn lock(meta: &Dir) -> Result<Flock<File>, Unusable> {
 }
 
 /// The identity of the pool; a new one only where no volume can belong to an old one.
-fn identify(meta: &Dir, volumes: &Dir) -> Result<PoolId, Unusable> {
+fn identify(meta: &Dir, volumes: &Dir) -> Result<Identity, Unusable> {
     let path = meta.path().display();
     if let Some(bytes) = meta.read(IDENTITY)? {
         let identity: Identity = serde_json::from_slice(&bytes).map_err(|error| {
@@ -171,7 +175,7 @@ fn identify(meta: &Dir, volumes: &Dir) -> Result<PoolId, Unusable> {
                 Identity::FORMAT
             )));
         }
-        return Ok(identity.id);
+        return Ok(identity);
     }
     if volumes.names()?.next().is_some() {
         return Err(Unusable(format!(
@@ -182,12 +186,13 @@ fn identify(meta: &Dir, volumes: &Dir) -> Result<PoolId, Unusable> {
         format: Identity::FORMAT,
         id: PoolId::random(),
         created: Timestamp::now(),
+        foreign: space(volumes)?.used,
     };
     let json = serde_json::to_vec_pretty(&identity).map_err(|error| Unusable(error.to_string()))?;
     meta.write(NEW_IDENTITY, &json)
         .and_then(|()| meta.rename(NEW_IDENTITY, IDENTITY))
         .and_then(|()| meta.sync())?;
-    Ok(identity.id)
+    Ok(identity)
 }
 
 /// Where volumes of the pool are mounted already: the kernel knows what an earlier process did.

@@ -133,6 +133,7 @@ impl Host for Memory {
         Ok(Opened {
             id: pool.id,
             filesystem: "memory".into(),
+            foreign: Bytes(0),
             volumes: pool.volumes.iter().map(found).collect(),
             targets: Vec::new(),
             disk: Box::new(MemoryDisk {

@@ -71,6 +71,8 @@ pub(super) struct OpenPool {
     pub(super) config: PoolConfig,
     pub(super) id: PoolId,
     pub(super) filesystem: String,
+    /// What was on the filesystem when the pool was made.
+    foreign: Bytes,
     pub(super) disk: Box<dyn Disk>,
     volumes: Mutex<Volumes>,
 }
@@ -87,6 +89,7 @@ impl OpenPool {
         let Opened {
             id,
             filesystem,
+            foreign,
             volumes: found,
             targets,
             disk,
@@ -120,6 +123,7 @@ impl OpenPool {
             config: config.clone(),
             id,
             filesystem,
+            foreign,
             disk,
             volumes: Mutex::new(volumes),
         }
@@ -141,7 +145,7 @@ impl OpenPool {
     /// The largest volume that may be promised now.
     pub(super) fn room(&self) -> Result<Bytes, DiskError> {
         let space = self.disk.space()?;
-        Ok(self.config.limits.room(space, self.lock().claimed))
+        Ok(self.config.limits.room(space, self.foreign, self.lock().claimed))
     }
 
     /// Records a new volume, if there is room for it.
@@ -170,7 +174,7 @@ impl OpenPool {
     fn promise(&self, bytes: Bytes) -> Result<(), Reason> {
         let space = self.disk.space()?;
         let mut volumes = self.lock();
-        let room = self.config.limits.room(space, volumes.claimed);
+        let room = self.config.limits.room(space, self.foreign, volumes.claimed);
         if bytes > room {
             return Err(Reason::NoRoom {
                 pool: self.config.name.clone(),

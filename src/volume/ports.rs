@@ -132,6 +132,8 @@ pub struct Opened {
     pub id: PoolId,
     /// Name of the filesystem it is on, as mount(8) calls it.
     pub filesystem: String,
+    /// Bytes that were in use on the filesystem when the pool was made: none of them a volume's.
+    pub foreign: Bytes,
     /// The volumes on it.
     pub volumes: Vec<Found>,
     /// Where its volumes are mounted already.

@@ -61,19 +61,24 @@ impl Limits {
     /// Largest step in which free space is reported, see [`step`].
     const STEP_MAX: Bytes = Bytes(64 << 20);
 
-    /// The largest volume that may be promised now, beside `claimed` bytes promised before.
+    /// The largest volume that may be promised now, beside `claimed` bytes promised before, on a filesystem that held
+    /// `foreign` bytes when the pool was made.
     ///
-    /// size × overcommit − reserve − claims, and never more than free space × overcommit: what others have put on the
-    /// same filesystem cannot be promised again.
+    /// (size − what others use) × overcommit − reserve − claims, and never more than free space × overcommit. What others use
+    /// cannot be told from what volumes use without quotas; it is at least what was there before the first volume, and at
+    /// least what is used beyond all claims.
     #[must_use]
-    pub fn room(self, space: Space, claimed: Bytes) -> Bytes {
+    pub fn room(self, space: Space, foreign: Bytes, claimed: Bytes) -> Bytes {
         let reserve = match self.reserve {
             Reserve::Bytes(bytes) => bytes,
             Reserve::Percent(percent) => scaled(space.total, percent / 100.0),
         };
-        let promised = scaled(space.total, self.overcommit).less(reserve).less(claimed);
-        let free = scaled(space.available.less(reserve), self.overcommit).rounded_down(step(space.total));
-        promised.min(free).rounded_down(Bytes::MIB)
+        let others = foreign.max(space.used.less(claimed));
+        let promised = scaled(space.total.less(others), self.overcommit)
+            .less(reserve)
+            .less(claimed);
+        let free = scaled(space.available.less(reserve), self.overcommit);
+        promised.min(free).rounded_down(step(space.total))
     }
 }
 
@@ -105,6 +110,7 @@ mod tests {
         Space {
             total: Bytes(total << 30),
             available: Bytes(available << 30),
+            used: Bytes((total - available) << 30),
             ..Space::default()
         }
     }
@@ -115,12 +121,31 @@ mod tests {
             reserve: "10%".parse().unwrap(),
             overcommit: 1.0,
         };
-        assert_eq!(limits.room(space(100, 95), Bytes(30 << 30)), Bytes(60 << 30));
+        assert_eq!(limits.room(space(100, 95), Bytes(0), Bytes(30 << 30)), Bytes(60 << 30));
     }
 
     #[test]
     fn what_others_use_is_not_promised() {
-        assert_eq!(Limits::default().room(space(100, 5), Bytes(0)), Bytes(5 << 30));
+        assert_eq!(
+            Limits::default().room(space(100, 5), Bytes(0), Bytes(0)),
+            Bytes(5 << 30)
+        );
+    }
+
+    #[test]
+    fn what_others_had_is_not_promised_although_claims_are_unwritten() {
+        // 180 of 250 GiB were somebody else's before; 60 GiB are claimed, nothing of them written yet.
+        let room = |claimed: u64| Limits::default().room(space(250, 70), Bytes(180 << 30), Bytes(claimed << 30));
+        assert_eq!(room(0), Bytes(70 << 30));
+        assert_eq!(room(60), Bytes(10 << 30));
+    }
+
+    #[test]
+    fn what_volumes_have_written_is_not_counted_twice() {
+        assert_eq!(
+            Limits::default().room(space(100, 50), Bytes(0), Bytes(50 << 30)),
+            Bytes(50 << 30)
+        );
     }
 
     #[test]
@@ -129,12 +154,18 @@ mod tests {
             overcommit: 3.0,
             ..Limits::default()
         };
-        assert_eq!(limits.room(space(100, 100), Bytes(120 << 30)), Bytes(180 << 30));
+        assert_eq!(
+            limits.room(space(100, 100), Bytes(0), Bytes(120 << 30)),
+            Bytes(180 << 30)
+        );
     }
 
     #[test]
     fn nothing_is_left_when_all_is_claimed() {
-        assert_eq!(Limits::default().room(space(10, 10), Bytes(11 << 30)), Bytes(0));
+        assert_eq!(
+            Limits::default().room(space(10, 10), Bytes(0), Bytes(11 << 30)),
+            Bytes(0)
+        );
     }
 
     #[test]
@@ -150,10 +181,10 @@ mod tests {
         fn a_claim_never_makes_more_room(total in 1_u64..1 << 50, free in 0.0..=1.0_f64, claimed in 0_u64..1 << 50, more in 0_u64..1 << 50) {
             let available = scaled(Bytes(total), free);
             let space = Space { total: Bytes(total), available, ..Space::default() };
-            let room = Limits::default().room(space, Bytes(claimed));
+            let room = Limits::default().room(space, Bytes(0), Bytes(claimed));
             prop_assert!(room.plus(Bytes(claimed)) <= Bytes(total).max(Bytes(claimed)));
             prop_assert!(room <= available);
-            prop_assert!(Limits::default().room(space, Bytes(claimed).plus(Bytes(more))) <= room);
+            prop_assert!(Limits::default().room(space, Bytes(0), Bytes(claimed).plus(Bytes(more))) <= room);
         }
     }
 }

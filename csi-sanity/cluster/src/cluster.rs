@@ -150,7 +150,8 @@ impl Cluster {
             NAMESPACE,
             "--create-namespace",
         ];
-        for setting in settings {
+        // Capacity is looked at by those who wait: every five seconds and not every minute.
+        for setting in [&["provisioner.capacityPollInterval=\"5s\""], settings].concat() {
             args.extend(["--set-json", setting]);
         }
         self.helm(&args)?;
