@@ -69,16 +69,17 @@ impl Limits {
     /// least what is used beyond all claims.
     #[must_use]
     pub fn room(self, space: Space, foreign: Bytes, claimed: Bytes) -> Bytes {
+        // As df(1) has it: what a filesystem keeps for root is nobody's.
+        let size = space.used.plus(space.available);
         let reserve = match self.reserve {
             Reserve::Bytes(bytes) => bytes,
-            Reserve::Percent(percent) => scaled(space.total, percent / 100.0),
+            Reserve::Percent(percent) => scaled(size, percent / 100.0),
         };
-        let others = foreign.max(space.used.less(claimed));
-        let promised = scaled(space.total.less(others), self.overcommit)
-            .less(reserve)
-            .less(claimed);
-        let free = scaled(space.available.less(reserve), self.overcommit);
-        promised.min(free).rounded_down(step(space.total))
+        let step = step(size);
+        let others = foreign.max(space.used.less(claimed)).rounded_down(step);
+        let promised = scaled(size.less(others), self.overcommit).less(reserve).less(claimed);
+        let free = scaled(space.available.less(reserve), self.overcommit).rounded_down(step);
+        promised.min(free).rounded_down(Bytes::MIB)
     }
 }
 
@@ -180,7 +181,8 @@ mod tests {
         #[test]
         fn a_claim_never_makes_more_room(total in 1_u64..1 << 50, free in 0.0..=1.0_f64, claimed in 0_u64..1 << 50, more in 0_u64..1 << 50) {
             let available = scaled(Bytes(total), free);
-            let space = Space { total: Bytes(total), available, ..Space::default() };
+            let used = Bytes(total).less(available);
+            let space = Space { total: Bytes(total), available, used, ..Space::default() };
             let room = Limits::default().room(space, Bytes(0), Bytes(claimed));
             prop_assert!(room.plus(Bytes(claimed)) <= Bytes(total).max(Bytes(claimed)));
             prop_assert!(room <= available);

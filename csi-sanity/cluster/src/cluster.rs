@@ -269,7 +269,9 @@ impl Cluster {
             std::fs::create_dir_all(&into)?;
             for part in ["log", "disk/var/log/pods"] {
                 let from = self.dir.join(machine).join(part);
-                let _ = std::process::Command::new("cp").arg("-r").arg(from).arg(&into).status();
+                if from.exists() {
+                    let _ = std::process::Command::new("cp").arg("-r").arg(from).arg(&into).status();
+                }
             }
         }
         Ok(())

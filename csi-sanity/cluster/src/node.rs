@@ -115,6 +115,9 @@ SystemdCgroup = false
             "authorization": {"mode": "Webhook"},
             "tlsCertFile": pki.path(&format!("{}.crt", self.name)),
             "tlsPrivateKeyFile": pki.path(&format!("{}.key", self.name)),
+            // A container that is killed comes back at once, and not after minutes: tests kill often.
+            "featureGates": {"KubeletCrashLoopBackOffMax": true},
+            "crashLoopBackOff": {"maxContainerRestartPeriod": "1s"},
             "maxPods": 250,
             "serializeImagePulls": false,
         });
