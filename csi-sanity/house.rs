@@ -31,13 +31,27 @@ fn cargo(args: &[&str]) {
 
 #[test]
 fn the_code_is_formatted() {
-    cargo(&["fmt", "--check"]);
+    cargo(&["fmt", "--all", "--check"]);
 }
 
 #[test]
 fn clippy_and_rustdoc_find_nothing() {
-    cargo(&["clippy", "--locked", "--all-targets", "--", "-D", "warnings"]);
-    cargo(&["doc", "--locked", "--no-deps", "--document-private-items"]);
+    cargo(&[
+        "clippy",
+        "--locked",
+        "--workspace",
+        "--all-targets",
+        "--",
+        "-D",
+        "warnings",
+    ]);
+    cargo(&[
+        "doc",
+        "--locked",
+        "--workspace",
+        "--no-deps",
+        "--document-private-items",
+    ]);
 }
 
 /// All Rust files below a directory.

@@ -30,7 +30,7 @@ fn the_chart_lints_and_refuses_wrong_values_by_name() {
     for (setting, word) in [
         (r#"pools=[{"name":"a","path":"relative"}]"#, "path"),
         (r#"pools=[{"name":"a","path":"/a","pth":"/x"}]"#, "pth"),
-        (r#"pools=[]"#, "pools"),
+        ("pools=[]", "pools"),
         (r#"logLevel="loud""#, "logLevel"),
         (r#"storageClasses=[{"name":"a","parameters":{"poool":"x"}}]"#, "poool"),
         (
@@ -42,7 +42,7 @@ fn the_chart_lints_and_refuses_wrong_values_by_name() {
             "mountOptions",
         ),
         (r#"image.digest="latest""#, "digest"),
-        (r#"surprise=1"#, "surprise"),
+        ("surprise=1", "surprise"),
     ] {
         let (text, sound) = helm(&program, &["template", CHART, "--set-json", setting]);
         assert!(!sound && text.contains(word), "{setting}: {text}");

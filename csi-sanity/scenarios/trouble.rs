@@ -131,3 +131,42 @@ fn scenario_9_people_are_told_the_cause() {
         .unwrap();
     lab.nothing_is_left();
 }
+
+#[test]
+fn a_pod_goes_on_while_the_network_is_cut_and_the_api_server_hangs() {
+    let Some(lab) = lab("cut-off", "a pod goes on without network and API server") else {
+        return;
+    };
+    lab.apply(&[claim("data", "10Mi"), on_node(pod("pod", "data"), "node-1")]);
+    lab.running("pod");
+    let volume = lab.volume_of("data");
+    let answers = || {
+        lab.kubectl()
+            .run(&["get", "--raw", "/readyz", "--request-timeout=2s"])
+            .is_ok()
+    };
+    let id = mount_id(&lab);
+
+    lab.freeze_api_server(true).unwrap();
+    assert!(!answers(), "the API server is not frozen");
+    // The driver needs no API server: a volume that is there is mounted and unmounted as ever.
+    lab.kill_driver(0);
+    lab.nodes[0]
+        .sh(&format!("echo x > {POOL}/volumes/{volume}/data/while-frozen"))
+        .unwrap();
+    lab.freeze_api_server(false).unwrap();
+    lab.wait("the API server answers again", || Ok(answers()));
+
+    lab.cut_network(0, true).unwrap();
+    lab.exec("pod", "true").expect_err("the network is not cut");
+    assert_eq!(mount_id(&lab), id);
+    lab.cut_network(0, false).unwrap();
+    lab.wait("the node is back", || {
+        Ok(lab.exec("pod", "cat /data/while-frozen").is_ok())
+    });
+    lab.wait_ready(3).unwrap();
+
+    lab.delete("pod", "pod");
+    lab.delete("pvc", "data");
+    lab.nothing_is_left();
+}
