@@ -92,7 +92,7 @@ fn scenario_9_people_are_told_the_cause() {
         pod("no-pool", "no-pool"),
     ]);
     lab.described("pvc", "typo", "unknown field `poool`");
-    lab.described("pvc", "no-pool", "has no pool \"fast\" (it has: default)");
+    lab.described("pvc", "no-pool", "has no pool fast (it has: default)");
 
     // The disk of a pool is gone when a pod comes back for its volume.
     let pools = r#"pools=[{"name":"default","path":"/var/lib/hostdir"},{"name":"disk","path":"/mnt/disk/hostdir","requireMount":true}]"#;

@@ -41,10 +41,13 @@ impl Controller for Services {
         &self,
         request: Request<CreateVolumeRequest>,
     ) -> Result<Response<CreateVolumeResponse>, Status> {
-        let request = request.into_inner();
+        let mut request = request.into_inner();
+        let name = parse::name(std::mem::take(&mut request.name))?;
         let volume = self
             .run("CreateVolume", move |driver| {
-                Ok(to_proto(driver.create(&want(driver, request)?)?, driver.node()))
+                let about = parse::about(&name, driver.node());
+                let want = want(driver, name.clone(), request).map_err(about)?;
+                Ok(to_proto(driver.create(&want)?, driver.node()))
             })
             .await?;
         Ok(Response::new(CreateVolumeResponse { volume: Some(volume) }))
@@ -141,9 +144,9 @@ impl Controller for Services {
     }
 }
 
-fn want(driver: &Driver, request: CreateVolumeRequest) -> Result<Want, Status> {
+fn want(driver: &Driver, name: String, request: CreateVolumeRequest) -> Result<Want, Status> {
     let CreateVolumeRequest {
-        name,
+        name: _,
         capacity_range,
         volume_capabilities,
         parameters,
@@ -152,22 +155,19 @@ fn want(driver: &Driver, request: CreateVolumeRequest) -> Result<Want, Status> {
         accessibility_requirements,
         mutable_parameters,
     } = request;
-    let name = parse::name(name)?;
     if volume_content_source.is_some() {
-        return Err(Status::invalid_argument(format!(
-            "volume {name:?}: snapshots and clones are not supported; make an empty volume and copy into it"
-        )));
+        return Err(Status::invalid_argument(
+            "snapshots and clones are not supported; make an empty volume and copy into it",
+        ));
     }
     if !mutable_parameters.is_empty() {
-        return Err(Status::invalid_argument(format!(
-            "volume {name:?}: VolumeAttributesClasses are not supported; leave volumeAttributesClassName out"
-        )));
+        return Err(Status::invalid_argument(
+            "VolumeAttributesClasses are not supported; leave volumeAttributesClassName out",
+        ));
     }
     let (parameters, claim) = parse::parameters(parameters)?;
     if volume_capabilities.is_empty() {
-        return Err(Status::invalid_argument(format!(
-            "volume {name:?}: volume_capabilities is missing"
-        )));
+        return Err(Status::invalid_argument("volume_capabilities is missing"));
     }
     parse::capabilities(volume_capabilities, || driver.filesystem(&parameters.pool))?;
     let size = parse::size(capacity_range)?;
@@ -195,9 +195,8 @@ fn validate(
     } = request;
     let volume = driver.get(&parse::volume_id(&volume_id)?)?;
     if volume_capabilities.is_empty() {
-        return Err(Status::invalid_argument(format!(
-            "volume {volume_id}: volume_capabilities is missing"
-        )));
+        let missing = Status::invalid_argument("volume_capabilities is missing");
+        return Err(parse::about(&volume_id, driver.node())(missing));
     }
     let possible = parse::capabilities(volume_capabilities.clone(), || driver.filesystem(&volume.pool));
     let (pool, directory) = (volume.pool.clone(), volume.record.directory);

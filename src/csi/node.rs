@@ -39,7 +39,7 @@ impl Node for Services {
         let NodeUnpublishVolumeRequest { volume_id, target_path } = request.into_inner();
         self.run("NodeUnpublishVolume", move |driver| {
             let id = parse::volume_id(&volume_id)?;
-            let target = parse::target(&id, target_path)?;
+            let target = parse::target(target_path).map_err(parse::about(&id, driver.node()))?;
             Ok(driver.unpublish(&id, &target)?)
         })
         .await?;
@@ -59,7 +59,8 @@ impl Node for Services {
             .run("NodeGetVolumeStats", move |driver| {
                 let id = parse::volume_id(&volume_id)?;
                 if volume_path.is_empty() {
-                    return Err(Status::invalid_argument(format!("volume {id}: volume_path is missing")));
+                    let missing = Status::invalid_argument("volume_path is missing");
+                    return Err(parse::about(&id, driver.node())(missing));
                 }
                 Ok(driver.stats(&id, &volume_path)?)
             })
@@ -105,11 +106,12 @@ fn publish(driver: &Driver, request: NodePublishVolumeRequest) -> Result<Publish
         mut volume_context,
     } = request;
     let id = parse::volume_id(&volume_id)?;
-    let target = parse::target(&id, target_path)?;
-    let capability = volume_capability
-        .ok_or_else(|| Status::invalid_argument(format!("volume {id}: volume_capability is missing")))?;
+    let about = parse::about(id.clone(), driver.node());
+    let target = parse::target(target_path).map_err(&about)?;
+    let capability =
+        volume_capability.ok_or_else(|| about(Status::invalid_argument("volume_capability is missing")))?;
     let filesystem = || driver.get(&id).ok().and_then(|volume| driver.filesystem(&volume.pool));
-    let (mode, options) = parse::capability(capability, filesystem)?;
+    let (mode, options) = parse::capability(capability, filesystem).map_err(&about)?;
     let options = MountOptions {
         read_only: options.read_only || readonly,
         ..options

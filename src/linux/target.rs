@@ -4,6 +4,8 @@ use std::ffi::CString;
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use std::thread;
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
@@ -24,6 +26,11 @@ const TARGET_MODE: Mode = Mode::S_IRWXU.union(Mode::S_IRGRP).union(Mode::S_IXGRP
 
 /// How many mounts of one volume may be stacked on a target before something is badly wrong.
 const STACKED_MAX: usize = 16;
+
+/// "In use" often ends by itself: a child between fork and exec holds all files of its parent. A second of patience here saves
+/// the kubelet's, which grows to minutes.
+const BUSY_TRIES: u32 = 20;
+const BUSY_PAUSE: Duration = Duration::from_millis(50);
 
 /// The options of a mount that hostdir sets and compares: statvfs(3) flags and mount_setattr(2) attributes.
 const OPTIONS: [(FsFlags, u64); 5] = [
@@ -257,7 +264,13 @@ impl Place {
         // umount2(2) takes no descriptor; the parent's descriptor in proc(5) keeps the path from being swapped.
         let name = std::ffi::OsStr::from_bytes(self.name.to_bytes());
         let path = Path::new("/proc/self/fd").join(self.parent_fd().to_string()).join(name);
-        umount2(&path, MntFlags::UMOUNT_NOFOLLOW).map_err(|errno| self.failed("unmount", errno))
+        for _ in 0..BUSY_TRIES {
+            match umount2(&path, MntFlags::UMOUNT_NOFOLLOW) {
+                Err(Errno::EBUSY) => thread::sleep(BUSY_PAUSE),
+                unmounted => return unmounted.map_err(|errno| self.failed("unmount", errno)),
+            }
+        }
+        Err(self.failed("unmount", Errno::EBUSY))
     }
 
     fn parent_fd(&self) -> i32 {

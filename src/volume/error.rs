@@ -45,7 +45,7 @@ pub enum Reason {
     OtherNode,
     /// This node has no pool of that name.
     #[error(
-        "this node has no pool {wanted:?} (it has: {known}); correct the StorageClass parameter `pool`, or give the node such a pool"
+        "this node has no pool {wanted} (it has: {known}); correct the StorageClass parameter `pool`, or give the node such a pool"
     )]
     NoSuchPool {
         /// The pool asked for.
