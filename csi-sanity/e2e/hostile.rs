@@ -654,10 +654,16 @@ fn one_bad_pool_does_not_stop_the_others() {
         .pool("default", &scratch.path("pool"))
         .pool("bad", &scratch.path("no/disk"));
     let (_process, client) = start(&driver);
-    let status = client.probe().unwrap_err();
+    client.probe().expect("sidecars end when this fails");
+    let probe = std::process::Command::new(env!("CARGO_BIN_EXE_hostdir"))
+        .args(["probe", "--ready", "--endpoint"])
+        .arg(format!("unix://{}", driver.socket.display()))
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&probe.stderr);
     assert!(
-        status.message().contains("pool bad") && !status.message().contains("pool default"),
-        "{status}"
+        !probe.status.success() && text.contains("pool bad") && !text.contains("pool default"),
+        "{text}"
     );
     client.create("pvc-1").unwrap();
     client.publish("pvc-1", &scratch.mkdir("pods").join("a")).unwrap();

@@ -9,7 +9,7 @@ use super::proto::{
     GetPluginCapabilitiesRequest, GetPluginCapabilitiesResponse, GetPluginInfoRequest, GetPluginInfoResponse,
     PluginCapability, ProbeRequest, ProbeResponse,
 };
-use super::{DRIVER_NAME, Services};
+use super::{ALL_POOLS, DRIVER_NAME, Services};
 
 #[tonic::async_trait]
 impl Identity for Services {
@@ -40,8 +40,12 @@ impl Identity for Services {
         }))
     }
 
-    async fn probe(&self, _: Request<ProbeRequest>) -> Result<Response<ProbeResponse>, Status> {
-        self.run("Probe", |driver| Ok(driver.probe()?)).await?;
+    /// Fails when no pool can be used. With one bad pool among others it does not, unless it is asked about all:
+    /// external-provisioner and its like exit when it fails (csi-lib-utils `ProbeForever`), and then the good pools would have
+    /// nobody to make volumes on them.
+    async fn probe(&self, request: Request<ProbeRequest>) -> Result<Response<ProbeResponse>, Status> {
+        let all = request.metadata().contains_key(ALL_POOLS);
+        self.run("Probe", move |driver| Ok(driver.probe(all)?)).await?;
         Ok(Response::new(ProbeResponse { ready: Some(true) }))
     }
 }

@@ -37,6 +37,9 @@ pub mod proto {
 /// The name this driver is registered under.
 pub const DRIVER_NAME: &str = "hostdir.csi";
 
+/// Metadata of a Probe that asks about every pool, see [`probe()`].
+const ALL_POOLS: &str = "hostdir-all-pools";
+
 /// The key of the one topology segment: its value names the node.
 pub const TOPOLOGY_KEY: &str = "topology.hostdir.csi/node";
 

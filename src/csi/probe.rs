@@ -3,11 +3,13 @@
 use std::time::Duration;
 
 use anyhow::Context;
+use tonic::Request;
+use tonic::metadata::MetadataValue;
 use tonic::transport::Endpoint as Address;
 
-use super::Endpoint;
 use super::proto::identity_client::IdentityClient;
 use super::proto::{GetPluginInfoRequest, ProbeRequest};
+use super::{ALL_POOLS, Endpoint};
 
 /// A driver that takes longer does not answer.
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -26,7 +28,11 @@ pub async fn probe(endpoint: &Endpoint, ready: bool) -> anyhow::Result<()> {
         .with_context(|| format!("connect to {path}"))?;
     let mut client = IdentityClient::new(channel);
     let answer = if ready {
-        client.probe(ProbeRequest {}).await.map(drop)
+        let mut request = Request::new(ProbeRequest {});
+        request
+            .metadata_mut()
+            .insert(ALL_POOLS, MetadataValue::from_static("1"));
+        client.probe(request).await.map(drop)
     } else {
         client.get_plugin_info(GetPluginInfoRequest {}).await.map(drop)
     };

@@ -102,18 +102,19 @@ impl Driver {
         &self.node
     }
 
-    /// Whether every pool is present, writable and the one that was opened.
+    /// Whether the pools are present, writable and the ones that were opened: at least one of them, or all. One bad disk must
+    /// not stop what depends on the driver as a whole.
     ///
     /// # Errors
     /// [`Reason::NotReady`] names each pool that is not.
-    pub fn probe(&self) -> Result<(), Error> {
+    pub fn probe(&self, all: bool) -> Result<(), Error> {
         let check = |pool: &Pool| pool.get(&*self.host).and_then(|open| open.disk.writable());
         let bad: Vec<String> = self
             .pools
             .iter()
             .filter_map(|pool| check(pool).err().map(|why| format!("pool {}: {why}", pool.config.name)))
             .collect();
-        if bad.is_empty() {
+        if bad.is_empty() || (!all && bad.len() < self.pools.len()) {
             Ok(())
         } else {
             Err(self.error(None, Reason::NotReady(bad.join("; "))))

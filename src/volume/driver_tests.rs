@@ -185,13 +185,17 @@ fn a_pool_that_was_absent_at_start_is_opened_when_it_is_there() {
     let memory = Memory::default();
     memory.set_absent(&pool("default"), true);
     let fixture = Fixture::on(memory);
-    let error = fixture.driver.probe().unwrap_err().to_string();
+    let error = fixture.driver.probe(true).unwrap_err().to_string();
     assert!(
         error.contains("pool default") && !error.contains("pool other"),
         "{error}"
     );
+    fixture.driver.probe(false).expect("one pool is fine");
+    fixture.memory.set_absent(&pool("other"), true);
+    fixture.driver.probe(false).expect_err("no pool is fine");
+    fixture.memory.set_absent(&pool("other"), false);
     fixture.memory.set_absent(&pool("default"), false);
-    fixture.driver.probe().unwrap();
+    fixture.driver.probe(true).unwrap();
     fixture.driver.create(&want("a", 1)).unwrap();
 }
 
