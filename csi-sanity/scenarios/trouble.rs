@@ -80,7 +80,7 @@ fn mount_id(lab: &crate::lab::Lab) -> String {
 
 #[test]
 fn scenario_9_people_are_told_the_cause() {
-    let Some(lab) = lab("causes", "9. kubectl describe names the cause") else {
+    let Some(mut lab) = lab("causes", "9. kubectl describe names the cause") else {
         return;
     };
     lab.apply(&[
@@ -108,7 +108,9 @@ fn scenario_9_people_are_told_the_cause() {
     lab.running("disk");
     lab.exec("disk", "echo kept > /data/file").unwrap();
     lab.delete("pod", "disk");
-    lab.nodes[0].sh("umount -l /mnt/disk").unwrap();
+    // Nothing mounts the disk at boot.
+    lab.nodes[0].cut_power().unwrap();
+    lab.power_on(0).unwrap();
     lab.apply(&[on_node(pod("disk", "disk"), "node-1")]);
     lab.described("pod", "disk", "pool disk cannot be used: /mnt/disk/hostdir");
     // A pool that is missing everywhere makes hostdir's own pods say so, too.
