@@ -286,3 +286,32 @@ fn a_probe_says_whether_it_answers_and_whether_it_is_ready() {
     assert!(probe(&[]).is_err(), "a hung driver passed for alive");
     process.signal(Signal::SIGCONT);
 }
+
+#[test]
+fn the_first_volume_of_the_readme_lives_its_life() {
+    let Some(scratch) = Scratch::new("the_first_volume_of_the_readme") else {
+        return;
+    };
+    let driver = Driver::new(&scratch).pool("default", &scratch.path("pool"));
+    let (_process, client) = start(&driver);
+    let output = std::process::Command::new(env!("CARGO"))
+        .args(["run", "--locked", "--quiet", "--example", "first-volume", "--"])
+        .arg(format!("unix://{}", driver.socket.display()))
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        output.status.success(),
+        "{text}{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    // What the README shows, line by line, but for figures and paths.
+    let readme = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/README.md")).unwrap();
+    for line in text.lines() {
+        let step = &line[..20];
+        assert!(readme.contains(step), "the README does not show {line:?}");
+    }
+    assert_eq!(text.lines().count(), 9, "{text}");
+    assert!(client.list(0).is_empty());
+}

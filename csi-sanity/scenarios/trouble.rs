@@ -159,6 +159,12 @@ fn a_pod_goes_on_while_the_network_is_cut_and_the_api_server_hangs() {
     lab.freeze_api_server(false).unwrap();
     lab.wait("the API server answers again", || Ok(answers()));
 
+    lab.stop_api_server().unwrap();
+    lab.wait("the API server is gone", || Ok(!answers()));
+    assert_eq!(mount_id(&lab), id);
+    lab.start_api_server().unwrap();
+    lab.wait("the API server answers again", || Ok(answers()));
+
     lab.cut_network(0, true).unwrap();
     lab.exec("pod", "true").expect_err("the network is not cut");
     assert_eq!(mount_id(&lab), id);

@@ -28,6 +28,7 @@ pub const BUSYBOX_IMAGE: &str = "hostdir-lab/busybox:1";
 /// The machine of the control plane.
 pub struct ControlPlane {
     pub(crate) machine: Machine,
+    pki: Pki,
 }
 
 /// A cluster that runs. Dropping it takes it down.
@@ -119,13 +120,20 @@ impl Cluster {
             prefix: prefix.map(str::to_owned).to_vec(),
         };
         control_plane::start(&machine, &pki, bin, &kubectl)?;
-        let control_plane = ControlPlane { machine };
+        let control_plane = ControlPlane { machine, pki };
 
         let archive = dir.join("images.tar");
         images::archive(&images_of(bin, hostdir), &archive)?;
         let mut nodes = Vec::new();
         for (number, name) in names.iter().enumerate() {
-            let mut node = Node::new(number + 1, name, dir, bin, janitor.make_cgroup(name)?, &pki)?;
+            let mut node = Node::new(
+                number + 1,
+                name,
+                dir,
+                bin,
+                janitor.make_cgroup(name)?,
+                &control_plane.pki,
+            )?;
             node.power_on(&control_plane)?;
             node.import(&archive)?;
             nodes.push(node);
@@ -245,6 +253,22 @@ impl Cluster {
     pub fn freeze_api_server(&self, frozen: bool) -> Result<()> {
         let signal = if frozen { Signal::SIGSTOP } else { Signal::SIGCONT };
         self.control_plane.machine.signal("kube-apiserver", signal)
+    }
+
+    /// Kills the API server.
+    ///
+    /// # Errors
+    /// It does not run.
+    pub fn stop_api_server(&self) -> Result<()> {
+        self.control_plane.machine.signal("kube-apiserver", Signal::SIGKILL)
+    }
+
+    /// Starts the API server again.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn start_api_server(&self) -> Result<()> {
+        control_plane::start_api_server(&self.control_plane.machine, &self.control_plane.pki, &self.bin)
     }
 
     /// Cuts a node from the network, or plugs it in again.

@@ -26,7 +26,6 @@ pub(crate) fn prepare_network(machine: &Machine) -> Result<()> {
 
 /// Starts the control plane and waits until it answers.
 pub(crate) fn start(machine: &Machine, pki: &Pki, bin: &Path, kubectl: &Kubectl) -> Result<()> {
-    let arg = |name: &str, value: &str| format!("--{name}={value}");
     let spawn = |name: &str, args: Vec<String>| machine.spawn(name, &bin.join(name), &args, bin);
     spawn(
         "etcd",
@@ -39,30 +38,7 @@ pub(crate) fn start(machine: &Machine, pki: &Pki, bin: &Path, kubectl: &Kubectl)
             arg("listen-peer-urls", "http://127.0.0.1:2380"),
         ],
     )?;
-    spawn(
-        "kube-apiserver",
-        vec![
-            arg("etcd-servers", "http://127.0.0.1:2379"),
-            arg("bind-address", "0.0.0.0"),
-            arg("secure-port", "443"),
-            arg("advertise-address", ADDRESS),
-            arg("service-cluster-ip-range", "10.96.0.0/16"),
-            arg("tls-cert-file", &pki.path("apiserver.crt")),
-            arg("tls-private-key-file", &pki.path("apiserver.key")),
-            arg("client-ca-file", &pki.path("ca.crt")),
-            arg("token-auth-file", &pki.path("tokens.csv")),
-            arg("kubelet-client-certificate", &pki.path("apiserver-kubelet.crt")),
-            arg("kubelet-client-key", &pki.path("apiserver-kubelet.key")),
-            arg("kubelet-certificate-authority", &pki.path("ca.crt")),
-            arg("kubelet-preferred-address-types", "InternalIP"),
-            arg("service-account-issuer", "https://kubernetes.default.svc"),
-            arg("service-account-key-file", &pki.path("sa.pub")),
-            arg("service-account-signing-key-file", &pki.path("sa.key")),
-            arg("authorization-mode", "Node,RBAC"),
-            arg("enable-admission-plugins", "NodeRestriction"),
-            arg("allow-privileged", "true"),
-        ],
-    )?;
+    start_api_server(machine, pki, bin)?;
     wait_until("the API server is ready", || {
         Ok(kubectl.run(&["get", "--raw", "/readyz"])? == "ok")
     })?;
@@ -95,4 +71,34 @@ pub(crate) fn start(machine: &Machine, pki: &Pki, bin: &Path, kubectl: &Kubectl)
     wait_until("service accounts are made", || {
         kubectl.run(&["get", "serviceaccount", "default"]).map(|_| true)
     })
+}
+
+/// Starts the API server, at first or again.
+pub(crate) fn start_api_server(machine: &Machine, pki: &Pki, bin: &Path) -> Result<()> {
+    let args = vec![
+        arg("etcd-servers", "http://127.0.0.1:2379"),
+        arg("bind-address", "0.0.0.0"),
+        arg("secure-port", "443"),
+        arg("advertise-address", ADDRESS),
+        arg("service-cluster-ip-range", "10.96.0.0/16"),
+        arg("tls-cert-file", &pki.path("apiserver.crt")),
+        arg("tls-private-key-file", &pki.path("apiserver.key")),
+        arg("client-ca-file", &pki.path("ca.crt")),
+        arg("token-auth-file", &pki.path("tokens.csv")),
+        arg("kubelet-client-certificate", &pki.path("apiserver-kubelet.crt")),
+        arg("kubelet-client-key", &pki.path("apiserver-kubelet.key")),
+        arg("kubelet-certificate-authority", &pki.path("ca.crt")),
+        arg("kubelet-preferred-address-types", "InternalIP"),
+        arg("service-account-issuer", "https://kubernetes.default.svc"),
+        arg("service-account-key-file", &pki.path("sa.pub")),
+        arg("service-account-signing-key-file", &pki.path("sa.key")),
+        arg("authorization-mode", "Node,RBAC"),
+        arg("enable-admission-plugins", "NodeRestriction"),
+        arg("allow-privileged", "true"),
+    ];
+    machine.spawn("kube-apiserver", &bin.join("kube-apiserver"), &args, bin)
+}
+
+fn arg(name: &str, value: &str) -> String {
+    format!("--{name}={value}")
 }
