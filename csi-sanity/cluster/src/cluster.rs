@@ -14,7 +14,7 @@ use crate::kubectl::Kubectl;
 use crate::machine::{Machine, wait_until};
 use crate::node::Node;
 use crate::pki::Pki;
-use crate::tools;
+use crate::tools::{self, say};
 
 /// The image that hostdir is in.
 pub const HOSTDIR_IMAGE: &str = "hostdir:0.1.0";
@@ -66,7 +66,10 @@ impl Cluster {
                 text + &tail_of_logs(&dir, name)
             }))
         })?;
-        eprintln!("a cluster of {nodes} nodes is up after {:.0?}", start.elapsed());
+        say(&format!(
+            "a cluster of {nodes} nodes is up after {:.0?}",
+            start.elapsed()
+        ));
         Ok(cluster)
     }
 
