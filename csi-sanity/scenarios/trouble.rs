@@ -113,13 +113,15 @@ fn scenario_9_people_are_told_the_cause() {
     lab.power_on(0).unwrap();
     lab.apply(&[on_node(pod("disk", "disk"), "node-1")]);
     lab.described("pod", "disk", "pool disk cannot be used: /mnt/disk/hostdir");
-    // A pool that is missing everywhere makes hostdir's own pods say so, too.
-    lab.wait("hostdir's pods say so", || {
-        let events = lab
-            .kubectl()
-            .run(&["get", "events", "-n", NAMESPACE, "-o", "jsonpath={..message}"])?;
-        Ok(events.contains("not ready: pool disk: /mnt/disk/hostdir"))
-    });
+    // hostdir's own pod on the node says so, too, to whoever asks.
+    let asked = ["probe", "--ready", "--endpoint=unix:///csi/csi.sock"];
+    let pod = format!("pod/{}", driver_on(&lab, "node-1"));
+    let exec = ["exec", "-n", NAMESPACE, &pod, "-c", "hostdir", "--", "/hostdir"];
+    let said = lab.kubectl().run(&[&exec[..], &asked].concat()).unwrap_err();
+    assert!(
+        format!("{said:#}").contains("not ready: pool disk: /mnt/disk/hostdir"),
+        "{said:#}"
+    );
     lab.kubectl()
         .run(&["delete", "pods", "--all", "-n", &lab.namespace, "--wait"])
         .unwrap();
@@ -177,4 +179,20 @@ fn a_pod_goes_on_while_the_network_is_cut_and_the_api_server_hangs() {
     lab.delete("pod", "pod");
     lab.delete("pvc", "data");
     lab.nothing_is_left();
+}
+
+/// The pod of hostdir on a node.
+fn driver_on(lab: &crate::lab::Lab, node: &str) -> String {
+    let selector = format!("spec.nodeName={node}");
+    let args = [
+        "pods",
+        "-n",
+        NAMESPACE,
+        "-l",
+        "app.kubernetes.io/name=hostdir",
+        "--field-selector",
+        &selector,
+    ];
+    let pods = lab.kubectl().list(&args).unwrap();
+    pods[0]["metadata"]["name"].as_str().unwrap().to_owned()
 }
