@@ -14,8 +14,9 @@ use crate::csi::{self, Listener};
 use crate::linux::{self, Linux};
 use crate::volume::Driver;
 
-/// Threads for calls that block; more calls than that wait their turn. Each is a stack of 2 MiB, touched little.
-const BLOCKING_THREADS: usize = 64;
+/// Threads for calls that block; more calls than that wait their turn. So many that calls stuck on one bad disk leave room
+/// for the others; a thread that waits costs some 10 KiB.
+const BLOCKING_THREADS: usize = 512;
 
 /// How long running calls may take to end after SIGTERM: with what comes after it, below the 30 s that the kubelet waits
 /// before SIGKILL. A call cut off by that is as one cut off by a power failure: whole or not at all.
@@ -50,7 +51,7 @@ fn local(args: LocalArgs) -> anyhow::Result<()> {
     linux::drop_privileges().context("drop privileges")?;
     // The socket first: a second hostdir on it must not touch the pools of the first.
     let listener = Listener::bind(&endpoint)?;
-    let driver = Arc::new(Driver::new(node, Box::new(Linux), pools));
+    let driver = Arc::new(Driver::new(node, Arc::new(Linux), pools));
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .max_blocking_threads(BLOCKING_THREADS)

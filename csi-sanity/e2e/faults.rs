@@ -26,7 +26,10 @@ fn fails_at_every_step(scene: &Scene, call: Call, errno: Errno) {
         scene.check_integrity(call);
         match &answer {
             Ok(()) => scene.check_effect(&client, call),
-            Err(status) => check_refusal(scene, call, status, &at),
+            Err(status) => {
+                check_refusal(scene, call, status, &at);
+                scene.check_unmade(call);
+            }
         }
         scene
             .act(&client, call)

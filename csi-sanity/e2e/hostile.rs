@@ -71,6 +71,24 @@ impl Place {
         self.check_outside();
     }
 
+    fn restart(self) -> Self {
+        let Self {
+            scratch,
+            process,
+            client,
+            outside,
+        } = self;
+        process.kill();
+        drop(client);
+        let (process, client) = start(&Driver::new(&scratch).pool("default", &scratch.path("pool")));
+        Self {
+            scratch,
+            process,
+            client,
+            outside,
+        }
+    }
+
     fn check_outside(&self) {
         for (path, content) in &self.outside {
             let now = fs::read_to_string(path).unwrap_or_else(|error| panic!("{} was harmed: {error}", path.display()));
@@ -432,20 +450,7 @@ fn what_is_mounted_in_a_deleted_volume_is_not_erased() {
     for mount_point in mounts_below(&place.scratch.path("pool")) {
         umount2(&mount_point, MntFlags::empty()).unwrap();
     }
-    let Place {
-        scratch,
-        process,
-        outside,
-        ..
-    } = place;
-    process.kill();
-    let (process, client) = start(&Driver::new(&scratch).pool("default", &scratch.path("pool")));
-    let place = Place {
-        scratch,
-        process,
-        client,
-        outside,
-    };
+    let place = place.restart();
     wait_until("the trash is empty", || {
         names(place.scratch.path("pool/trash")).is_empty()
     });
@@ -474,20 +479,7 @@ fn broken_and_foreign_things_in_the_pool_are_named_and_left_alone() {
     fs::create_dir(volumes.join("Not A Volume")).unwrap();
     fs::write(volumes.join("README"), "notes").unwrap();
 
-    let Place {
-        scratch,
-        process,
-        outside,
-        ..
-    } = place;
-    process.kill();
-    let (process, client) = start(&Driver::new(&scratch).pool("default", &scratch.path("pool")));
-    let place = Place {
-        scratch,
-        process,
-        client,
-        outside,
-    };
+    let place = place.restart();
     for (id, word) in [
         ("torn", "EOF"),
         ("newer", "format 2"),
@@ -589,10 +581,26 @@ fn a_read_only_pool_says_so() {
     client.publish("pvc-1", &target).unwrap();
     drop((process, client));
     remount(&disk, MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY);
-    let (_process, client) = unusable(&driver, "Read-only file system");
+    let (_process, client) = start(&driver);
+    let status = client.probe().unwrap_err();
+    assert!(status.message().contains("Read-only file system"), "{status}");
+    assert_eq!(client.create("pvc-2").unwrap_err().code(), Code::ResourceExhausted);
+    assert_eq!(client.capacity("default"), 0);
     client
         .unpublish("pvc-1", &target)
         .expect("pods end on a read-only disk");
+    let status = client.delete("pvc-1").unwrap_err();
+    assert!(status.message().contains("Read-only file system"), "{status}");
+    assert!(disk.join("volumes/pvc-1/data").exists());
+    // What is there can still be read.
+    client
+        .publish("pvc-1", &target)
+        .expect_err("writable on a read-only disk");
+    let mount = crate::support::Mount {
+        read_only: true,
+        ..crate::support::Mount::default()
+    };
+    client.publish_as("pvc-1", &target.to_string_lossy(), mount).unwrap();
 }
 
 #[test]
@@ -667,4 +675,135 @@ fn one_bad_pool_does_not_stop_the_others() {
     );
     client.create("pvc-1").unwrap();
     client.publish("pvc-1", &scratch.mkdir("pods").join("a")).unwrap();
+}
+
+#[test]
+fn a_trash_that_somebody_removed_is_no_success() {
+    let Some(place) = Place::new("a_trash_that_somebody_removed") else {
+        return;
+    };
+    place.used_volume("pvc-1");
+    fs::remove_dir(place.scratch.path("pool/trash")).unwrap();
+    let status = place.client.delete("pvc-1").unwrap_err();
+    assert!(status.message().contains("restart hostdir"), "{status}");
+    assert!(place.data("pvc-1").exists());
+    assert_eq!(place.client.list(0), ["pvc-1"]);
+    let place = place.restart();
+    place.delete_and_wait("pvc-1");
+}
+
+#[test]
+fn what_lies_in_the_trash_does_not_keep_a_pool_from_opening() {
+    let Some(place) = Place::new("what_lies_in_the_trash") else {
+        return;
+    };
+    // Half a volume, and the name it would get in the trash taken by something that cannot be erased.
+    let taken = place.scratch.path("pool/trash/pvc-1.0.0");
+    for dir in [&place.scratch.path("pool/.hostdir/new/pvc-1.0"), &taken] {
+        fs::create_dir_all(dir.join("data")).unwrap();
+    }
+    mount(
+        Some("tmpfs"),
+        &taken.join("data"),
+        Some("tmpfs"),
+        MsFlags::empty(),
+        None::<&str>,
+    )
+    .unwrap();
+    let place = place.restart();
+    place.client.probe().expect("the pool is open");
+    place.used_volume("pvc-1");
+    umount2(&taken.join("data"), MntFlags::empty()).unwrap();
+    place.restart().delete_and_wait("pvc-1");
+}
+
+#[test]
+fn links_and_mounts_inside_the_pool_are_not_walked_through() {
+    let Some(place) = Place::new("links_and_mounts_inside_the_pool") else {
+        return;
+    };
+    // A link that stays in the volume's own directory.
+    place.used_volume("pvc-1");
+    fs::rename(place.data("pvc-1"), place.data("pvc-1").with_file_name("elsewhere")).unwrap();
+    symlink("elsewhere", place.data("pvc-1")).unwrap();
+    place
+        .client
+        .publish("pvc-1", &place.target())
+        .expect_err("a link was mounted");
+    place.used_volume("pvc-2");
+    let covered = place.data("pvc-2");
+    mount(Some("tmpfs"), &covered, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+    place
+        .client
+        .publish("pvc-2", &place.target())
+        .expect_err("another filesystem was mounted");
+    umount2(&covered, MntFlags::empty()).unwrap();
+    place.client.publish("pvc-2", &place.target()).unwrap();
+}
+
+#[test]
+fn records_that_are_no_files_and_pools_of_another_format_are_refused() {
+    let Some(place) = Place::new("records_that_are_no_files") else {
+        return;
+    };
+    place.used_volume("pvc-1");
+    let record = place.scratch.path("pool/volumes/pvc-1/volume.json");
+    fs::remove_file(&record).unwrap();
+    mknod(&record, SFlag::S_IFIFO, stat::Mode::from_bits_truncate(0o600), 0).unwrap();
+    let place = place.restart();
+    assert_eq!(
+        place.client.publish("pvc-1", &place.target()).unwrap_err().code(),
+        Code::FailedPrecondition
+    );
+    let identity = place.scratch.path("pool/.hostdir/pool.json");
+    let content = fs::read_to_string(&identity).unwrap();
+    let change = |from: &str, to: &str| {
+        assert!(content.contains(from));
+        fs::write(&identity, content.replace(from, to)).unwrap();
+    };
+    let Place { scratch, process, .. } = place;
+    process.kill();
+    let driver = Driver::new(&scratch).pool("default", &scratch.path("pool"));
+    change("\"format\": 1", "\"format\": 2");
+    drop(unusable(&driver, "format 2"));
+    // What an earlier hostdir did not write is not missed.
+    let foreign = content
+        .split("\"foreign\"")
+        .next()
+        .unwrap()
+        .trim_end()
+        .trim_end_matches(',')
+        .to_owned();
+    fs::write(&identity, format!("{foreign}\n}}")).unwrap();
+    let (_process, client) = start(&driver);
+    client.probe().unwrap();
+}
+
+#[test]
+fn a_volume_whose_directory_was_removed_says_so() {
+    let Some(place) = Place::new("a_volume_whose_directory_was_removed") else {
+        return;
+    };
+    place.client.create("pvc-1").unwrap();
+    fs::rename(place.scratch.path("pool/volumes/pvc-1"), place.scratch.path("moved")).unwrap();
+    let status = place.client.publish("pvc-1", &place.target()).unwrap_err();
+    assert!(
+        status.message().contains("delete the volume and make it anew"),
+        "{status}"
+    );
+    place.client.delete("pvc-1").unwrap();
+    place.client.create("pvc-1").unwrap();
+}
+
+#[test]
+fn whatever_is_in_a_request_the_refusal_is_short() {
+    let Some(place) = Place::new("whatever_is_in_a_request") else {
+        return;
+    };
+    place.client.create("pvc-1").unwrap();
+    let target = "x".repeat(1 << 20);
+    let status = place.client.unpublish_at("pvc-1", &target).unwrap_err();
+    assert_eq!(status.code(), Code::InvalidArgument);
+    assert!(status.message().len() < 4096);
+    assert!(place.process.log().len() < 64 << 10, "the log took it all");
 }

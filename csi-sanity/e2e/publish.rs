@@ -459,3 +459,101 @@ fn statistics_are_given_where_the_volume_is_mounted() {
         assert_eq!(node.client.stats(id, path).unwrap_err().code(), Code::NotFound);
     }
 }
+
+#[test]
+fn a_mount_that_another_one_covers_is_still_a_mount() {
+    let Some(node) = Node::new("a_mount_that_another_one_covers") else {
+        return;
+    };
+    let target = node.target("a");
+    node.client.create("pvc-1").unwrap();
+    node.client.publish("pvc-1", &target).unwrap();
+    fs::write(target.join("file"), "kept").unwrap();
+    mount(Some("tmpfs"), &target, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+    assert_eq!(
+        node.client.delete("pvc-1").unwrap_err().code(),
+        Code::FailedPrecondition
+    );
+    assert_eq!(
+        node.client
+            .stats("pvc-1", &target.to_string_lossy())
+            .unwrap_err()
+            .code(),
+        Code::NotFound
+    );
+    let node = node.restart();
+    assert_eq!(
+        node.client.delete("pvc-1").unwrap_err().code(),
+        Code::FailedPrecondition,
+        "forgotten by a restart"
+    );
+    umount2(&target, MntFlags::empty()).unwrap();
+    assert_eq!(fs::read_to_string(target.join("file")).unwrap(), "kept");
+    node.client.unpublish("pvc-1", &target).unwrap();
+    node.client.delete("pvc-1").unwrap();
+}
+
+#[test]
+fn a_mount_that_only_looks_like_ours_is_not_ours() {
+    let Some(node) = Node::new("a_mount_that_only_looks_like_ours") else {
+        return;
+    };
+    let target = node.target("a");
+    node.client.create("pvc-1").unwrap();
+    node.client.publish("pvc-1", &target).unwrap();
+    node.client.unpublish("pvc-1", &target).unwrap();
+    let foreign = node.scratch.tmpfs("foreign", "1M").join("volumes/pvc-1/data");
+    fs::create_dir_all(&foreign).unwrap();
+    fs::create_dir(node.target("b")).unwrap();
+    mount(
+        Some(&foreign),
+        &node.target("b"),
+        None::<&str>,
+        MsFlags::MS_BIND,
+        None::<&str>,
+    )
+    .unwrap();
+    let node = node.restart();
+    node.client.delete("pvc-1").expect("it is mounted nowhere");
+}
+
+#[test]
+fn one_target_has_one_access_mode() {
+    let Some(node) = Node::new("one_target_has_one_access_mode") else {
+        return;
+    };
+    let in_mode = |mode| Mount {
+        mode,
+        ..Mount::default()
+    };
+    node.client.create("pvc-1").unwrap();
+    node.publish_as(&node.target("a"), in_mode(Mode::SingleNodeSingleWriter))
+        .unwrap();
+    let status = node
+        .publish_as(&node.target("a"), in_mode(Mode::SingleNodeMultiWriter))
+        .unwrap_err();
+    assert_eq!(status.code(), Code::AlreadyExists, "{status}");
+    let status = node
+        .publish_as(&node.target("b"), in_mode(Mode::SingleNodeMultiWriter))
+        .unwrap_err();
+    assert_eq!(status.code(), Code::FailedPrecondition, "{status}");
+}
+
+#[test]
+fn a_pool_remounted_under_a_mount_changes_no_answer_but_read_only() {
+    let Some(scratch) = Scratch::new("a_pool_remounted") else {
+        return;
+    };
+    let disk = scratch.tmpfs("disk", "16M");
+    let (_process, client) = start(&Driver::new(&scratch).pool("default", &disk));
+    let (a, b) = (scratch.path("a"), scratch.path("b"));
+    client.create("pvc-1").unwrap();
+    client.publish("pvc-1", &a).unwrap();
+    let change = MsFlags::MS_REMOUNT | MsFlags::MS_BIND;
+    crate::support::scratch::remount(&disk, change | MsFlags::MS_NODEV);
+    client.publish("pvc-1", &a).expect("it is published");
+    crate::support::scratch::remount(&disk, change | MsFlags::MS_RDONLY);
+    let status = client.publish("pvc-1", &b).unwrap_err();
+    assert!(status.message().contains("read-only"), "{status}");
+    assert!(!b.exists());
+}

@@ -315,3 +315,156 @@ fn the_first_volume_of_the_readme_lives_its_life() {
     assert_eq!(text.lines().count(), 9, "{text}");
     assert!(client.list(0).is_empty());
 }
+
+#[test]
+fn steps_come_in_the_order_that_a_power_cut_demands() {
+    let Some(scratch) = Scratch::new("steps_come_in_order") else {
+        return;
+    };
+    let driver = Driver::new(&scratch)
+        .pool("default", &scratch.path("pool"))
+        .with_faults();
+    let (process, client) = start(&driver);
+    let changes = |call: &dyn Fn()| -> Vec<&'static str> {
+        process.faults().arm(Step::Never, Fault::Die);
+        call();
+        let kept = [
+            "mkdirat",
+            "write",
+            "fsync",
+            "renameat",
+            "renameat2",
+            "fchmod",
+            "move_mount",
+        ];
+        process
+            .faults()
+            .disarm()
+            .into_iter()
+            .filter(|step| kept.contains(step))
+            .collect()
+    };
+    // The record, the directory it is in; the rename, the directory that it is renamed into.
+    let create = changes(&|| drop(client.create("pvc-1").unwrap()));
+    assert_eq!(create, ["mkdirat", "write", "fsync", "fsync", "renameat2", "fsync"]);
+    // The directory and its name before the record that speaks of it; the record before the mount.
+    let publish = changes(&|| client.publish("pvc-1", &scratch.path("t")).unwrap());
+    assert_eq!(
+        publish,
+        [
+            "mkdirat",
+            "fchmod",
+            "fsync",
+            "fsync",
+            "write",
+            "fsync",
+            "renameat",
+            "fsync",
+            "mkdirat",
+            "move_mount"
+        ]
+    );
+    client.unpublish("pvc-1", &scratch.path("t")).unwrap();
+    // Where it is gone to, and where it is gone from; what the eraser does later is not asked here.
+    let delete = changes(&|| client.delete("pvc-1").unwrap());
+    assert_eq!(delete[..3], ["renameat2", "fsync", "fsync"]);
+}
+
+#[test]
+fn what_a_restart_finds_is_made_durable_before_it_is_answered_for() {
+    let Some(scratch) = Scratch::new("what_a_restart_finds") else {
+        return;
+    };
+    let driver = Driver::new(&scratch)
+        .pool("default", &scratch.path("pool"))
+        .with_faults();
+    let (mut process, client) = start(&driver);
+    // Dies between the rename and its sync.
+    process.faults().arm(Step::Named("fsync", 2), Fault::Die);
+    client.create("pvc-1").unwrap_err();
+    process.ended();
+    let (process, client) = start(&driver);
+    client.create("pvc-1").unwrap();
+    let steps = process.faults().disarm();
+    assert!(
+        steps.contains(&"syncfs"),
+        "answered for what was never synced: {steps:?}"
+    );
+}
+
+#[test]
+fn probes_at_once_do_not_disturb_each_other() {
+    let Some(scratch) = Scratch::new("probes_at_once") else {
+        return;
+    };
+    let (mut process, _client) = start(&Driver::new(&scratch).pool("default", &scratch.path("pool")));
+    let clients: Vec<_> = (0..4).map(|_| process.connect()).collect();
+    std::thread::scope(|scope| {
+        for client in &clients {
+            scope.spawn(|| (0..200).for_each(|_| client.probe().expect("the pool is fine")));
+        }
+    });
+}
+
+#[test]
+fn a_list_without_a_pool_is_no_list() {
+    let Some(scratch) = Scratch::new("a_list_without_a_pool") else {
+        return;
+    };
+    let driver = Driver::new(&scratch)
+        .pool("default", &scratch.path("pool"))
+        .pool("bad", &scratch.path("no/disk"));
+    let (_process, client) = start(&driver);
+    let request = hostdir::csi::proto::ListVolumesRequest::default();
+    let status = client.wait(client.controller().list_volumes(request)).unwrap_err();
+    assert_eq!(status.code(), Code::Unavailable);
+    assert!(status.message().contains("pool bad"), "{status}");
+}
+
+#[test]
+fn a_disk_that_hangs_holds_up_nobody_else() {
+    let test = "a_disk_that_hangs";
+    let Some(scratch) = Scratch::new(test) else { return };
+    let sh = |script: &str| {
+        let output = std::process::Command::new("sh").args(["-ec", script]).output().unwrap();
+        output
+            .status
+            .success()
+            .then_some(())
+            .ok_or(String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let disk = scratch.mkdir("disk");
+    let make = format!(
+        "truncate -s 16M {0}.img && mkfs.ext4 -q {0}.img && mount -o loop {0}.img {0}",
+        disk.display()
+    );
+    if let Err(why) = sh(&make) {
+        return crate::support::skipped(test, &format!("no filesystem in a file can be had: {why}"));
+    }
+    let thaw = Thaw(disk.clone());
+    sh(&format!("fsfreeze -f {}", disk.display())).unwrap();
+    let driver = Driver::new(&scratch)
+        .pool("default", &scratch.path("pool"))
+        .pool("slow", &disk.join("pool"));
+    let (_process, client) = start(&driver);
+    client.create("pvc-1").unwrap();
+    client.publish("pvc-1", &scratch.path("t")).unwrap();
+    client.unpublish("pvc-1", &scratch.path("t")).unwrap();
+    client.probe().unwrap();
+    let status = client.delete("never-made").unwrap_err();
+    assert!(
+        status.message().contains("pool slow") && status.message().contains("still being opened"),
+        "{status}"
+    );
+    drop(thaw);
+    wait_until("the disk answers", || client.delete("never-made").is_ok());
+}
+
+/// Lets a frozen filesystem go on: frozen, it cannot even be unmounted.
+struct Thaw(std::path::PathBuf);
+
+impl Drop for Thaw {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("fsfreeze").arg("-u").arg(&self.0).status();
+    }
+}

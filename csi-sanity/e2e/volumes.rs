@@ -395,3 +395,17 @@ fn a_deleted_volume_can_be_made_again_and_is_empty() {
         names(scratch.path("disk/pool/trash")).is_empty()
     });
 }
+
+#[test]
+fn what_others_give_back_can_be_promised() {
+    let Some(scratch) = Scratch::new("what_others_give_back") else {
+        return;
+    };
+    let disk = scratch.tmpfs("disk", "256M");
+    fs::write(disk.join("junk"), vec![1; 100 << 20]).unwrap();
+    let (_process, client) = start(&Driver::new(&scratch).pool("default", &disk.join("pool")));
+    let before = client.capacity("default");
+    assert!(before <= 156 * MIB, "{before}");
+    fs::remove_file(disk.join("junk")).unwrap();
+    assert!(client.capacity("default") > 250 * MIB);
+}

@@ -30,9 +30,10 @@ const PAGE_MAX: usize = 4096;
 /// What makes a `starting_token` ours: the id of the last volume of the page before comes behind it.
 const TOKEN_PREFIX: &str = "after:";
 
-/// The capacity of a StorageClass that is wrong on every node: unknown parameters, a pool that is not configured. With none,
-/// the scheduler would only ever say "not enough free storage"; with this, the claim comes to CreateVolume, whose refusal
-/// names the cause in an event on the claim.
+/// The capacity of a StorageClass that is wrong: unknown parameters, a pool that this node does not have. With none, the
+/// scheduler would only ever say "not enough free storage"; with this, the claim comes to CreateVolume, whose refusal names
+/// the cause in an event on the claim. All nodes are taken to have pools of the same names, as the chart has it; where they
+/// do not, `allowedTopologies` of the StorageClass must name those that do.
 const UNLIMITED: Bytes = Bytes(i64::MAX.unsigned_abs());
 
 #[tonic::async_trait]
@@ -87,7 +88,7 @@ impl Controller for Services {
         let max = usize::try_from(max_entries)
             .map_err(|_| Status::invalid_argument(format!("max_entries is negative: {max_entries}")))?;
         let max = if max == 0 { PAGE_MAX } else { max.min(PAGE_MAX) };
-        self.run("ListVolumes", move |driver| Ok(page(driver, after.as_ref(), max)))
+        self.run("ListVolumes", move |driver| page(driver, after.as_ref(), max))
             .await
             .map(Response::new)
     }
@@ -241,9 +242,9 @@ fn token(token: &str) -> Result<Option<VolumeId>, Status> {
         .ok_or_else(|| Status::aborted("starting_token is not one that ListVolumes gave out; start again without one"))
 }
 
-fn page(driver: &Driver, after: Option<&VolumeId>, max: usize) -> ListVolumesResponse {
+fn page(driver: &Driver, after: Option<&VolumeId>, max: usize) -> Result<ListVolumesResponse, Status> {
     // One more than is shown tells whether there is another page.
-    let mut volumes = driver.list(after, max + 1);
+    let mut volumes = driver.list(after, max + 1)?;
     let more = volumes.len() > max;
     volumes.truncate(max);
     let last = volumes.last().filter(|_| more);
@@ -255,7 +256,7 @@ fn page(driver: &Driver, after: Option<&VolumeId>, max: usize) -> ListVolumesRes
             status: None,
         })
         .collect();
-    ListVolumesResponse { entries, next_token }
+    Ok(ListVolumesResponse { entries, next_token })
 }
 
 fn to_proto(volume: Volume, node: &NodeName) -> ProtoVolume {

@@ -51,6 +51,19 @@ struct Services {
     calls: TaskTracker,
 }
 
+/// Longest message of a refusal, in bytes: it travels in an HTTP/2 header, which clients limit, and into the log.
+const MESSAGE_MAX: usize = 2048;
+
+/// A refusal whose message is not too long, whatever was in the request.
+fn cut(status: Status) -> Status {
+    let message = status.message();
+    if message.len() <= MESSAGE_MAX {
+        return status;
+    }
+    let end = message.floor_char_boundary(MESSAGE_MAX);
+    Status::new(status.code(), format!("{}…", &message[..end]))
+}
+
 impl Services {
     /// Runs a verb on a thread that may block. A caller that goes away does not stop it half-way.
     async fn run<T, F>(&self, call: &'static str, verb: F) -> Result<T, Status>
@@ -66,6 +79,8 @@ impl Services {
                 "{call} failed on an internal error; see hostdir's log on the node"
             )))
         });
-        answer.inspect_err(|status| warn!(call, code = ?status.code(), why = status.message(), "refused"))
+        answer
+            .map_err(cut)
+            .inspect_err(|status| warn!(call, code = ?status.code(), why = status.message(), "refused"))
     }
 }

@@ -116,7 +116,8 @@ fn publish(driver: &Driver, request: NodePublishVolumeRequest) -> Result<Publish
         read_only: options.read_only || readonly,
         ..options
     };
-    let made_on = volume_context.remove(CONTEXT_POOL_ID);
+    // Nothing else of the context is looked at, and what is no identity is not repeated to anybody.
+    let made_on = volume_context.remove(CONTEXT_POOL_ID).and_then(|id| id.parse().ok());
     Ok(Publish {
         id,
         target,

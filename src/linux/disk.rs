@@ -78,7 +78,11 @@ impl Disk for PoolDisk {
         const PROBE: &CStr = c"probe";
         let flags = OFlag::O_WRONLY | OFlag::O_CREAT;
         let tried = match self.meta.open_beneath(PROBE, flags, Mode::S_IRUSR | Mode::S_IWUSR) {
-            Ok(_) => self.meta.unlink(PROBE),
+            // Another call may have removed it first.
+            Ok(_) => match self.meta.unlink(PROBE) {
+                Err(Errno::ENOENT) => Ok(()),
+                unlinked => unlinked,
+            },
             Err(Errno::ENOSPC | Errno::EDQUOT) => Ok(()),
             Err(errno) => Err(errno),
         };
@@ -110,7 +114,11 @@ impl Disk for PoolDisk {
     }
 
     fn prepare(&self, record: &Record) -> Result<(), DiskError> {
-        let volume = self.volumes.child(&c_name(&record.id))?;
+        let name = c_name(&record.id);
+        let volume = self.volumes.find_child(&name)?.ok_or_else(|| {
+            let verb = "find (somebody removed it; delete the volume and make it anew)";
+            self.volumes.failed(verb, &name, Errno::ENOENT)
+        })?;
         let data = volume.ensure_child(DATA)?;
         let Directory { mode, uid, gid } = record.directory;
         fchown(&data, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))
@@ -141,13 +149,14 @@ impl Disk for PoolDisk {
 
     fn discard(&self, id: &VolumeId) -> Result<(), DiskError> {
         let name = c_name(id);
-        loop {
-            match self.volumes.move_to(&name, &self.trash, &self.numbered(id.as_str())) {
-                // A volume of the same id may lie in the trash already.
-                Err(Errno::EEXIST) => {}
-                Ok(()) | Err(Errno::ENOENT) => break,
-                Err(errno) => return Err(self.volumes.failed("move to trash", &name, errno)),
+        match self.move_to_trash(&self.volumes, &name) {
+            // Either there is no such volume, or there is no trash any more: rename(2) says the same of both.
+            Err(Errno::ENOENT) if self.volumes.stat(&name).err() != Some(Errno::ENOENT) => {
+                let verb = "move to the trash (somebody removed that; restart hostdir to have it made again)";
+                return Err(self.volumes.failed(verb, &name, Errno::ENOENT));
             }
+            Ok(()) | Err(Errno::ENOENT) => {}
+            Err(errno) => return Err(self.volumes.failed("move to the trash", &name, errno)),
         }
         self.settle_or(|| self.settle())?;
         self.eraser.wake();
@@ -197,12 +206,20 @@ impl PoolDisk {
     pub(super) fn sweep(&self) -> Result<(), DiskError> {
         for name in self.new.names()? {
             let name = name?;
-            let trash = self.numbered(&name.to_string_lossy());
-            self.new
-                .move_to(&name, &self.trash, &trash)
-                .map_err(|errno| self.new.failed("move to trash", &name, errno))?;
+            self.move_to_trash(&self.new, &name)
+                .map_err(|errno| self.new.failed("move to the trash", &name, errno))?;
         }
         Ok(())
+    }
+
+    /// Moves an entry into the trash, under a name that nothing there has.
+    fn move_to_trash(&self, dir: &Dir, name: &CStr) -> nix::Result<()> {
+        loop {
+            let moved = dir.move_to(name, &self.trash, &self.numbered(&name.to_string_lossy()));
+            if moved != Err(Errno::EEXIST) {
+                return moved;
+            }
+        }
     }
 
     /// A whole volume that nobody sees yet.
@@ -226,10 +243,10 @@ impl PoolDisk {
 
     /// Makes every rename durable: where a volume is gone to before where it is gone from, lest it be nowhere.
     fn settle(&self) -> Result<(), DiskError> {
-        self.trash.sync()?;
-        self.volumes.sync()?;
+        // Taken first: what another call leaves unsettled from now on stays marked.
         self.unsettled.store(false, Ordering::Release);
-        Ok(())
+        let settled = self.trash.sync().and_then(|()| self.volumes.sync());
+        settled.inspect_err(|_| self.unsettled.store(true, Ordering::Release))
     }
 
     /// Syncs a change that took effect. If that fails, the change is not undone: it may be durable all the same.
@@ -263,10 +280,10 @@ pub(super) fn space(dir: &Dir) -> Result<Space, DiskError> {
     Ok(Space {
         total: bytes(found.blocks()),
         available: bytes(available),
-        used: bytes(found.blocks() - found.blocks_free()),
+        used: bytes(found.blocks().saturating_sub(found.blocks_free())),
         inodes: found.files(),
         inodes_available: found.files_available(),
-        inodes_used: found.files() - found.files_free(),
+        inodes_used: found.files().saturating_sub(found.files_free()),
     })
 }
 

@@ -10,6 +10,7 @@ use jiff::Timestamp;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg, OFlag};
 use nix::sys::stat::Mode;
+use nix::unistd::syncfs;
 use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 
@@ -35,6 +36,7 @@ struct Identity {
     id: PoolId,
     created: Timestamp,
     /// Bytes in use on the filesystem at that time.
+    #[serde(default)]
     foreign: Bytes,
 }
 
@@ -79,6 +81,9 @@ pub(super) fn open(config: &PoolConfig) -> Result<Opened, Unusable> {
         _lock: lock,
     };
     disk.sweep()?;
+    // An earlier process may have died between a change and its sync. From here on all that is found is answered for, so
+    // all of it has to be durable first.
+    syncfs(&root).map_err(|errno| failed("sync the filesystem of", config.path.clone(), errno))?;
     let volumes = disk.load()?;
     let targets = targets(&disk)?;
     disk.eraser.start(root.child(c"trash")?);
@@ -148,7 +153,8 @@ fn is_on_root_filesystem(path: &Path, mount: &mountinfo::Entry) -> bool {
 /// One process per pool: two that do not know of each other would break every promise about "one operation at a time".
 fn lock(meta: &Dir) -> Result<Flock<File>, Unusable> {
     let file = meta
-        .open_beneath(LOCK, OFlag::O_RDWR | OFlag::O_CREAT, Mode::S_IRUSR | Mode::S_IWUSR)
+        // Not for writing: the pool can then be remounted read-only while it is held.
+        .open_beneath(LOCK, OFlag::O_RDONLY | OFlag::O_CREAT, Mode::S_IRUSR | Mode::S_IWUSR)
         .map_err(|errno| meta.failed("create", LOCK, errno))?;
     Flock::lock(File::from(file), FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
         Errno::EWOULDBLOCK => Unusable(format!(
@@ -200,13 +206,23 @@ fn targets(disk: &PoolDisk) -> Result<Vec<(VolumeId, TargetPath)>, DiskError> {
     let mut targets = Vec::new();
     for entry in mountinfo::read()? {
         let Some(id) = volume_of(&entry.root) else { continue };
-        let Ok(target) = TargetPath::parse(entry.mount_point) else {
+        let Ok(target) = TargetPath::parse(&entry.mount_point) else {
             continue;
         };
-        match target::mounted(&target) {
-            Ok(Some(there)) if Some(there) == disk.data(&id)? => targets.push((id, target)),
-            Ok(_) => {}
-            Err(error) => warn!(volume.id = %id, %target, %error, "cannot tell what is mounted"),
+        let data = match disk.data(&id) {
+            Ok(None) => continue,
+            Ok(Some(data)) => Some(data),
+            Err(_) => None,
+        };
+        match target::mounted_stat(&target) {
+            // On top, and another directory: of another pool, or not ours at all.
+            Ok(Some(there)) if there.mount_id == entry.id && data.is_some_and(|data| data != there.inode) => {}
+            // Ours; or covered by another mount, gone meanwhile, or not to be told: then it is taken for mounted, too.
+            Ok(_) => targets.push((id, target)),
+            Err(error) => {
+                warn!(volume.id = %id, %target, %error, "cannot tell what is mounted");
+                targets.push((id, target));
+            }
         }
     }
     Ok(targets)

@@ -63,12 +63,13 @@ pub(super) fn bind(data: &Dir, target: &TargetPath, options: MountOptions) -> Re
     let source = data
         .stat(c"")
         .map_err(|errno| failed("stat", data.path().to_owned(), errno))?;
-    let wanted = wanted_flags(data, options)?;
+    let asked = asked_flags(options);
+    let wanted = asked | pool_flags(data, options)?;
     let made = match place.look()? {
         Found::Nothing => place.make()?,
         Found::Directory => place.require_empty()?,
         Found::Mount(there) if there.inode == source.inode => {
-            place.require_flags(wanted)?;
+            place.require_flags(wanted, asked)?;
             return Ok(false);
         }
         Found::Mount(_) => {
@@ -92,11 +93,16 @@ pub(super) fn bind(data: &Dir, target: &TargetPath, options: MountOptions) -> Re
 
 /// What is mounted at `target`, if anything is.
 pub(super) fn mounted(target: &TargetPath) -> Result<Option<Inode>, BindError> {
+    Ok(mounted_stat(target)?.map(|there| there.inode))
+}
+
+/// The same, with all that statx(2) says of it.
+pub(super) fn mounted_stat(target: &TargetPath) -> Result<Option<Stat>, BindError> {
     let Some(place) = Place::open(target)? else {
         return Ok(None);
     };
     match place.look()? {
-        Found::Mount(there) => Ok(Some(there.inode)),
+        Found::Mount(there) => Ok(Some(there)),
         Found::Nothing | Found::Directory | Found::Other => Ok(None),
     }
 }
@@ -149,14 +155,8 @@ fn is_root_of(root: &Path, id: &VolumeId) -> bool {
         }
 }
 
-/// The flags that the mount will have: those of the filesystem it comes from, and those asked for.
-fn wanted_flags(data: &Dir, options: MountOptions) -> Result<FsFlags, BindError> {
-    let from_pool = flags_of(data).map_err(|errno| failed("statvfs", data.path().to_owned(), errno))?;
-    if from_pool.contains(FsFlags::ST_RDONLY) && !options.read_only {
-        return Err(BindError::InTheWay(
-            "the pool is mounted read-only; remount it read-write on the node".into(),
-        ));
-    }
+/// The flags asked for.
+fn asked_flags(options: MountOptions) -> FsFlags {
     let MountOptions {
         read_only,
         nosuid,
@@ -165,11 +165,19 @@ fn wanted_flags(data: &Dir, options: MountOptions) -> Result<FsFlags, BindError>
         noatime,
     } = options;
     let asked = [read_only, nosuid, nodev, noexec, noatime];
-    let asked = OPTIONS
-        .iter()
-        .zip(asked)
-        .filter_map(|((flag, _), asked)| asked.then_some(*flag));
-    Ok(from_pool | asked.collect())
+    let flags = OPTIONS.iter().zip(asked);
+    flags.filter_map(|((flag, _), asked)| asked.then_some(*flag)).collect()
+}
+
+/// The flags that a mount has from the pool it comes from.
+fn pool_flags(data: &Dir, options: MountOptions) -> Result<FsFlags, BindError> {
+    let flags = flags_of(data).map_err(|errno| failed("statvfs", data.path().to_owned(), errno))?;
+    if flags.contains(FsFlags::ST_RDONLY) && !options.read_only {
+        return Err(BindError::InTheWay(
+            "the pool is mounted read-only; remount it read-write on the node".into(),
+        ));
+    }
+    Ok(flags)
 }
 
 /// The flags of [`OPTIONS`] that the mount of an open directory has.
@@ -226,12 +234,15 @@ impl Place {
         Ok(false)
     }
 
-    fn require_flags(&self, wanted: FsFlags) -> Result<(), BindError> {
+    /// Whether the mount is what is asked for: as writable, and with no option missing. Others may have been given to
+    /// the pool since it was made, or before.
+    fn require_flags(&self, wanted: FsFlags, asked: FsFlags) -> Result<(), BindError> {
         let path = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         let there = nix::fcntl::openat(&self.parent, self.name.as_c_str(), path, Mode::empty())
             .and_then(flags_of)
             .map_err(|errno| self.failed("statvfs", errno))?;
-        if there == wanted {
+        let read_only = FsFlags::ST_RDONLY;
+        if there.contains(asked) && there & read_only == wanted & read_only {
             return Ok(());
         }
         Err(BindError::Conflict(

@@ -91,7 +91,7 @@ pub struct TargetPath(PathBuf);
 /// A text that is not a [`TargetPath`], and why.
 #[derive(Debug, Error)]
 #[error("target path {0:?} {1}")]
-pub struct InvalidTarget(PathBuf, &'static str);
+pub struct InvalidTarget(String, &'static str);
 
 impl TargetPath {
     /// Longest path the kernel takes, with its final NUL (`PATH_MAX`, limits.h).
@@ -116,7 +116,9 @@ impl TargetPath {
             // Collected anew, so that "/a//b/" and "/a/b" are one target.
             return Ok(Self(path.components().collect()));
         };
-        Err(InvalidTarget(path, why))
+        // Its beginning tells which it is; a hostile one may be megabytes long.
+        let shown = path.to_string_lossy().chars().take(200).collect();
+        Err(InvalidTarget(shown, why))
     }
 
     /// The path.

@@ -59,13 +59,13 @@ pub struct Publish {
     /// With which options.
     pub options: MountOptions,
     /// The pool the caller believes the volume was made on. Only for telling people: callers can be wrong.
-    pub made_on: Option<String>,
+    pub made_on: Option<PoolId>,
 }
 
 /// The pools of this node and what is done with them. All verbs block; different volumes in parallel.
 pub struct Driver {
     node: NodeName,
-    host: Box<dyn Host>,
+    host: Arc<dyn Host>,
     pools: Vec<Pool>,
     operations: Operations,
 }
@@ -78,12 +78,12 @@ struct Lookup {
 }
 
 impl Driver {
-    /// Opens the pools. One that cannot be opened is logged and tried again when it is asked for.
+    /// Begins to open the pools. One that cannot be opened, or takes long, is logged and asked again when it is needed.
     #[must_use]
-    pub fn new(node: NodeName, host: Box<dyn Host>, pools: Vec<PoolConfig>) -> Self {
+    pub fn new(node: NodeName, host: Arc<dyn Host>, pools: Vec<PoolConfig>) -> Self {
         let pools: Vec<Pool> = pools.into_iter().map(Pool::new).collect();
         for pool in &pools {
-            if let Err(why) = pool.get(&*host) {
+            if let Err(why) = pool.get(&host) {
                 tracing::error!(node = %node, pool = %pool.config.name, %why, "pool cannot be used; going on without it");
             }
         }
@@ -108,7 +108,7 @@ impl Driver {
     /// # Errors
     /// [`Reason::NotReady`] names each pool that is not.
     pub fn probe(&self, all: bool) -> Result<(), Error> {
-        let check = |pool: &Pool| pool.get(&*self.host).and_then(|open| open.disk.writable());
+        let check = |pool: &Pool| pool.get(&self.host).and_then(|open| open.disk.writable());
         let bad: Vec<String> = self
             .pools
             .iter()
@@ -182,7 +182,7 @@ impl Driver {
             } => return Err(Reason::PoolUnusable { pool, why }),
             Lookup { .. } => return Ok(()),
         };
-        if let Some(mount) = self.live_mounts(&pool, id, entry.mounts)?.into_iter().next() {
+        if let Some(mount) = self.live_mounts(&pool, id, entry.mounts).into_iter().next() {
             return Err(Reason::Mounted(mount.target));
         }
         pool.discard(id)?;
@@ -209,14 +209,19 @@ impl Driver {
             made_on,
         } = publish;
         let _running = self.operations.on_target(id, target)?;
-        let (pool, entry) = self.require(id, made_on.as_deref())?;
+        let (pool, entry) = self.require(id, *made_on)?;
         let record = entry.record.map_err(Reason::BrokenRecord)?;
-        let mounts = self.live_mounts(&pool, id, entry.mounts)?;
+        let mounts = self.live_mounts(&pool, id, entry.mounts);
         let other = mounts.iter().find(|mount| {
             mount.target != *target && (mode.is_exclusive() || mount.mode.is_some_and(AccessMode::is_exclusive))
         });
         if let Some(other) = other {
             return Err(Reason::Exclusive(other.target.clone()));
+        }
+        let here = mounts.iter().find(|mount| mount.target == *target);
+        if here.and_then(|mount| mount.mode).is_some_and(|noted| noted != *mode) {
+            let why = "it is published there already, in another access mode; unpublish it first";
+            return Err(bind(target, BindError::Conflict(why.into())));
         }
         match record.phase {
             Phase::Claimed => pool.prepare(Record {
@@ -303,11 +308,12 @@ impl Driver {
     }
 
     fn try_stats(&self, id: &VolumeId, path: &str) -> Result<Space, Reason> {
-        let (pool, entry) = self.require(id, None)?;
+        let (pool, _) = self.require(id, None)?;
         let not_mounted = || Reason::NotMounted(path.to_owned());
         let target = TargetPath::parse(path).map_err(|_| not_mounted())?;
-        let mounts = self.live_mounts(&pool, id, entry.mounts)?;
-        if !mounts.iter().any(|mount| mount.target == target) {
+        // Looked at, and nothing noted: this holds no operation on the volume.
+        let there = self.host.mounted(&target).map_err(|_| not_mounted())?;
+        if there.is_none() || there != pool.disk.data(id)? {
             return Err(not_mounted());
         }
         Ok(pool.disk.space()?)
@@ -334,34 +340,37 @@ impl Driver {
     }
 
     /// At most `max` volumes, in the order of their ids, from the first after `after`.
-    #[must_use]
-    pub fn list(&self, after: Option<&VolumeId>, max: usize) -> Vec<Volume> {
+    ///
+    /// # Errors
+    /// [`Reason::PoolUnusable`]: a list without the volumes of a pool would say that they are gone.
+    pub fn list(&self, after: Option<&VolumeId>, max: usize) -> Result<Vec<Volume>, Error> {
         let mut volumes = Vec::new();
         for pool in &self.pools {
-            let Ok(open) = pool.get(&*self.host) else { continue };
+            let name = &pool.config.name;
+            let open = pool.get(&self.host).map_err(|why| {
+                let pool = name.clone();
+                self.error(None, Reason::PoolUnusable { pool, why })
+            })?;
             let records = open.records_after(after, max).into_iter();
             volumes.extend(records.map(|record| Volume {
                 record,
-                pool: open.config.name.clone(),
+                pool: name.clone(),
             }));
         }
         volumes.sort_unstable_by(|a, b| a.record.id.cmp(&b.record.id));
         volumes.truncate(max);
-        volumes
+        Ok(volumes)
     }
 
-    /// The mounts among `mounts` that still are mounts of the volume; the others are forgotten. Mounts come and go
+    /// The mounts among `mounts` that may still be mounts of the volume; the others are forgotten. Mounts come and go
     /// without us: a reboot, an administrator's umount(8).
-    fn live_mounts(&self, pool: &OpenPool, id: &VolumeId, mounts: Vec<Mount>) -> Result<Vec<Mount>, Reason> {
-        if mounts.is_empty() {
-            return Ok(mounts);
-        }
-        let data = pool.disk.data(id)?;
+    fn live_mounts(&self, pool: &OpenPool, id: &VolumeId, mounts: Vec<Mount>) -> Vec<Mount> {
         let mut live = Vec::new();
         for mount in mounts {
             match self.host.mounted(&mount.target) {
-                Ok(there) if there.is_some() && there == data => live.push(mount),
-                Ok(_) => pool.forget_mount(id, &mount.target),
+                Ok(None) => pool.forget_mount(id, &mount.target),
+                // Where something else is on top, our mount may be below it.
+                Ok(Some(_)) => live.push(mount),
                 // What cannot be told is taken for mounted: a refusal is better than a guess.
                 Err(error) => {
                     warn!(volume.id = %id, target = %mount.target, error = &error as &dyn std::error::Error, "cannot tell what is mounted");
@@ -369,10 +378,10 @@ impl Driver {
                 }
             }
         }
-        Ok(live)
+        live
     }
 
-    fn require(&self, id: &VolumeId, made_on: Option<&str>) -> Result<(Arc<OpenPool>, Entry), Reason> {
+    fn require(&self, id: &VolumeId, made_on: Option<PoolId>) -> Result<(Arc<OpenPool>, Entry), Reason> {
         match self.look_up(id)? {
             Lookup { found: Some(found), .. } => Ok(found),
             Lookup {
@@ -380,9 +389,7 @@ impl Driver {
                 ..
             } => Err(Reason::PoolUnusable { pool, why }),
             Lookup { open, .. } => match made_on {
-                Some(made_on) if !open.iter().any(|here| here.to_string() == made_on) => {
-                    Err(Reason::data_missing(made_on, &open))
-                }
+                Some(made_on) if !open.contains(&made_on) => Err(Reason::data_missing(made_on, &open)),
                 Some(_) | None => Err(Reason::NoSuchVolume),
             },
         }
@@ -396,7 +403,7 @@ impl Driver {
         };
         for pool in &self.pools {
             let name = &pool.config.name;
-            let open = match pool.get(&*self.host) {
+            let open = match pool.get(&self.host) {
                 Ok(open) => open,
                 Err(why) => {
                     lookup.unusable = Some((name.clone(), why));
@@ -422,7 +429,7 @@ impl Driver {
                 known: known.join(", "),
             });
         };
-        pool.get(&*self.host).map_err(|why| Reason::PoolUnusable {
+        pool.get(&self.host).map_err(|why| Reason::PoolUnusable {
             pool: name.clone(),
             why,
         })

@@ -59,7 +59,7 @@ impl Fixture {
             limits: Limits::default(),
         };
         let node = NodeName::parse("node-a").unwrap();
-        let driver = Driver::new(node, Box::new(memory.clone()), vec![config("default"), config("other")]);
+        let driver = Driver::new(node, Arc::new(memory.clone()), vec![config("default"), config("other")]);
         Self { memory, driver }
     }
 
@@ -245,7 +245,7 @@ fn lists_go_by_id_over_all_pools() {
             .unwrap();
     }
     let list = |after: Option<&str>, max| {
-        let volumes = fixture.driver.list(after.map(id).as_ref(), max);
+        let volumes = fixture.driver.list(after.map(id).as_ref(), max).unwrap();
         volumes
             .iter()
             .map(|volume| volume.record.id.to_string())

@@ -121,11 +121,11 @@ pub enum Reason {
 
 impl Reason {
     /// A volume that was made on `made_on` where now only the pools `here` are.
-    pub(super) fn data_missing(made_on: &str, here: &[PoolId]) -> Self {
+    pub(super) fn data_missing(made_on: PoolId, here: &[PoolId]) -> Self {
         let here: Vec<String> = here.iter().map(PoolId::to_string).collect();
         let here = format!("the pools of this node are {}", here.join(", "));
         Self::DataMissing {
-            made_on: made_on.to_owned(),
+            made_on: made_on.to_string(),
             here,
         }
     }

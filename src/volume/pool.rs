@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::ops::Bound;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use tracing::{error, info, warn};
 
@@ -14,38 +16,96 @@ use super::record::{PoolId, Record};
 use super::size::Bytes;
 
 /// A pool of the configuration, open or not. A pool that cannot be opened stays closed and is tried again whenever it
-/// is asked for: the other pools and the mounts of running pods must not suffer from one bad disk.
+/// is asked for: the other pools and the mounts of running pods must not suffer from one bad disk. For the same reason
+/// it is opened on a thread of its own: a disk may also hang.
 pub(super) struct Pool {
     pub(super) config: PoolConfig,
-    open: RwLock<Option<Arc<OpenPool>>>,
+    opening: Arc<Opening>,
 }
+
+struct Opening {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+enum State {
+    /// Not open, and why: begun anew by the next call.
+    Closed(Unusable),
+    /// Being opened since then.
+    Opening(Instant),
+    Open(Arc<OpenPool>),
+}
+
+/// How long a call waits for a pool that is being opened, from when that began. Later calls do not wait at all.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 impl Pool {
     pub(super) fn new(config: PoolConfig) -> Self {
-        Self {
-            config,
-            open: RwLock::new(None),
-        }
+        let state = Mutex::new(State::Closed(Unusable("not opened yet".into())));
+        let opening = Arc::new(Opening {
+            state,
+            changed: Condvar::new(),
+        });
+        Self { config, opening }
     }
 
     /// The pool, opened now if it was not before, if it is still the one that was opened.
-    pub(super) fn get(&self, host: &dyn Host) -> Result<Arc<OpenPool>, Unusable> {
+    pub(super) fn get(&self, host: &Arc<dyn Host>) -> Result<Arc<OpenPool>, Unusable> {
         let pool = self.opened(host)?;
         pool.disk.present()?;
         Ok(pool)
     }
 
-    fn opened(&self, host: &dyn Host) -> Result<Arc<OpenPool>, Unusable> {
-        if let Some(pool) = &*self.open.read().unwrap_or_else(PoisonError::into_inner) {
-            return Ok(Arc::clone(pool));
+    fn opened(&self, host: &Arc<dyn Host>) -> Result<Arc<OpenPool>, Unusable> {
+        let mut state = self.opening.lock();
+        if matches!(*state, State::Closed(_)) {
+            *state = State::Opening(Instant::now());
+            self.begin(Arc::clone(host))
+                .inspect_err(|why| *state = State::Closed(why.clone()))?;
         }
-        let mut open = self.open.write().unwrap_or_else(PoisonError::into_inner);
-        if let Some(pool) = &*open {
-            return Ok(Arc::clone(pool));
+        loop {
+            let left = match &*state {
+                State::Open(pool) => return Ok(Arc::clone(pool)),
+                State::Closed(why) => return Err(why.clone()),
+                State::Opening(since) => PATIENCE.saturating_sub(since.elapsed()),
+            };
+            if left.is_zero() {
+                return Err(Unusable(format!(
+                    "{} is still being opened; if that goes on, its disk hangs: look at the kernel's log",
+                    self.config.path.display()
+                )));
+            }
+            state = self
+                .opening
+                .changed
+                .wait_timeout(state, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
         }
-        let pool = Arc::new(OpenPool::new(&self.config, host.open(&self.config)?));
-        *open = Some(Arc::clone(&pool));
-        Ok(pool)
+    }
+
+    fn begin(&self, host: Arc<dyn Host>) -> Result<(), Unusable> {
+        let (config, opening) = (self.config.clone(), Arc::clone(&self.opening));
+        let open = move || {
+            let opened = host
+                .open(&config)
+                .map(|opened| Arc::new(OpenPool::new(&config, opened)));
+            *opening.lock() = opened.map_or_else(State::Closed, State::Open);
+            opening.changed.notify_all();
+        };
+        let spawned = thread::Builder::new()
+            .name(format!("open {}", self.config.name))
+            .spawn(open);
+        spawned
+            .map(drop)
+            .map_err(|error| Unusable(format!("no thread to open it: {error}")))
+    }
+}
+
+impl Opening {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Every change is one assignment.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

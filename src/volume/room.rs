@@ -65,8 +65,8 @@ impl Limits {
     /// `foreign` bytes when the pool was made.
     ///
     /// (size − what others use) × overcommit − reserve − claims, and never more than free space × overcommit. What others use
-    /// cannot be told from what volumes use without quotas; it is at least what was there before the first volume, and at
-    /// least what is used beyond all claims.
+    /// cannot be told from what volumes use without quotas; it is what was there before the first volume (or all
+    /// that is used now, if that is less), or what is used beyond all claims, whichever is more.
     #[must_use]
     pub fn room(self, space: Space, foreign: Bytes, claimed: Bytes) -> Bytes {
         // As df(1) has it: what a filesystem keeps for root is nobody's.
@@ -76,7 +76,7 @@ impl Limits {
             Reserve::Percent(percent) => scaled(size, percent / 100.0),
         };
         let step = step(size);
-        let others = foreign.max(space.used.less(claimed)).rounded_down(step);
+        let others = foreign.min(space.used).max(space.used.less(claimed)).rounded_down(step);
         let promised = scaled(size.less(others), self.overcommit).less(reserve).less(claimed);
         let free = scaled(space.available.less(reserve), self.overcommit).rounded_down(step);
         promised.min(free).rounded_down(Bytes::MIB)

@@ -20,7 +20,10 @@ use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, s
 use nix::unistd::Pid;
 
 /// The steps: all calls by which the driver looks at or changes a disk or a mount.
-const CALLS: [(libc::c_long, &str); 17] = [
+const CALLS: [(libc::c_long, &str); 19] = [
+    // glibc calls renameat where renameat2 has no flags.
+    (libc::SYS_renameat, "renameat"),
+    (libc::SYS_syncfs, "syncfs"),
     (libc::SYS_mkdirat, "mkdirat"),
     (libc::SYS_openat2, "openat2"),
     (libc::SYS_write, "write"),
@@ -63,12 +66,22 @@ pub(crate) enum Step {
 }
 
 /// What is to happen, and has happened.
-#[derive(Default)]
 struct Plan {
     /// Where, and what.
     fault: Option<(Step, Fault)>,
     steps: Vec<&'static str>,
     held: Option<u64>,
+}
+
+impl Default for Plan {
+    /// Everything passes and is written down.
+    fn default() -> Self {
+        Self {
+            fault: Some((Step::Never, Fault::Die)),
+            steps: Vec::new(),
+            held: None,
+        }
+    }
 }
 
 /// The hands.
@@ -86,7 +99,7 @@ impl Faults {
         };
     }
 
-    /// Lets everything pass again; the steps since [`Faults::arm`].
+    /// Lets everything pass again; the steps since [`Faults::arm`], or since the process was started.
     pub(crate) fn disarm(&self) -> Vec<&'static str> {
         std::mem::take(&mut *self.plan.lock().expect("no panic")).steps
     }

@@ -148,6 +148,18 @@ impl Scene {
         }
     }
 
+    /// What must hold when a call was refused and only one step had failed: the half-made is unmade at once.
+    pub(crate) fn check_unmade(&self, call: Call) {
+        assert_eq!(
+            names(self.pool.join(".hostdir/new")),
+            [""; 0],
+            "{call:?}: half a volume was left"
+        );
+        if matches!(call, Call::FirstPublish | Call::LaterPublish) && !self.is_mounted() {
+            assert!(!self.target.exists(), "{call:?}: the target was left");
+        }
+    }
+
     /// Whether the volume is mounted.
     pub(crate) fn is_mounted(&self) -> bool {
         is_mounted(&self.target)
