@@ -11,6 +11,7 @@ use serde::Deserialize;
 use crate::csi::Endpoint;
 use crate::volume::id::{NodeName, PoolName};
 use crate::volume::ports::PoolConfig;
+use crate::volume::record::PoolId;
 use crate::volume::room::{Limits, Reserve};
 
 /// Directories on a node's own disks as Kubernetes volumes: a CSI driver.
@@ -118,6 +119,7 @@ struct FilePool {
     overcommit: Option<f64>,
     #[serde(default)]
     require_mount: bool,
+    pool_id: Option<PoolId>,
 }
 
 /// What `hostdir local` works with.
@@ -170,6 +172,7 @@ impl PoolArg {
             name,
             path,
             require_mount: false,
+            expected: None,
             limits: Limits::default(),
         }
     }
@@ -183,6 +186,7 @@ impl FilePool {
             reserve,
             overcommit,
             require_mount,
+            pool_id,
         } = self;
         let default = Limits::default();
         let reserve: Reserve = match reserve {
@@ -198,6 +202,7 @@ impl FilePool {
             name,
             path,
             require_mount,
+            expected: pool_id,
             limits: Limits { reserve, overcommit },
         })
     }
@@ -289,6 +294,7 @@ mod tests {
             ("pools:\n- {name: a, path: /a, reserve: much}\n", "reserve"),
             ("pools:\n- {name: a, path: /a, overcommit: 0}\n", "overcommit"),
             ("pools:\n- {name: a}\n", "path"),
+            ("pools:\n- {name: a, path: /a, poolId: mine}\n", "poolId"),
             ("pool: []\n", "pool"),
         ] {
             let error = format!("{:#}", parse(text).unwrap_err());

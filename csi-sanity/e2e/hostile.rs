@@ -654,6 +654,35 @@ fn a_pool_without_its_identity_is_refused_while_it_has_volumes() {
 }
 
 #[test]
+fn a_pool_is_the_one_that_was_written_down_or_refused() {
+    let Some(scratch) = Scratch::new("a_pool_is_the_one") else {
+        return;
+    };
+    let pool = scratch.path("pool");
+    let expecting = |id: &str| {
+        let config = format!("pools: [{{name: default, path: {}, poolId: {id}}}]\n", pool.display());
+        fs::write(scratch.path("config.yaml"), config).unwrap();
+        let config = scratch.path("config.yaml").display().to_string();
+        Driver::new(&scratch).arg("--config").arg(config)
+    };
+    let other = "00000000-0000-4000-8000-000000000000";
+    drop(unusable(&expecting(other), other));
+    assert!(
+        !pool.join(".hostdir/pool.json").exists(),
+        "a pool was made in its place"
+    );
+    start(&Driver::new(&scratch).pool("default", &pool)).0.kill();
+    let identity = fs::read_to_string(pool.join(".hostdir/pool.json")).unwrap();
+    let identity: serde_json::Value = serde_json::from_str(&identity).unwrap();
+    let id = identity["id"].as_str().unwrap();
+    let (process, client) = unusable(&expecting(other), other);
+    assert!(client.probe().unwrap_err().message().contains(id), "both ids are named");
+    process.kill();
+    let (_process, client) = start(&expecting(id));
+    client.create("pvc-1").unwrap();
+}
+
+#[test]
 fn one_bad_pool_does_not_stop_the_others() {
     let Some(scratch) = Scratch::new("one_bad_pool") else {
         return;

@@ -337,12 +337,10 @@ fn steps_come_in_the_order_that_a_power_cut_demands() {
             "fchmod",
             "move_mount",
         ];
-        process
-            .faults()
-            .disarm()
-            .into_iter()
-            .filter(|step| kept.contains(step))
-            .collect()
+        let steps = process.faults().disarm();
+        // The only use of openat: to read the mount table, which grows with the node's pods.
+        assert!(!steps.contains(&"openat"), "a call reads the mount table: {steps:?}");
+        steps.into_iter().filter(|step| kept.contains(step)).collect()
     };
     // The record, the directory it is in; the rename, the directory that it is renamed into.
     let create = changes(&|| drop(client.create("pvc-1").unwrap()));

@@ -31,6 +31,10 @@ fn the_chart_lints_and_refuses_wrong_values_by_name() {
         (r#"pools=[{"name":"a","path":"relative"}]"#, "path"),
         (r#"pools=[{"name":"a","path":"/a","pth":"/x"}]"#, "pth"),
         ("pools=[]", "pools"),
+        (
+            r#"pools=[{"name":"a","path":"/data","requireMount":true}]"#,
+            "directly in /",
+        ),
         (r#"logLevel="loud""#, "logLevel"),
         (r#"storageClasses=[{"name":"a","parameters":{"poool":"x"}}]"#, "poool"),
         (
@@ -47,6 +51,10 @@ fn the_chart_lints_and_refuses_wrong_values_by_name() {
         let (text, sound) = helm(&program, &["template", CHART, "--set-json", setting]);
         assert!(!sound && text.contains(word), "{setting}: {text}");
     }
+    let disks =
+        r#"pools=[{"name":"a","path":"/mnt/a","requireMount":true},{"name":"b","path":"/mnt/b","requireMount":true}]"#;
+    let (text, sound) = helm(&program, &["template", CHART, "--set-json", disks]);
+    assert!(sound && text.matches("mountPath: /mnt\n").count() == 1, "{text}");
     let digest = format!("image.digest=\"sha256:{}\"", "0".repeat(64));
     let (text, _) = helm(&program, &["template", CHART, "--set-json", &digest]);
     assert!(text.contains("image: hostdir@sha256:000"), "a digest does not count");

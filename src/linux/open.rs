@@ -57,7 +57,7 @@ pub(super) fn open(config: &PoolConfig) -> Result<Opened, Unusable> {
     let meta = root.ensure_child(META)?;
     let lock = lock(&meta)?;
     let volumes = root.ensure_child(c"volumes")?;
-    let Identity { id, foreign, .. } = identify(&meta, &volumes)?;
+    let Identity { id, foreign, .. } = identify(&meta, &volumes, config.expected)?;
     let trash = root.ensure_child(c"trash")?;
     let new = meta.ensure_child(c"new")?;
     meta.sync().and_then(|()| root.sync())?;
@@ -165,29 +165,44 @@ fn lock(meta: &Dir) -> Result<Flock<File>, Unusable> {
     })
 }
 
-/// The identity of the pool; a new one only where no volume can belong to an old one.
-fn identify(meta: &Dir, volumes: &Dir) -> Result<Identity, Unusable> {
+/// The identity of the pool; a new one only where no volume can belong to an old one and no id is expected.
+fn identify(meta: &Dir, volumes: &Dir, expected: Option<PoolId>) -> Result<Identity, Unusable> {
     let path = meta.path().display();
-    if let Some(bytes) = meta.read(IDENTITY)? {
-        let identity: Identity = serde_json::from_slice(&bytes).map_err(|error| {
-            Unusable(format!(
-                "{path}/pool.json cannot be read ({error}); restore it from a backup"
-            ))
-        })?;
-        if identity.format != Identity::FORMAT {
+    let Some(bytes) = meta.read(IDENTITY)? else {
+        if volumes.names()?.next().is_some() {
             return Err(Unusable(format!(
-                "{path}/pool.json is of format {}, this hostdir knows {}; use a hostdir that knows it",
-                identity.format,
-                Identity::FORMAT
+                "{path}/pool.json is missing, but there are volumes; restore it from a backup, or move the volumes away"
             )));
         }
-        return Ok(identity);
-    }
-    if volumes.names()?.next().is_some() {
+        return match expected {
+            Some(id) => Err(Unusable(format!(
+                "there is no pool yet, and poolId {id} is expected: mount its disk, or take poolId out to make a new pool"
+            ))),
+            None => make_identity(meta, volumes),
+        };
+    };
+    let identity: Identity = serde_json::from_slice(&bytes).map_err(|error| {
+        Unusable(format!(
+            "{path}/pool.json cannot be read ({error}); restore it from a backup"
+        ))
+    })?;
+    if identity.format != Identity::FORMAT {
         return Err(Unusable(format!(
-            "{path}/pool.json is missing, but there are volumes; restore it from a backup, or move the volumes away"
+            "{path}/pool.json is of format {}, this hostdir knows {}; use a hostdir that knows it",
+            identity.format,
+            Identity::FORMAT
         )));
     }
+    match expected {
+        Some(id) if id != identity.id => Err(Unusable(format!(
+            "it is pool {}, and poolId {id} is expected: mount the right disk, or correct poolId",
+            identity.id
+        ))),
+        _ => Ok(identity),
+    }
+}
+
+fn make_identity(meta: &Dir, volumes: &Dir) -> Result<Identity, Unusable> {
     let identity = Identity {
         format: Identity::FORMAT,
         id: PoolId::random(),

@@ -56,6 +56,7 @@ impl Fixture {
             name: pool(name),
             path: format!("/{name}").into(),
             require_mount: false,
+            expected: None,
             limits: Limits::default(),
         };
         let node = NodeName::parse("node-a").unwrap();

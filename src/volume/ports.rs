@@ -20,6 +20,8 @@ pub struct PoolConfig {
     pub path: PathBuf,
     /// Whether the directory must lie on a disk of its own: never take an unmounted disk for an empty pool.
     pub require_mount: bool,
+    /// The identity it must have, where the administrator has written it down; any other is refused.
+    pub expected: Option<PoolId>,
     /// How much of it may be promised.
     pub limits: Limits,
 }

@@ -84,7 +84,7 @@ impl Client {
             .enable_all()
             .build()
             .expect("start a runtime");
-        let endpoint = Endpoint::try_from(format!("unix://{}", socket.display()))?;
+        let endpoint = Endpoint::try_from(format!("unix://{}", socket.display()))?.timeout(super::DEADLINE);
         let channel = runtime.block_on(endpoint.connect())?;
         let client = Self { runtime, channel };
         client.wait(client.identity().get_plugin_info(GetPluginInfoRequest {}))?;

@@ -17,3 +17,15 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{ .image.repository }}:{{ .image.tag | default .default }}
 {{- end -}}
 {{- end }}
+
+{{- /* The directories of the node that pools need, each once, as a JSON list. */ -}}
+{{- define "hostdir.poolMounts" -}}
+{{- $paths := list -}}
+{{- range .Values.pools -}}
+{{- if and .requireMount (eq (dir .path) "/") -}}
+{{- fail (printf "pool %s: %s lies directly in /, which cannot be given to a container; with requireMount, put the pool deeper, such as /mnt%s" .name .path .path) -}}
+{{- end -}}
+{{- $paths = append $paths (ternary (dir .path) .path (.requireMount | default false)) -}}
+{{- end -}}
+{{- $paths | uniq | toJson -}}
+{{- end }}
