@@ -1,6 +1,7 @@
 //! The command line and the configuration file, resolved once into what the rest works with.
 
 use std::collections::HashSet;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -8,7 +9,7 @@ use anyhow::{Context, bail, ensure};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Deserialize;
 
-use crate::csi::Endpoint;
+use crate::csi::{DRIVER_NAME, Endpoint};
 use crate::volume::id::{NodeName, PoolName};
 use crate::volume::ports::PoolConfig;
 use crate::volume::record::PoolId;
@@ -28,8 +29,58 @@ pub struct Cli {
 pub enum Command {
     /// Serve CSI Identity, Controller and Node for this node's pools, with all records kept on the pools themselves.
     Local(LocalArgs),
+    /// Serve CSI Identity and Node for this node's pools, and carry out what HostVolumes in the API server ask of it.
+    Node(LocalArgs),
+    /// Serve CSI Identity and Controller for all nodes: record volumes as HostVolumes in the API server.
+    Controller(ControllerArgs),
+    /// Print the CustomResourceDefinitions of HostVolume and HostNode.
+    Crds,
     /// Ask a hostdir that serves whether it answers: for liveness and readiness probes.
     Probe(ProbeArgs),
+}
+
+/// What all that serve are told.
+#[derive(Clone, Debug, Args)]
+pub struct ServeArgs {
+    /// The socket to serve: unix:///path/to.sock
+    #[arg(long, env = "CSI_ENDPOINT", value_name = "URL")]
+    pub endpoint: Endpoint,
+
+    /// The name to be registered under; another one lets two hostdirs live in one cluster
+    #[arg(long, value_name = "NAME", default_value = DRIVER_NAME)]
+    pub driver_name: String,
+
+    /// Serve /healthz, /readyz and /metrics at this address: 0.0.0.0:9808
+    #[arg(long, value_name = "ADDRESS")]
+    pub http_endpoint: Option<SocketAddr>,
+
+    /// The least severe events to log: error, warn, info, debug, trace
+    #[arg(long, env = "HOSTDIR_LOG", value_name = "LEVEL", default_value = "info")]
+    pub log_level: tracing::Level,
+
+    /// How to write the log, on standard error
+    #[arg(long, value_name = "FORMAT", default_value = "text")]
+    pub log_format: LogFormat,
+}
+
+/// The command line of `hostdir controller`.
+#[derive(Debug, Args)]
+pub struct ControllerArgs {
+    /// What all are told.
+    #[command(flatten)]
+    pub serve: ServeArgs,
+
+    /// The name of this pod, for events; the host name if left out
+    #[arg(long, env = "POD_NAME", value_name = "NAME")]
+    pub pod_name: Option<String>,
+
+    /// Seconds that a Node object must be absent before deletes no longer wait for that node
+    #[arg(long, value_name = "SECONDS", default_value_t = 300)]
+    pub node_grace: u64,
+
+    /// Seconds after which a volume is swept that was never used and has neither PersistentVolume nor claim
+    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    pub unused_age: u64,
 }
 
 /// The command line of `hostdir probe`.
@@ -44,12 +95,12 @@ pub struct ProbeArgs {
     pub ready: bool,
 }
 
-/// The command line of `hostdir local`.
+/// The command line of `hostdir local` and `hostdir node`.
 #[derive(Debug, Args)]
 pub struct LocalArgs {
-    /// The socket to serve: unix:///path/to.sock
-    #[arg(long, env = "CSI_ENDPOINT", value_name = "URL")]
-    endpoint: Endpoint,
+    /// What all are told.
+    #[command(flatten)]
+    pub serve: ServeArgs,
 
     /// A pool: its name, as StorageClasses have it, and its directory. May be repeated
     #[arg(long = "pool", value_name = "NAME=PATH")]
@@ -62,14 +113,6 @@ pub struct LocalArgs {
     /// The Kubernetes name of this node; the host name if left out
     #[arg(long, env = "NODE_NAME", value_name = "NAME")]
     node_name: Option<String>,
-
-    /// The least severe events to log: error, warn, info, debug, trace
-    #[arg(long, env = "HOSTDIR_LOG", value_name = "LEVEL", default_value = "info")]
-    pub log_level: tracing::Level,
-
-    /// How to write the log, on standard error
-    #[arg(long, value_name = "FORMAT", default_value = "text")]
-    pub log_format: LogFormat,
 }
 
 /// Formats of the log.
@@ -122,11 +165,9 @@ struct FilePool {
     pool_id: Option<PoolId>,
 }
 
-/// What `hostdir local` works with.
+/// What `hostdir local` and `hostdir node` work with.
 #[derive(Debug)]
 pub struct Local {
-    /// The socket to serve.
-    pub endpoint: Endpoint,
     /// This node.
     pub node: NodeName,
     /// Its pools: at least one, names and paths all different.
@@ -140,12 +181,10 @@ impl LocalArgs {
     /// What is wrong, and where.
     pub fn resolve(self) -> anyhow::Result<Local> {
         let Self {
-            endpoint,
+            serve: _,
             pools,
             config,
             node_name,
-            log_level: _,
-            log_format: _,
         } = self;
         let node = match node_name {
             Some(name) => name,
@@ -157,11 +196,7 @@ impl LocalArgs {
             all.extend(read(&path).with_context(|| format!("configuration {}", path.display()))?);
         }
         check(&all)?;
-        Ok(Local {
-            endpoint,
-            node,
-            pools: all,
-        })
+        Ok(Local { node, pools: all })
     }
 }
 
@@ -252,11 +287,9 @@ fn check(pools: &[PoolConfig]) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn host_name() -> anyhow::Result<String> {
-    let name = nix::unistd::gethostname().context("read the host name; give --node-name")?;
-    name.into_string()
-        .ok()
-        .context("the host name is no text; give --node-name")
+pub(crate) fn host_name() -> anyhow::Result<String> {
+    let name = nix::unistd::gethostname().context("read the host name; give a name")?;
+    name.into_string().ok().context("the host name is no text; give a name")
 }
 
 #[cfg(test)]

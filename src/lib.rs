@@ -16,6 +16,9 @@
 
 pub mod config;
 pub mod csi;
+pub mod http;
+pub mod k8s;
 pub mod linux;
+pub mod metrics;
 pub mod run;
 pub mod volume;

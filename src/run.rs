@@ -7,12 +7,20 @@ use anyhow::Context;
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{info, warn};
-use tracing_subscriber::filter::LevelFilter;
+use tracing_subscriber::Layer as _;
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
 
-use crate::config::{Cli, Command, Local, LocalArgs, LogFormat, ProbeArgs};
-use crate::csi::{self, Listener};
+use crate::config::{Cli, Command, ControllerArgs, Local, LocalArgs, LogFormat, ProbeArgs, ServeArgs, host_name};
+use crate::csi::{self, Listener, Serving};
+use crate::http;
+use crate::k8s::{self, Agent, ApiBook, Janitor, JanitorConfig};
 use crate::linux::{self, Linux};
-use crate::volume::Driver;
+use crate::metrics::Metrics;
+use crate::volume::ports::OnDisk;
+use crate::volume::registry::Registry;
+use crate::volume::{Control, Driver, Elected, Health};
 
 /// Threads for calls that block; more calls than that wait their turn. So many that calls stuck on one bad disk leave room
 /// for the others; a thread that waits costs some 10 KiB.
@@ -29,6 +37,9 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(20);
 pub fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Command::Local(args) => local(args),
+        Command::Node(args) => node(args),
+        Command::Controller(args) => controller(args),
+        Command::Crds => crds(),
         Command::Probe(args) => probe(&args),
     }
 }
@@ -42,28 +53,156 @@ fn probe(args: &ProbeArgs) -> anyhow::Result<()> {
     runtime.block_on(csi::probe(&args.endpoint, args.ready))
 }
 
+fn crds() -> anyhow::Result<()> {
+    for definition in k8s::api::definitions() {
+        println!("---\n{}", serde_saphyr::to_string(&definition)?.trim_end());
+    }
+    Ok(())
+}
+
 fn local(args: LocalArgs) -> anyhow::Result<()> {
-    log_to_stderr(args.log_format, args.log_level);
-    let Local { endpoint, node, pools } = args.resolve()?;
+    let (process, Local { node, pools }) = on_node(args)?;
+    let driver = Arc::new(Driver::new(node, Arc::new(Linux), Arc::new(OnDisk), pools));
+    let roles = Roles {
+        health: Arc::clone(&driver) as _,
+        control: Some(Arc::clone(&driver) as _),
+        node: Some(driver),
+    };
+    process.serve(roles, std::future::pending())
+}
+
+fn node(args: LocalArgs) -> anyhow::Result<()> {
+    let (process, Local { node, pools }) = on_node(args)?;
+    let (runtime, metrics) = (process.runtime.handle().clone(), Arc::clone(&process.metrics));
+    let client = runtime.block_on(k8s::client()).context("reach the API server")?;
+    let agent = Agent::new(node.clone(), client, runtime, metrics);
+    let driver = Arc::new(Driver::new(node, Arc::new(Linux), Arc::clone(&agent) as _, pools));
+    let roles = Roles {
+        health: Arc::clone(&driver) as _,
+        control: None,
+        node: Some(Arc::clone(&driver)),
+    };
+    process.serve(roles, agent.run(driver))
+}
+
+fn controller(args: ControllerArgs) -> anyhow::Result<()> {
+    let ControllerArgs {
+        serve,
+        pod_name,
+        node_grace,
+        unused_age,
+    } = args;
+    log_to_stderr(serve.log_format, serve.log_level);
+    let process = Process::new(serve)?;
+    let (runtime, metrics) = (process.runtime.handle().clone(), Arc::clone(&process.metrics));
+    let client = runtime.block_on(k8s::client()).context("reach the API server")?;
+    let registry = Arc::new(Registry::default());
+    let book = Arc::new(ApiBook::new(client.clone(), runtime.clone()));
+    let config = JanitorConfig {
+        node_grace: Duration::from_secs(node_grace),
+        unused_age: Duration::from_secs(unused_age),
+    };
+    let pod_name = pod_name.map_or_else(host_name, Ok)?;
+    let janitor = Janitor::new(config, &registry, &book, client.clone(), pod_name, runtime, &metrics);
+    std::thread::Builder::new()
+        .name("janitor".into())
+        .spawn(|| janitor.run())
+        .context("start the janitor")?;
+    let elected = Arc::new(Elected::new(book, Arc::clone(&registry)));
+    let roles = Roles {
+        health: Arc::clone(&elected) as _,
+        control: Some(elected),
+        node: None,
+    };
+    process.serve(roles, async {
+        k8s::feed(client, registry, metrics).await;
+        anyhow::anyhow!("the watches have ended")
+    })
+}
+
+/// Begins what needs the machine: with few privileges, and before there are threads that would keep more.
+fn on_node(args: LocalArgs) -> anyhow::Result<(Process, Local)> {
+    let serve = args.serve.clone();
+    log_to_stderr(serve.log_format, serve.log_level);
+    let local = args.resolve()?;
     if !nix::unistd::geteuid().is_root() {
         warn!("not running as root: volumes can be created and deleted, but not mounted");
     }
     linux::drop_privileges().context("drop privileges")?;
-    // The socket first: a second hostdir on it must not touch the pools of the first.
-    let listener = Listener::bind(&endpoint)?;
-    let driver = Arc::new(Driver::new(node, Arc::new(Linux), pools));
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .max_blocking_threads(BLOCKING_THREADS)
-        .build()
-        .context("start the runtime")?;
-    info!(node = %driver.node(), endpoint = %endpoint.path().display(), version = env!("CARGO_PKG_VERSION"), "serving");
-    let stop = stop_signal(&runtime)?;
-    runtime.block_on(csi::serve(&listener, Arc::clone(&driver), stop, STOP_TIMEOUT))?;
-    runtime.shutdown_background();
-    drop(driver);
-    info!("stopped");
-    Ok(())
+    Ok((Process::new(serve)?, local))
+}
+
+/// Who does what is asked for over the socket.
+struct Roles {
+    health: Arc<dyn Health>,
+    control: Option<Arc<dyn Control>>,
+    node: Option<Arc<Driver>>,
+}
+
+/// What every process that serves has.
+struct Process {
+    serve: ServeArgs,
+    // Before anything else is touched: a second hostdir on the socket must not touch what belongs to the first.
+    listener: Listener,
+    runtime: Runtime,
+    metrics: Arc<Metrics>,
+}
+
+impl Process {
+    fn new(serve: ServeArgs) -> anyhow::Result<Self> {
+        let listener = Listener::bind(&serve.endpoint)?;
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .enable_all()
+            .max_blocking_threads(BLOCKING_THREADS)
+            .build()
+            .context("start the runtime")?;
+        Ok(Self {
+            serve,
+            listener,
+            runtime,
+            metrics: Arc::default(),
+        })
+    }
+
+    /// Serves until SIGTERM, or until `work` ends: it must not.
+    fn serve(self, roles: Roles, work: impl Future<Output = anyhow::Error> + Send + 'static) -> anyhow::Result<()> {
+        let Self {
+            serve,
+            listener,
+            runtime,
+            metrics,
+        } = self;
+        let Roles { health, control, node } = roles;
+        if let Some(address) = serve.http_endpoint {
+            let (health, metrics) = (Arc::clone(&health), Arc::clone(&metrics));
+            runtime.spawn(async move {
+                if let Err(error) = http::serve(address, health, metrics).await {
+                    tracing::error!(error = format!("{error:#}"), "no HTTP");
+                }
+            });
+        }
+        let serving = Serving {
+            driver_name: serve.driver_name,
+            health,
+            control,
+            node,
+            metrics,
+        };
+        info!(endpoint = %serve.endpoint.path().display(), version = env!("CARGO_PKG_VERSION"), "serving");
+        let stop = stop_signal(&runtime)?;
+        let work = runtime.spawn(work);
+        let ended = runtime.block_on(async {
+            tokio::select! {
+                served = csi::serve(&listener, serving, stop, STOP_TIMEOUT) => served,
+                error = work => Err(error.unwrap_or_else(|panic| anyhow::anyhow!("a bug: {panic}"))),
+            }
+        });
+        runtime.shutdown_background();
+        drop(listener);
+        ended?;
+        info!("stopped");
+        Ok(())
+    }
 }
 
 /// Ready at the first SIGTERM or SIGINT.
@@ -81,13 +220,16 @@ fn stop_signal(runtime: &Runtime) -> anyhow::Result<impl Future<Output = ()> + u
 }
 
 fn log_to_stderr(format: LogFormat, level: tracing::Level) {
-    let log = tracing_subscriber::fmt()
-        .with_max_level(LevelFilter::from_level(level))
+    // What the libraries below say at these levels is for their authors; warnings are not.
+    let quiet = level.min(tracing::Level::WARN);
+    let levels = Targets::new().with_target("hostdir", level).with_default(quiet);
+    let log = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .with_target(false);
+    let registry = tracing_subscriber::registry();
     match format {
-        LogFormat::Text => log.init(),
-        LogFormat::Json => log.json().init(),
+        LogFormat::Text => registry.with(log.with_filter(levels)).init(),
+        LogFormat::Json => registry.with(log.json().with_filter(levels)).init(),
     }
 }

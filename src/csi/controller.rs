@@ -14,15 +14,17 @@ use super::proto::{
     GetCapacityResponse, ListVolumesRequest, ListVolumesResponse, ValidateVolumeCapabilitiesRequest,
     ValidateVolumeCapabilitiesResponse, Volume as ProtoVolume, list_volumes_response,
 };
-use super::{Services, parse};
+use super::{Service, parse};
 use crate::volume::id::{NodeName, VolumeId};
 use crate::volume::size::Bytes;
-use crate::volume::{Driver, Volume, Want};
+use crate::volume::{Control, Volume, Want};
 
 /// Key in the volume context: the name of the pool.
 const CONTEXT_POOL: &str = "pool";
 /// Key in the volume context: the identity of the pool. NodePublishVolume names it when the volume is not found.
 pub(super) const CONTEXT_POOL_ID: &str = "poolId";
+/// Key in the volume context: the UID of the HostVolume. NodePublishVolume mounts no data of an earlier one.
+pub(super) const CONTEXT_UID: &str = "uid";
 
 /// Volumes in one answer of ListVolumes: an entry is about 300 bytes, and gRPC clients take 4 MiB by default.
 const PAGE_MAX: usize = 4096;
@@ -32,23 +34,24 @@ const TOKEN_PREFIX: &str = "after:";
 
 /// The capacity of a StorageClass that is wrong: unknown parameters, a pool that this node does not have. With none, the
 /// scheduler would only ever say "not enough free storage"; with this, the claim comes to CreateVolume, whose refusal names
-/// the cause in an event on the claim. All nodes are taken to have pools of the same names, as the chart has it; where they
-/// do not, `allowedTopologies` of the StorageClass must name those that do.
+/// the cause in an event on the claim. In local mode all nodes are taken to have pools of the same names, as the chart has it;
+/// where they do not, `allowedTopologies` of the StorageClass must name those that do.
 const UNLIMITED: Bytes = Bytes(i64::MAX.unsigned_abs());
 
 #[tonic::async_trait]
-impl Controller for Services {
+impl Controller for Service<dyn Control> {
     async fn create_volume(
         &self,
         request: Request<CreateVolumeRequest>,
     ) -> Result<Response<CreateVolumeResponse>, Status> {
         let mut request = request.into_inner();
         let name = parse::name(std::mem::take(&mut request.name))?;
+        let node = self.about.node.clone();
         let volume = self
-            .run("CreateVolume", move |driver| {
-                let about = parse::about(&name, driver.node());
-                let want = want(driver, name.clone(), request).map_err(about)?;
-                Ok(to_proto(driver.create(&want)?, driver.node()))
+            .run("CreateVolume", move |control| {
+                let about = parse::about(&name, node.as_ref());
+                let want = want(control, name.clone(), request).map_err(about)?;
+                Ok(to_proto(control.create(&want)?))
             })
             .await?;
         Ok(Response::new(CreateVolumeResponse { volume: Some(volume) }))
@@ -59,8 +62,8 @@ impl Controller for Services {
         request: Request<DeleteVolumeRequest>,
     ) -> Result<Response<DeleteVolumeResponse>, Status> {
         let DeleteVolumeRequest { volume_id, secrets: _ } = request.into_inner();
-        self.run("DeleteVolume", move |driver| {
-            Ok(driver.delete(&parse::volume_id(&volume_id)?)?)
+        self.run("DeleteVolume", move |control| {
+            Ok(control.delete(&parse::volume_id(&volume_id)?)?)
         })
         .await?;
         Ok(Response::new(DeleteVolumeResponse {}))
@@ -71,9 +74,12 @@ impl Controller for Services {
         request: Request<ValidateVolumeCapabilitiesRequest>,
     ) -> Result<Response<ValidateVolumeCapabilitiesResponse>, Status> {
         let request = request.into_inner();
-        self.run("ValidateVolumeCapabilities", move |driver| validate(driver, request))
-            .await
-            .map(Response::new)
+        let node = self.about.node.clone();
+        self.run("ValidateVolumeCapabilities", move |control| {
+            validate(control, request, node.as_ref())
+        })
+        .await
+        .map(Response::new)
     }
 
     async fn list_volumes(
@@ -88,7 +94,7 @@ impl Controller for Services {
         let max = usize::try_from(max_entries)
             .map_err(|_| Status::invalid_argument(format!("max_entries is negative: {max_entries}")))?;
         let max = if max == 0 { PAGE_MAX } else { max.min(PAGE_MAX) };
-        self.run("ListVolumes", move |driver| page(driver, after.as_ref(), max))
+        self.run("ListVolumes", move |control| page(control, after.as_ref(), max))
             .await
             .map(Response::new)
     }
@@ -103,16 +109,20 @@ impl Controller for Services {
             accessible_topology,
         } = request.into_inner();
         let room = self
-            .run("GetCapacity", move |driver| {
-                if !accessible_topology.is_none_or(|topology| parse::is_here(&topology, driver.node())) {
-                    return Ok(Bytes(0));
-                }
+            .run("GetCapacity", move |control| {
+                let segment = match accessible_topology {
+                    Some(topology) if !topology.segments.is_empty() => match parse::segment(&topology) {
+                        Some(segment) => Some(segment),
+                        None => return Ok(Bytes(0)),
+                    },
+                    Some(_) | None => None,
+                };
                 let Ok((parameters, _)) = parse::parameters(parameters) else {
                     return Ok(UNLIMITED);
                 };
-                let filesystem = || driver.filesystem(&parameters.pool);
+                let filesystem = || control.filesystem(&parameters.pool);
                 let possible = parse::capabilities(volume_capabilities, filesystem).is_ok();
-                Ok(match driver.room(&parameters.pool) {
+                Ok(match control.room(&parameters.pool, segment.as_deref()) {
                     None => UNLIMITED,
                     Some(room) if possible => room,
                     Some(_) => Bytes(0),
@@ -145,7 +155,7 @@ impl Controller for Services {
     }
 }
 
-fn want(driver: &Driver, name: String, request: CreateVolumeRequest) -> Result<Want, Status> {
+fn want(control: &dyn Control, name: String, request: CreateVolumeRequest) -> Result<Want, Status> {
     let CreateVolumeRequest {
         name: _,
         capacity_range,
@@ -170,21 +180,22 @@ fn want(driver: &Driver, name: String, request: CreateVolumeRequest) -> Result<W
     if volume_capabilities.is_empty() {
         return Err(Status::invalid_argument("volume_capabilities is missing"));
     }
-    parse::capabilities(volume_capabilities, || driver.filesystem(&parameters.pool))?;
+    parse::capabilities(volume_capabilities, || control.filesystem(&parameters.pool))?;
     let size = parse::size(capacity_range)?;
-    let may_be_here = parse::admits(accessibility_requirements, driver.node());
+    let placement = parse::placement(accessibility_requirements);
     Ok(Want {
         name,
         size,
         parameters,
         claim,
-        may_be_here,
+        placement,
     })
 }
 
 fn validate(
-    driver: &Driver,
+    control: &dyn Control,
     request: ValidateVolumeCapabilitiesRequest,
+    node: Option<&NodeName>,
 ) -> Result<ValidateVolumeCapabilitiesResponse, Status> {
     let ValidateVolumeCapabilitiesRequest {
         volume_id,
@@ -194,13 +205,13 @@ fn validate(
         secrets: _,
         mutable_parameters,
     } = request;
-    let volume = driver.get(&parse::volume_id(&volume_id)?)?;
+    let volume = control.get(&parse::volume_id(&volume_id)?)?;
     if volume_capabilities.is_empty() {
         let missing = Status::invalid_argument("volume_capabilities is missing");
-        return Err(parse::about(&volume_id, driver.node())(missing));
+        return Err(parse::about(&volume_id, node)(missing));
     }
-    let possible = parse::capabilities(volume_capabilities.clone(), || driver.filesystem(&volume.pool));
-    let (pool, directory) = (volume.pool.clone(), volume.record.directory);
+    let possible = parse::capabilities(volume_capabilities.clone(), || control.filesystem(&volume.pool));
+    let (pool, directory) = (volume.pool.clone(), volume.directory);
     let same_parameters = parameters.is_empty()
         || parse::parameters(parameters.clone())
             .is_ok_and(|(given, _)| given.pool == pool && given.directory == directory);
@@ -242,38 +253,42 @@ fn token(token: &str) -> Result<Option<VolumeId>, Status> {
         .ok_or_else(|| Status::aborted("starting_token is not one that ListVolumes gave out; start again without one"))
 }
 
-fn page(driver: &Driver, after: Option<&VolumeId>, max: usize) -> Result<ListVolumesResponse, Status> {
+fn page(control: &dyn Control, after: Option<&VolumeId>, max: usize) -> Result<ListVolumesResponse, Status> {
     // One more than is shown tells whether there is another page.
-    let mut volumes = driver.list(after, max + 1)?;
+    let mut volumes = control.list(after, max + 1)?;
     let more = volumes.len() > max;
     volumes.truncate(max);
     let last = volumes.last().filter(|_| more);
-    let next_token = last.map_or_else(String::new, |volume| format!("{TOKEN_PREFIX}{}", volume.record.id));
+    let next_token = last.map_or_else(String::new, |volume| format!("{TOKEN_PREFIX}{}", volume.id));
     let entries = volumes
         .into_iter()
         .map(|volume| list_volumes_response::Entry {
-            volume: Some(to_proto(volume, driver.node())),
+            volume: Some(to_proto(volume)),
             status: None,
         })
         .collect();
     Ok(ListVolumesResponse { entries, next_token })
 }
 
-fn to_proto(volume: Volume, node: &NodeName) -> ProtoVolume {
+fn to_proto(volume: Volume) -> ProtoVolume {
     ProtoVolume {
-        capacity_bytes: signed(volume.record.bytes),
+        capacity_bytes: signed(volume.bytes),
         volume_context: context(&volume),
-        volume_id: volume.record.id.into(),
+        accessible_topology: vec![parse::here(&volume.node)],
+        volume_id: volume.id.into(),
         content_source: None,
-        accessible_topology: vec![parse::here(node)],
     }
 }
 
+/// The context of a volume never changes: what is not known from the beginning is not in it.
 fn context(volume: &Volume) -> HashMap<String, String> {
-    HashMap::from([
-        (CONTEXT_POOL.to_owned(), volume.pool.to_string()),
-        (CONTEXT_POOL_ID.to_owned(), volume.record.pool_id.to_string()),
-    ])
+    let pool = (CONTEXT_POOL.to_owned(), volume.pool.to_string());
+    let identity = match (volume.uid, volume.made_on) {
+        (Some(uid), _) => Some((CONTEXT_UID.to_owned(), uid.to_string())),
+        (None, Some(pool_id)) => Some((CONTEXT_POOL_ID.to_owned(), pool_id.to_string())),
+        (None, None) => None,
+    };
+    std::iter::once(pool).chain(identity).collect()
 }
 
 fn signed(bytes: Bytes) -> i64 {

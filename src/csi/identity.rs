@@ -3,22 +3,23 @@
 use tonic::{Request, Response, Status};
 
 use super::proto::identity_server::Identity;
-use super::proto::plugin_capability::service::Type as Service;
+use super::proto::plugin_capability::service::Type as ServiceType;
 use super::proto::plugin_capability::{self, Type};
 use super::proto::{
     GetPluginCapabilitiesRequest, GetPluginCapabilitiesResponse, GetPluginInfoRequest, GetPluginInfoResponse,
     PluginCapability, ProbeRequest, ProbeResponse,
 };
-use super::{ALL_POOLS, DRIVER_NAME, Services};
+use super::{ALL_POOLS, Service};
+use crate::volume::Health;
 
 #[tonic::async_trait]
-impl Identity for Services {
+impl Identity for Service<dyn Health> {
     async fn get_plugin_info(
         &self,
         _: Request<GetPluginInfoRequest>,
     ) -> Result<Response<GetPluginInfoResponse>, Status> {
         Ok(Response::new(GetPluginInfoResponse {
-            name: DRIVER_NAME.to_owned(),
+            name: self.about.driver_name.to_string(),
             vendor_version: env!("CARGO_PKG_VERSION").to_owned(),
             ..GetPluginInfoResponse::default()
         }))
@@ -29,13 +30,13 @@ impl Identity for Services {
         _: Request<GetPluginCapabilitiesRequest>,
     ) -> Result<Response<GetPluginCapabilitiesResponse>, Status> {
         // CSI: the same set from every instance of one version, wherever it is deployed.
-        let capability = |service: Service| PluginCapability {
+        let capability = |service: ServiceType| PluginCapability {
             r#type: Some(Type::Service(plugin_capability::Service { r#type: service.into() })),
         };
         Ok(Response::new(GetPluginCapabilitiesResponse {
             capabilities: vec![
-                capability(Service::ControllerService),
-                capability(Service::VolumeAccessibilityConstraints),
+                capability(ServiceType::ControllerService),
+                capability(ServiceType::VolumeAccessibilityConstraints),
             ],
         }))
     }
@@ -45,7 +46,7 @@ impl Identity for Services {
     /// nobody to make volumes on them.
     async fn probe(&self, request: Request<ProbeRequest>) -> Result<Response<ProbeResponse>, Status> {
         let all = request.metadata().contains_key(ALL_POOLS);
-        self.run("Probe", move |driver| Ok(driver.probe(all)?)).await?;
-        Ok(Response::new(ProbeResponse { ready: Some(true) }))
+        let ready = self.run("Probe", move |subject| Ok(subject.probe(all)?)).await?;
+        Ok(Response::new(ProbeResponse { ready: Some(ready) }))
     }
 }

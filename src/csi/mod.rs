@@ -12,15 +12,17 @@ mod server;
 mod status;
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use tokio_util::task::TaskTracker;
-use tonic::Status;
+use tonic::{Code, Status};
 use tracing::{error, warn};
 
 pub use probe::probe;
-pub use server::{Endpoint, InvalidEndpoint, Listener, serve};
+pub use server::{Endpoint, InvalidEndpoint, Listener, Serving, serve};
 
-use crate::volume::Driver;
+use crate::metrics::Metrics;
+use crate::volume::id::NodeName;
 
 /// Generated from `proto/csi.proto`.
 #[expect(
@@ -34,7 +36,7 @@ pub mod proto {
     tonic::include_proto!("csi.v1");
 }
 
-/// The name this driver is registered under.
+/// The name a driver is registered under that is given no other.
 pub const DRIVER_NAME: &str = "hostdir.csi";
 
 /// Metadata of a Probe that asks about every pool, see [`probe()`].
@@ -43,12 +45,22 @@ const ALL_POOLS: &str = "hostdir-all-pools";
 /// The key of the one topology segment: its value names the node.
 pub const TOPOLOGY_KEY: &str = "topology.hostdir.csi/node";
 
-/// The three services, all on one driver.
+/// One of the services, and who carries out what it is asked for.
+struct Service<T: ?Sized> {
+    subject: Arc<T>,
+    about: About,
+}
+
+/// What all services of a process have in common.
 #[derive(Clone)]
-struct Services {
-    driver: Arc<Driver>,
+struct About {
+    /// The name the driver is registered under.
+    driver_name: Arc<str>,
+    /// The node, where there is only one.
+    node: Option<NodeName>,
     /// The calls that are running.
     calls: TaskTracker,
+    metrics: Arc<Metrics>,
 }
 
 /// Longest message of a refusal, in bytes: it travels in an HTTP/2 header, which clients limit, and into the log.
@@ -64,15 +76,22 @@ fn cut(status: Status) -> Status {
     Status::new(status.code(), format!("{}…", &message[..end]))
 }
 
-impl Services {
+impl<T: ?Sized + Send + Sync + 'static> Service<T> {
     /// Runs a verb on a thread that may block. A caller that goes away does not stop it half-way.
-    async fn run<T, F>(&self, call: &'static str, verb: F) -> Result<T, Status>
+    async fn run<A, F>(&self, call: &'static str, verb: F) -> Result<A, Status>
     where
-        T: Send + 'static,
-        F: FnOnce(&Driver) -> Result<T, Status> + Send + 'static,
+        A: Send + 'static,
+        F: FnOnce(&T) -> Result<A, Status> + Send + 'static,
     {
-        let driver = Arc::clone(&self.driver);
-        let ended = self.calls.spawn_blocking(move || verb(&driver)).await;
+        let About { calls, metrics, .. } = &self.about;
+        let (subject, metrics, start) = (Arc::clone(&self.subject), Arc::clone(metrics), Instant::now());
+        let verb = move || {
+            let answer = verb(&subject);
+            let code = answer.as_ref().err().map_or(Code::Ok, Status::code);
+            metrics.call_ended(call, &format!("{code:?}"), start.elapsed());
+            answer
+        };
+        let ended = calls.spawn_blocking(verb).await;
         let answer = ended.unwrap_or_else(|panic| {
             error!(call, %panic, "a call panicked; this is a bug");
             Err(Status::unavailable(format!(

@@ -2,7 +2,7 @@
 
 use tonic::{Request, Response, Status};
 
-use super::controller::CONTEXT_POOL_ID;
+use super::controller::{CONTEXT_POOL_ID, CONTEXT_UID};
 use super::proto::node_server::Node;
 use super::proto::node_service_capability::rpc::Type as RpcType;
 use super::proto::node_service_capability::{Rpc, Type};
@@ -12,14 +12,14 @@ use super::proto::{
     NodeGetVolumeStatsRequest, NodeGetVolumeStatsResponse, NodePublishVolumeRequest, NodePublishVolumeResponse,
     NodeServiceCapability, NodeUnpublishVolumeRequest, NodeUnpublishVolumeResponse, VolumeUsage,
 };
-use super::{Services, parse};
+use super::{Service, parse};
 use crate::volume::access::MountOptions;
 use crate::volume::ports::Space;
 use crate::volume::size::Bytes;
-use crate::volume::{Driver, Publish};
+use crate::volume::{Control, Driver, Publish};
 
 #[tonic::async_trait]
-impl Node for Services {
+impl Node for Service<Driver> {
     async fn node_publish_volume(
         &self,
         request: Request<NodePublishVolumeRequest>,
@@ -39,7 +39,7 @@ impl Node for Services {
         let NodeUnpublishVolumeRequest { volume_id, target_path } = request.into_inner();
         self.run("NodeUnpublishVolume", move |driver| {
             let id = parse::volume_id(&volume_id)?;
-            let target = parse::target(target_path).map_err(parse::about(&id, driver.node()))?;
+            let target = parse::target(target_path).map_err(parse::about(&id, Some(driver.node())))?;
             Ok(driver.unpublish(&id, &target)?)
         })
         .await?;
@@ -60,7 +60,7 @@ impl Node for Services {
                 let id = parse::volume_id(&volume_id)?;
                 if volume_path.is_empty() {
                     let missing = Status::invalid_argument("volume_path is missing");
-                    return Err(parse::about(&id, driver.node())(missing));
+                    return Err(parse::about(&id, Some(driver.node()))(missing));
                 }
                 Ok(driver.stats(&id, &volume_path)?)
             })
@@ -84,7 +84,7 @@ impl Node for Services {
     }
 
     async fn node_get_info(&self, _: Request<NodeGetInfoRequest>) -> Result<Response<NodeGetInfoResponse>, Status> {
-        let node = self.driver.node();
+        let node = self.subject.node();
         Ok(Response::new(NodeGetInfoResponse {
             node_id: node.to_string(),
             // A bind mount costs nothing that would have to be limited.
@@ -106,7 +106,7 @@ fn publish(driver: &Driver, request: NodePublishVolumeRequest) -> Result<Publish
         mut volume_context,
     } = request;
     let id = parse::volume_id(&volume_id)?;
-    let about = parse::about(id.clone(), driver.node());
+    let about = parse::about(id.clone(), Some(driver.node()));
     let target = parse::target(target_path).map_err(&about)?;
     let capability =
         volume_capability.ok_or_else(|| about(Status::invalid_argument("volume_capability is missing")))?;
@@ -118,12 +118,14 @@ fn publish(driver: &Driver, request: NodePublishVolumeRequest) -> Result<Publish
     };
     // Nothing else of the context is looked at, and what is no identity is not repeated to anybody.
     let made_on = volume_context.remove(CONTEXT_POOL_ID).and_then(|id| id.parse().ok());
+    let uid = volume_context.remove(CONTEXT_UID).and_then(|uid| uid.parse().ok());
     Ok(Publish {
         id,
         target,
         mode,
         options,
         made_on,
+        uid,
     })
 }
 

@@ -12,11 +12,11 @@ use super::TOPOLOGY_KEY;
 use super::proto::volume_capability::AccessType;
 use super::proto::volume_capability::access_mode::Mode;
 use super::proto::{CapacityRange, Topology, TopologyRequirement, VolumeCapability};
-use crate::volume::Parameters;
 use crate::volume::access::{AccessMode, MountOptions, TargetPath};
 use crate::volume::id::{NodeName, PoolName, VolumeId};
 use crate::volume::record::{Claim, Directory};
 use crate::volume::size::{Bytes, SizeRange};
+use crate::volume::{Parameters, Placement};
 
 /// Longest string field, in bytes (CSI, "Size Limits").
 const STRING_MAX: usize = 128;
@@ -32,13 +32,12 @@ fn invalid(why: impl Into<String>) -> Status {
 }
 
 /// What is wrong with a request, said of the volume that it is about.
-pub(super) fn about(volume: impl Display, node: &NodeName) -> impl Fn(Status) -> Status {
-    move |status| {
-        Status::new(
-            status.code(),
-            format!("volume {volume} on node {node}: {}", status.message()),
-        )
-    }
+pub(super) fn about(volume: impl Display, node: Option<&NodeName>) -> impl Fn(Status) -> Status {
+    let whose = node.map_or_else(
+        || format!("volume {volume}"),
+        |node| format!("volume {volume} on node {node}"),
+    );
+    move |status| Status::new(status.code(), format!("{whose}: {}", status.message()))
 }
 
 /// CreateVolume's `name`: any Unicode but control characters, 1 to 128 bytes.
@@ -235,22 +234,24 @@ fn directory(mode: Option<String>, uid: Option<String>, gid: Option<String>) -> 
     })
 }
 
-/// Whether a volume of this node meets the requirement. With none, it does (CSI: the plugin may choose).
-pub(super) fn admits(requirement: Option<TopologyRequirement>, node: &NodeName) -> bool {
-    let Some(TopologyRequirement { requisite, preferred }) = requirement else {
-        return true;
-    };
-    let choice = if requisite.is_empty() { preferred } else { requisite };
-    choice.is_empty() || choice.iter().any(|topology| is_here(topology, node))
+/// Where a volume may lie. With no requirement, anywhere (CSI: the plugin may choose).
+pub(super) fn placement(requirement: Option<TopologyRequirement>) -> Placement {
+    let TopologyRequirement { requisite, preferred } = requirement.unwrap_or_default();
+    let choice = if requisite.is_empty() { &preferred } else { &requisite };
+    let anywhere = choice.is_empty() || choice.iter().any(|topology| topology.segments.is_empty());
+    Placement {
+        // A topology of other keys names no node of ours.
+        requisite: (!anywhere).then(|| choice.iter().filter_map(segment).collect()),
+        preferred: preferred.iter().filter_map(segment).collect(),
+    }
 }
 
-/// Whether a topology names this node.
-pub(super) fn is_here(topology: &Topology, node: &NodeName) -> bool {
+/// What a topology says of the node; nothing if it says anything else.
+pub(super) fn segment(topology: &Topology) -> Option<String> {
     // CSI: keys are compared without regard to case.
-    let segments = &topology.segments;
-    segments
-        .iter()
-        .all(|(key, value)| key.eq_ignore_ascii_case(TOPOLOGY_KEY) && *value == node.segment())
+    let mut segments = topology.segments.iter();
+    let (key, value) = segments.next()?;
+    (key.eq_ignore_ascii_case(TOPOLOGY_KEY) && segments.next().is_none()).then(|| value.clone())
 }
 
 /// The topology that names this node.
@@ -372,23 +373,22 @@ mod tests {
         let node = NodeName::parse("node-a").unwrap();
         let of = |name: &str| here(&NodeName::parse(name).unwrap());
         let requirement = |requisite, preferred| Some(TopologyRequirement { requisite, preferred });
-        assert!(admits(None, &node));
-        assert!(admits(requirement(vec![], vec![]), &node));
-        assert!(admits(
-            requirement(vec![of("node-b"), of("node-a")], vec![of("node-b")]),
-            &node
-        ));
-        assert!(admits(requirement(vec![], vec![of("node-a")]), &node));
-        assert!(!admits(requirement(vec![of("node-b")], vec![]), &node));
-        assert!(!admits(
-            requirement(
-                vec![Topology {
-                    segments: map(&[("zone", "node-a")])
-                }],
-                vec![]
-            ),
-            &node
-        ));
+        let admits = |requirement| placement(requirement).admits(&node);
+        assert!(admits(None));
+        assert!(admits(requirement(vec![], vec![])));
+        assert!(admits(requirement(vec![Topology::default()], vec![])));
+        assert!(admits(requirement(
+            vec![of("node-b"), of("node-a")],
+            vec![of("node-b")]
+        )));
+        assert!(admits(requirement(vec![], vec![of("node-a")])));
+        assert!(!admits(requirement(vec![of("node-b")], vec![])));
+        assert!(!admits(requirement(
+            vec![Topology {
+                segments: map(&[("zone", "node-a")])
+            }],
+            vec![]
+        )));
     }
 
     #[test]

@@ -18,11 +18,12 @@ use tokio_util::task::TaskTracker;
 use tonic::transport::Server;
 use tracing::{info, warn};
 
-use super::Services;
 use super::proto::controller_server::ControllerServer;
 use super::proto::identity_server::IdentityServer;
 use super::proto::node_server::NodeServer;
-use crate::volume::Driver;
+use super::{About, Service};
+use crate::metrics::Metrics;
+use crate::volume::{Control, Driver, Health};
 
 /// Where to listen: `unix:///path/to.sock`, as CSI has it in `CSI_ENDPOINT`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -135,27 +136,60 @@ impl Drop for Listener {
     }
 }
 
-/// Serves Identity, Controller and Node until `stop` is ready. Running calls are then answered, for `patience` at most.
+/// What a process serves.
+pub struct Serving {
+    /// The name the driver is registered under.
+    pub driver_name: String,
+    /// Whose health Probe tells.
+    pub health: Arc<dyn Health>,
+    /// Who makes and deletes volumes, if this process does.
+    pub control: Option<Arc<dyn Control>>,
+    /// Who mounts them, if this process does.
+    pub node: Option<Arc<Driver>>,
+    /// Where calls are counted.
+    pub metrics: Arc<Metrics>,
+}
+
+/// Serves Identity, and Controller and Node where there are such, until `stop` is ready. Running calls are then answered,
+/// for `patience` at most.
 ///
 /// # Errors
 /// The socket fails.
 pub async fn serve(
     listener: &Listener,
-    driver: Arc<Driver>,
+    serving: Serving,
     stop: impl Future<Output = ()>,
     patience: Duration,
 ) -> anyhow::Result<()> {
     let incoming = UnixListenerStream::new(UnixListener::from_std(listener.listener.try_clone()?)?);
     let calls = TaskTracker::new();
-    let services = Services {
-        driver,
+    let Serving {
+        driver_name,
+        health,
+        control,
+        node,
+        metrics,
+    } = serving;
+    let about = About {
+        driver_name: driver_name.into(),
+        node: node.as_ref().map(|driver| driver.node().clone()),
         calls: calls.clone(),
+        metrics,
     };
+    let identity = Service {
+        subject: health,
+        about: about.clone(),
+    };
+    let control = control.map(|subject| {
+        let about = about.clone();
+        ControllerServer::new(Service { subject, about })
+    });
+    let node = node.map(|subject| NodeServer::new(Service { subject, about }));
     let stopping = Notify::new();
     let serving = Server::builder()
-        .add_service(IdentityServer::new(services.clone()))
-        .add_service(ControllerServer::new(services.clone()))
-        .add_service(NodeServer::new(services))
+        .add_service(IdentityServer::new(identity))
+        .add_optional_service(control)
+        .add_optional_service(node)
         .serve_with_incoming_shutdown(incoming, stopping.notified());
     let stopped = async {
         stop.await;

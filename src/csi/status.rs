@@ -24,21 +24,25 @@ impl From<Error> for Status {
 fn code(reason: &Reason) -> Code {
     match reason {
         // Asked again until the other call has ended.
-        Reason::Running(_) => Code::Aborted,
+        Reason::Running(_) | Reason::Deleting => Code::Aborted,
         // The caller's idea of what exists is wrong; it asks again in case it becomes right.
         Reason::NoSuchVolume | Reason::NotMounted(_) => Code::NotFound,
         // Never right, whatever is tried; asked again until the PVC is gone.
         Reason::Exists(_) => Code::AlreadyExists,
         Reason::EmptyRange(_) => Code::OutOfRange,
         // Nothing was recorded: the pod goes to another node.
-        Reason::OtherNode | Reason::NoSuchPool { .. } | Reason::NoRoom { .. } => Code::ResourceExhausted,
-        // The volume may be recorded there: asked again until the pool is back.
-        Reason::PoolUnusable { .. } => Code::Unavailable,
+        Reason::OtherNode | Reason::NoSuchPool { .. } | Reason::NoRoom { .. } | Reason::NoNode(_) => {
+            Code::ResourceExhausted
+        }
+        // The volume may be recorded there, or still be there: asked again until it can be told.
+        Reason::PoolUnusable { .. } | Reason::Api { .. } | Reason::Waiting(_) => Code::Unavailable,
         // Somebody has to change something first; asked again meanwhile.
         Reason::Ambiguous(..)
         | Reason::BrokenRecord(_)
         | Reason::DataMissing { .. }
         | Reason::Mounted(_)
+        | Reason::InUse(_)
+        | Reason::Predecessor { .. }
         | Reason::Exclusive(_)
         | Reason::NotReady(_) => Code::FailedPrecondition,
         Reason::Bind { source, .. } => bind_code(source),

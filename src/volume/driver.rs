@@ -4,48 +4,16 @@ use std::sync::Arc;
 
 use jiff::Timestamp;
 use tracing::{info, warn};
+use uuid::Uuid;
 
 use super::access::{AccessMode, MountOptions, TargetPath};
 use super::error::{Error, Reason};
 use super::id::{NodeName, PoolName, VolumeId};
 use super::operations::Operations;
 use super::pool::{Entry, Mount, OpenPool, Pool};
-use super::ports::{BindError, Host, PoolConfig, Space, Unusable};
-use super::record::{Claim, Directory, Phase, PoolId, Record};
-use super::size::{Bytes, SizeRange};
-
-/// What a StorageClass says about its volumes.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Parameters {
-    /// The pool to make them on.
-    pub pool: PoolName,
-    /// Owner and mode of their top directories.
-    pub directory: Directory,
-}
-
-/// A volume that somebody wants.
-#[derive(Clone, Debug)]
-pub struct Want {
-    /// Its name: asking twice for a name is asking for one volume.
-    pub name: String,
-    /// Its size.
-    pub size: SizeRange,
-    /// What its StorageClass says.
-    pub parameters: Parameters,
-    /// The claim it is for.
-    pub claim: Option<Claim>,
-    /// Whether it may lie on this node.
-    pub may_be_here: bool,
-}
-
-/// A volume that is.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Volume {
-    /// Its record.
-    pub record: Record,
-    /// The pool it is on.
-    pub pool: PoolName,
-}
+use super::ports::{BindError, Host, Ledger, PoolConfig, Promise, Space, Unusable};
+use super::record::{Phase, PoolId, Record};
+use super::size::Bytes;
 
 /// A mount that somebody wants.
 #[derive(Clone, Debug)]
@@ -60,19 +28,55 @@ pub struct Publish {
     pub options: MountOptions,
     /// The pool the caller believes the volume was made on. Only for telling people: callers can be wrong.
     pub made_on: Option<PoolId>,
+    /// The UID of its HostVolume, where the caller was given one.
+    pub uid: Option<Uuid>,
+}
+
+/// A volume found on a pool of this node.
+#[derive(Clone, Debug)]
+pub struct Held {
+    /// Its id.
+    pub id: VolumeId,
+    /// The pool.
+    pub pool: PoolName,
+    /// Its record, unless that cannot be read.
+    pub record: Option<Record>,
+}
+
+/// A pool of this node, as it is now.
+#[derive(Clone, Debug)]
+pub struct PoolState {
+    /// How it is configured.
+    pub config: PoolConfig,
+    /// What is known of it, or why it cannot be used.
+    pub condition: Result<PoolFacts, Unusable>,
+}
+
+/// What is known of a pool that can be used.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PoolFacts {
+    /// Its identity.
+    pub id: PoolId,
+    /// Its filesystem, as mount(8) calls it.
+    pub filesystem: String,
+    /// Size and use of that.
+    pub space: Space,
+    /// Bytes that others had on it when the pool was made.
+    pub foreign: Bytes,
 }
 
 /// The pools of this node and what is done with them. All verbs block; different volumes in parallel.
 pub struct Driver {
-    node: NodeName,
-    host: Arc<dyn Host>,
-    pools: Vec<Pool>,
-    operations: Operations,
+    pub(super) node: NodeName,
+    pub(super) host: Arc<dyn Host>,
+    ledger: Arc<dyn Ledger>,
+    pub(super) pools: Vec<Pool>,
+    pub(super) operations: Operations,
 }
 
 /// Where a volume is, and which pools could not be asked.
-struct Lookup {
-    found: Option<(Arc<OpenPool>, Entry)>,
+pub(super) struct Lookup {
+    pub(super) found: Option<(Arc<OpenPool>, Entry)>,
     unusable: Option<(PoolName, Unusable)>,
     open: Vec<PoolId>,
 }
@@ -80,7 +84,7 @@ struct Lookup {
 impl Driver {
     /// Begins to open the pools. One that cannot be opened, or takes long, is logged and asked again when it is needed.
     #[must_use]
-    pub fn new(node: NodeName, host: Arc<dyn Host>, pools: Vec<PoolConfig>) -> Self {
+    pub fn new(node: NodeName, host: Arc<dyn Host>, ledger: Arc<dyn Ledger>, pools: Vec<PoolConfig>) -> Self {
         let pools: Vec<Pool> = pools.into_iter().map(Pool::new).collect();
         for pool in &pools {
             if let Err(why) = pool.get(&host) {
@@ -91,6 +95,7 @@ impl Driver {
         Self {
             node,
             host,
+            ledger,
             pools,
             operations,
         }
@@ -102,77 +107,17 @@ impl Driver {
         &self.node
     }
 
-    /// Whether the pools are present, writable and the ones that were opened: at least one of them, or all. One bad disk must
-    /// not stop what depends on the driver as a whole.
-    ///
-    /// # Errors
-    /// [`Reason::NotReady`] names each pool that is not.
-    pub fn probe(&self, all: bool) -> Result<(), Error> {
-        let check = |pool: &Pool| pool.get(&self.host).and_then(|open| open.disk.writable());
-        let bad: Vec<String> = self
-            .pools
-            .iter()
-            .filter_map(|pool| check(pool).err().map(|why| format!("pool {}: {why}", pool.config.name)))
-            .collect();
-        if bad.is_empty() || (!all && bad.len() < self.pools.len()) {
-            Ok(())
-        } else {
-            Err(self.error(None, Reason::NotReady(bad.join("; "))))
-        }
-    }
-
-    /// Records a volume, or finds the one recorded under that name. Nothing else is put on the disk.
-    ///
-    /// # Errors
-    /// [`Reason::Exists`] when the name is taken by another volume, [`Reason::NoRoom`], [`Reason::OtherNode`] and
-    /// [`Reason::NoSuchPool`] when another node may have better luck, [`Reason::PoolUnusable`] and
-    /// [`Reason::Running`] when a later call may.
-    pub fn create(&self, want: &Want) -> Result<Volume, Error> {
-        let id = VolumeId::for_name(&want.name);
-        self.try_create(&id, want)
-            .map_err(|reason| self.error(Some(&id), reason))
-    }
-
-    fn try_create(&self, id: &VolumeId, want: &Want) -> Result<Volume, Reason> {
-        let _running = self.operations.on_volume(id)?;
-        if let Some((pool, entry)) = self.look_up(id)?.found {
-            return existing(&pool, entry, want);
-        }
-        if !want.may_be_here {
-            return Err(Reason::OtherNode);
-        }
-        if !want.size.admits(want.size.choose()) {
-            return Err(Reason::EmptyRange(want.size));
-        }
-        let pool = self.pool(&want.parameters.pool)?;
-        let record = Record {
-            format: Record::FORMAT,
-            id: id.clone(),
-            name: want.name.clone(),
-            claim: want.claim.clone(),
-            bytes: want.size.choose(),
-            directory: want.parameters.directory,
-            pool_id: pool.id,
-            phase: Phase::Claimed,
-            created: Timestamp::now(),
-        };
-        pool.claim(record.clone())?;
-        info!(volume.id = %id, node = %self.node, pool = %pool.config.name, size = %record.bytes, "volume created");
-        Ok(Volume {
-            record,
-            pool: pool.config.name.clone(),
-        })
-    }
-
-    /// Takes a volume out of its pool; its data is erased in the background. An unknown volume will do.
+    /// Takes the volume of a HostVolume out of its pool; its data is erased in the background. An unknown volume will do,
+    /// and one that was made for another HostVolume is not touched.
     ///
     /// # Errors
     /// [`Reason::Mounted`] while it is, [`Reason::PoolUnusable`] when the volume may be on a pool that cannot be asked.
-    pub fn delete(&self, id: &VolumeId) -> Result<(), Error> {
-        self.try_delete(id).map_err(|reason| self.error(Some(id), reason))
+    pub fn delete_of(&self, id: &VolumeId, uid: Uuid) -> Result<(), Error> {
+        self.try_delete(id, Some(uid))
+            .map_err(|reason| self.error(Some(id), reason))
     }
 
-    fn try_delete(&self, id: &VolumeId) -> Result<(), Reason> {
+    pub(super) fn try_delete(&self, id: &VolumeId, uid: Option<Uuid>) -> Result<(), Reason> {
         let _running = self.operations.on_volume(id)?;
         let (pool, entry) = match self.look_up(id)? {
             Lookup { found: Some(found), .. } => found,
@@ -182,6 +127,11 @@ impl Driver {
             } => return Err(Reason::PoolUnusable { pool, why }),
             Lookup { .. } => return Ok(()),
         };
+        if let (Some(uid), Ok(record)) = (uid, &entry.record)
+            && record.uid != Some(uid)
+        {
+            return Ok(());
+        }
         if let Some(mount) = self.live_mounts(&pool, id, entry.mounts).into_iter().next() {
             return Err(Reason::Mounted(mount.target));
         }
@@ -206,10 +156,10 @@ impl Driver {
             target,
             mode,
             options,
-            made_on,
+            ..
         } = publish;
         let _running = self.operations.on_target(id, target)?;
-        let (pool, entry) = self.require(id, *made_on)?;
+        let (pool, entry) = self.require_or_adopt(publish)?;
         let record = entry.record.map_err(Reason::BrokenRecord)?;
         let mounts = self.live_mounts(&pool, id, entry.mounts);
         let other = mounts.iter().find(|mount| {
@@ -224,10 +174,13 @@ impl Driver {
             return Err(bind(target, BindError::Conflict(why.into())));
         }
         match record.phase {
-            Phase::Claimed => pool.prepare(Record {
-                phase: Phase::Ready,
-                ..record
-            })?,
+            Phase::Claimed => {
+                self.ledger.keep(&record)?;
+                pool.prepare(Record {
+                    phase: Phase::Ready,
+                    ..record
+                })?;
+            }
             Phase::Ready if pool.disk.data(id)?.is_none() => {
                 let here = format!(
                     "pool {} ({}) has its record, but no directory",
@@ -283,22 +236,6 @@ impl Driver {
         Ok(())
     }
 
-    /// The record of a volume.
-    ///
-    /// # Errors
-    /// [`Reason::NoSuchVolume`], or its pool or record cannot be read.
-    pub fn get(&self, id: &VolumeId) -> Result<Volume, Error> {
-        let get = || {
-            let (pool, entry) = self.require(id, None)?;
-            let record = entry.record.map_err(Reason::BrokenRecord)?;
-            Ok(Volume {
-                record,
-                pool: pool.config.name.clone(),
-            })
-        };
-        get().map_err(|reason| self.error(Some(id), reason))
-    }
-
     /// Size and use of a volume that is mounted at `path`: those of the filesystem it shares.
     ///
     /// # Errors
@@ -308,7 +245,7 @@ impl Driver {
     }
 
     fn try_stats(&self, id: &VolumeId, path: &str) -> Result<Space, Reason> {
-        let (pool, _) = self.require(id, None)?;
+        let (pool, _) = self.require(id)?;
         let not_mounted = || Reason::NotMounted(path.to_owned());
         let target = TargetPath::parse(path).map_err(|_| not_mounted())?;
         // Looked at, and nothing noted: this holds no operation on the volume.
@@ -319,47 +256,46 @@ impl Driver {
         Ok(pool.disk.space()?)
     }
 
-    /// The largest volume that a pool can still promise: none if it cannot be used, nothing if there is no such pool.
+    /// All volumes on the pools that can be used, and the pools that cannot.
     #[must_use]
-    pub fn room(&self, pool: &PoolName) -> Option<Bytes> {
-        let room = match self.pool(pool) {
-            Err(Reason::NoSuchPool { .. }) => return None,
-            Err(reason) => Err(reason),
-            Ok(pool) => pool.room().map_err(Reason::from),
-        };
-        Some(room.unwrap_or_else(|why| {
-            warn!(node = %self.node, pool = %pool, %why, "no capacity");
-            Bytes(0)
-        }))
-    }
-
-    /// The filesystem of a pool, as mount(8) calls it.
-    #[must_use]
-    pub fn filesystem(&self, pool: &PoolName) -> Option<String> {
-        self.pool(pool).ok().map(|pool| pool.filesystem.clone())
-    }
-
-    /// At most `max` volumes, in the order of their ids, from the first after `after`.
-    ///
-    /// # Errors
-    /// [`Reason::PoolUnusable`]: a list without the volumes of a pool would say that they are gone.
-    pub fn list(&self, after: Option<&VolumeId>, max: usize) -> Result<Vec<Volume>, Error> {
-        let mut volumes = Vec::new();
+    pub fn inventory(&self) -> (Vec<Held>, Vec<(PoolName, Unusable)>) {
+        let (mut held, mut unusable) = (Vec::new(), Vec::new());
         for pool in &self.pools {
             let name = &pool.config.name;
-            let open = pool.get(&self.host).map_err(|why| {
-                let pool = name.clone();
-                self.error(None, Reason::PoolUnusable { pool, why })
-            })?;
-            let records = open.records_after(after, max).into_iter();
-            volumes.extend(records.map(|record| Volume {
-                record,
-                pool: name.clone(),
-            }));
+            match pool.get(&self.host) {
+                Ok(open) => held.extend(open.held()),
+                Err(why) => unusable.push((name.clone(), why)),
+            }
         }
-        volumes.sort_unstable_by(|a, b| a.record.id.cmp(&b.record.id));
-        volumes.truncate(max);
-        Ok(volumes)
+        (held, unusable)
+    }
+
+    /// What a pool has promised.
+    #[must_use]
+    pub fn promised(&self, pool: &PoolName) -> Bytes {
+        self.pool(pool).map(|pool| pool.promised()).unwrap_or_default()
+    }
+
+    /// The pools as they are now.
+    #[must_use]
+    pub fn pool_states(&self) -> Vec<PoolState> {
+        let facts = |pool: &Pool| {
+            let open = pool.get(&self.host)?;
+            open.disk.writable()?;
+            Ok(PoolFacts {
+                id: open.id,
+                filesystem: open.filesystem.clone(),
+                space: open.disk.space()?,
+                foreign: open.foreign,
+            })
+        };
+        self.pools
+            .iter()
+            .map(|pool| PoolState {
+                config: pool.config.clone(),
+                condition: facts(pool),
+            })
+            .collect()
     }
 
     /// The mounts among `mounts` that may still be mounts of the volume; the others are forgotten. Mounts come and go
@@ -381,21 +317,66 @@ impl Driver {
         live
     }
 
-    fn require(&self, id: &VolumeId, made_on: Option<PoolId>) -> Result<(Arc<OpenPool>, Entry), Reason> {
-        match self.look_up(id)? {
-            Lookup { found: Some(found), .. } => Ok(found),
-            Lookup {
-                unusable: Some((pool, why)),
-                ..
-            } => Err(Reason::PoolUnusable { pool, why }),
-            Lookup { open, .. } => match made_on {
-                Some(made_on) if !open.contains(&made_on) => Err(Reason::data_missing(made_on, &open)),
-                Some(_) | None => Err(Reason::NoSuchVolume),
+    /// The volume; if none of our disks knows it yet, its record is made from what was promised.
+    fn require_or_adopt(&self, publish: &Publish) -> Result<(Arc<OpenPool>, Entry), Reason> {
+        let Publish { id, made_on, uid, .. } = publish;
+        let mut lookup = self.look_up(id)?;
+        if let (Some(wanted), Some((pool, Entry { record: Ok(record), .. }))) = (*uid, &lookup.found)
+            && record.uid != Some(wanted)
+        {
+            if record.phase == Phase::Ready {
+                let there = record.uid.map_or_else(|| "none".into(), |uid| uid.to_string());
+                return Err(Reason::Predecessor { there, wanted });
+            }
+            // It never had data.
+            pool.discard(id)?;
+            lookup.found = None;
+        }
+        if lookup.found.is_some() {
+            return lookup.required(*made_on);
+        }
+        match self.ledger.promise(id)? {
+            None => lookup.required(*made_on),
+            Some(promise) if promise.deleting => Err(Reason::Deleting),
+            Some(promise) if promise.node != self.node => Err(Reason::OtherNode),
+            Some(promise) => match promise.made_on {
+                None => self.adopt(promise),
+                Some(made_on) => match lookup.unusable {
+                    Some((pool, why)) if !lookup.open.contains(&made_on) => Err(Reason::PoolUnusable { pool, why }),
+                    _ => Err(Reason::data_missing(made_on, &lookup.open)),
+                },
             },
         }
     }
 
-    fn look_up(&self, id: &VolumeId) -> Result<Lookup, Reason> {
+    /// Records a volume that was promised. Its room was counted when it was promised.
+    fn adopt(&self, promise: Promise) -> Result<(Arc<OpenPool>, Entry), Reason> {
+        let pool = self.pool(&promise.pool)?;
+        let record = Record {
+            format: Record::FORMAT,
+            id: promise.id,
+            uid: Some(promise.uid),
+            name: promise.name,
+            claim: promise.claim,
+            bytes: promise.bytes,
+            directory: promise.directory,
+            pool_id: pool.id,
+            phase: Phase::Claimed,
+            created: Timestamp::now(),
+        };
+        pool.record(record.clone())?;
+        let entry = Entry {
+            record: Ok(record),
+            mounts: Vec::new(),
+        };
+        Ok((pool, entry))
+    }
+
+    pub(super) fn require(&self, id: &VolumeId) -> Result<(Arc<OpenPool>, Entry), Reason> {
+        self.look_up(id)?.required(None)
+    }
+
+    pub(super) fn look_up(&self, id: &VolumeId) -> Result<Lookup, Reason> {
         let mut lookup = Lookup {
             found: None,
             unusable: None,
@@ -421,7 +402,7 @@ impl Driver {
         Ok(lookup)
     }
 
-    fn pool(&self, name: &PoolName) -> Result<Arc<OpenPool>, Reason> {
+    pub(super) fn pool(&self, name: &PoolName) -> Result<Arc<OpenPool>, Reason> {
         let Some(pool) = self.pools.iter().find(|pool| pool.config.name == *name) else {
             let known: Vec<&str> = self.pools.iter().map(|pool| pool.config.name.as_str()).collect();
             return Err(Reason::NoSuchPool {
@@ -435,42 +416,30 @@ impl Driver {
         })
     }
 
-    fn error(&self, volume: Option<&VolumeId>, reason: Reason) -> Error {
+    pub(super) fn error(&self, volume: Option<&VolumeId>, reason: Reason) -> Error {
         Error {
             volume: volume.cloned(),
-            node: self.node.clone(),
+            node: Some(self.node.clone()),
             reason: Box::new(reason),
         }
     }
 }
 
-/// The volume that is there already, if it is what is wanted.
-fn existing(pool: &OpenPool, entry: Entry, want: &Want) -> Result<Volume, Reason> {
-    let record = entry.record.map_err(Reason::BrokenRecord)?;
-    let name = &pool.config.name;
-    if record.name != want.name {
-        return Err(Reason::Exists(format!("the other name {:?}", record.name)));
+impl Lookup {
+    /// What was found, or why nothing was.
+    fn required(self, made_on: Option<PoolId>) -> Result<(Arc<OpenPool>, Entry), Reason> {
+        match self {
+            Self { found: Some(found), .. } => Ok(found),
+            Self {
+                unusable: Some((pool, why)),
+                ..
+            } => Err(Reason::PoolUnusable { pool, why }),
+            Self { open, .. } => match made_on {
+                Some(made_on) if !open.contains(&made_on) => Err(Reason::data_missing(made_on, &open)),
+                Some(_) | None => Err(Reason::NoSuchVolume),
+            },
+        }
     }
-    if !want.size.admits(record.bytes) {
-        return Err(Reason::Exists(format!("another size ({})", record.bytes)));
-    }
-    let parameters = Parameters {
-        pool: name.clone(),
-        directory: record.directory,
-    };
-    if parameters != want.parameters {
-        let Directory { mode, uid, gid } = record.directory;
-        return Err(Reason::Exists(format!(
-            "other parameters (pool {name}, mode {mode:04o}, uid {uid}, gid {gid})"
-        )));
-    }
-    if !want.may_be_here {
-        return Err(Reason::Exists("another topology (this node)".into()));
-    }
-    Ok(Volume {
-        record,
-        pool: name.clone(),
-    })
 }
 
 fn bind(target: &TargetPath, source: BindError) -> Reason {

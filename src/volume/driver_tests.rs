@@ -1,8 +1,11 @@
 //! The verbs on a machine in memory that fails when it is told to.
 
+use super::super::control::{Control, Health, Parameters, Placement, Want};
 use super::super::memory::Memory;
-use super::super::ports::DiskErrorKind;
+use super::super::ports::{DiskErrorKind, OnDisk, Stage};
+use super::super::record::Directory;
 use super::super::room::Limits;
+use super::super::size::SizeRange;
 use super::*;
 
 struct Fixture {
@@ -31,7 +34,7 @@ fn want(name: &str, gib: u64) -> Want {
         },
         parameters: Parameters::default(),
         claim: None,
-        may_be_here: true,
+        placement: Placement::default(),
     }
 }
 
@@ -42,6 +45,7 @@ fn publish(volume: &str, path: &str, mode: AccessMode) -> Publish {
         mode,
         options: MountOptions::default(),
         made_on: None,
+        uid: None,
     }
 }
 
@@ -52,6 +56,10 @@ impl Fixture {
     }
 
     fn on(memory: Memory) -> Self {
+        Self::with_ledger(memory, Arc::new(OnDisk))
+    }
+
+    fn with_ledger(memory: Memory, ledger: Arc<dyn Ledger>) -> Self {
         let config = |name: &str| PoolConfig {
             name: pool(name),
             path: format!("/{name}").into(),
@@ -60,7 +68,12 @@ impl Fixture {
             limits: Limits::default(),
         };
         let node = NodeName::parse("node-a").unwrap();
-        let driver = Driver::new(node, Arc::new(memory.clone()), vec![config("default"), config("other")]);
+        let driver = Driver::new(
+            node,
+            Arc::new(memory.clone()),
+            ledger,
+            vec![config("default"), config("other")],
+        );
         Self { memory, driver }
     }
 
@@ -77,7 +90,7 @@ impl Fixture {
     }
 
     fn room(&self) -> u64 {
-        self.driver.room(&pool("default")).unwrap().0 >> 30
+        self.driver.room(&pool("default"), None).unwrap().0 >> 30
     }
 }
 
@@ -204,8 +217,8 @@ fn a_pool_that_was_absent_at_start_is_opened_when_it_is_there() {
 fn a_volume_on_two_pools_is_touched_by_nobody() {
     let fixture = Fixture::new();
     fixture.used("a");
-    let record = fixture.driver.get(&id("a")).unwrap().record;
-    fixture.memory.put(&pool("other"), record);
+    let (held, _) = fixture.driver.inventory();
+    fixture.memory.put(&pool("other"), held[0].record.clone().unwrap());
     let fixture = fixture.restarted();
     for error in [
         fixture.driver.delete(&id("a")).unwrap_err(),
@@ -247,10 +260,7 @@ fn lists_go_by_id_over_all_pools() {
     }
     let list = |after: Option<&str>, max| {
         let volumes = fixture.driver.list(after.map(id).as_ref(), max).unwrap();
-        volumes
-            .iter()
-            .map(|volume| volume.record.id.to_string())
-            .collect::<String>()
+        volumes.iter().map(|volume| volume.id.to_string()).collect::<String>()
     };
     assert_eq!(list(None, 10), "abcd");
     assert_eq!(list(None, 3), "abc");
@@ -267,4 +277,178 @@ fn errors_say_which_volume_and_which_node() {
         "volume a on node node-a: 100 GiB do not fit in pool default: 10 GiB are left to promise; \
          delete volumes there, ask for less, or let the pod go to another node"
     );
+}
+
+/// A ledger in memory.
+#[derive(Default)]
+struct Promises(std::sync::Mutex<std::collections::HashMap<VolumeId, Promise>>);
+
+impl Promises {
+    fn make(&self, name: &str) -> Promise {
+        let promise = Promise {
+            id: id(name),
+            uid: Uuid::new_v4(),
+            version: "1".into(),
+            name: name.into(),
+            claim: None,
+            node: NodeName::parse("node-a").unwrap(),
+            pool: pool("default"),
+            bytes: Bytes::GIB,
+            directory: Directory::default(),
+            stage: Stage::Claimed,
+            made_on: None,
+            hindrance: None,
+            deleting: false,
+            holders: Vec::new(),
+            created: Timestamp::UNIX_EPOCH,
+        };
+        self.0.lock().unwrap().insert(id(name), promise.clone());
+        promise
+    }
+
+    fn change(&self, name: &str, change: impl FnOnce(&mut Promise)) {
+        change(self.0.lock().unwrap().get_mut(&id(name)).unwrap());
+    }
+}
+
+impl Ledger for Promises {
+    fn promise(&self, id: &VolumeId) -> Result<Option<Promise>, Reason> {
+        Ok(self.0.lock().unwrap().get(id).cloned())
+    }
+
+    fn keep(&self, record: &Record) -> Result<(), Reason> {
+        let mut promises = self.0.lock().unwrap();
+        let promise = promises.get_mut(&record.id).ok_or(Reason::NoSuchVolume)?;
+        if promise.deleting {
+            return Err(Reason::Deleting);
+        }
+        promise.stage = Stage::Ready;
+        promise.made_on = Some(record.pool_id);
+        Ok(())
+    }
+}
+
+/// A node in elected mode, and a way to publish a promise of it at `/t`.
+struct Elected {
+    promises: Arc<Promises>,
+    fixture: Fixture,
+}
+
+impl Elected {
+    fn new() -> Self {
+        let promises = Arc::new(Promises::default());
+        let fixture = Fixture::with_ledger(Memory::default(), Arc::clone(&promises) as _);
+        Self { promises, fixture }
+    }
+
+    fn restarted(self) -> Self {
+        let fixture = Fixture::with_ledger(self.fixture.memory, Arc::clone(&self.promises) as _);
+        Self { fixture, ..self }
+    }
+
+    fn publish(&self, name: &str, uid: Uuid) -> Result<(), Reason> {
+        let wanted = Publish {
+            uid: Some(uid),
+            ..publish(name, "/t", AccessMode::SingleNodeWriter)
+        };
+        self.fixture.driver.publish(&wanted).map_err(|error| *error.reason)
+    }
+
+    fn unpublish(&self, name: &str) {
+        self.fixture.driver.unpublish(&id(name), &target("/t")).unwrap();
+    }
+}
+
+#[test]
+fn a_promise_is_made_and_marked_when_a_pod_first_uses_it() {
+    let node = Elected::new();
+    let promise = node.promises.make("a");
+    node.publish("a", promise.uid).unwrap();
+    let marked = node.promises.promise(&id("a")).unwrap().unwrap();
+    assert_eq!(marked.stage, Stage::Ready);
+    node.unpublish("a");
+    // From here on the disk will do: the ledger need not answer.
+    node.promises.0.lock().unwrap().clear();
+    node.publish("a", promise.uid).unwrap();
+}
+
+#[test]
+fn a_volume_that_cannot_be_marked_has_no_data() {
+    let node = Elected::new();
+    let promise = node.promises.make("a");
+    node.promises.change("a", |promise| promise.deleting = true);
+    assert!(matches!(node.publish("a", promise.uid), Err(Reason::Deleting)));
+    assert!(!node.fixture.memory.has(&pool("default"), &id("a")));
+    node.promises.0.lock().unwrap().clear();
+    assert!(matches!(node.publish("a", promise.uid), Err(Reason::NoSuchVolume)));
+}
+
+#[test]
+fn a_crash_between_mark_and_directory_is_made_good() {
+    let node = Elected::new();
+    let promise = node.promises.make("a");
+    node.fixture.memory.fail("prepare", DiskErrorKind::Failed);
+    node.publish("a", promise.uid).unwrap_err();
+    assert_eq!(
+        node.promises.promise(&id("a")).unwrap().unwrap().stage,
+        Stage::Ready,
+        "marked before there is a directory"
+    );
+    let node = node.restarted();
+    node.publish("a", promise.uid).unwrap();
+}
+
+#[test]
+fn a_volume_that_was_ready_elsewhere_is_never_made_anew() {
+    let node = Elected::new();
+    let promise = node.promises.make("a");
+    let lost = PoolId::random();
+    node.promises.change("a", |promise| {
+        promise.stage = Stage::Ready;
+        promise.made_on = Some(lost);
+    });
+    let refusal = node.publish("a", promise.uid).unwrap_err();
+    assert!(matches!(refusal, Reason::DataMissing { .. }), "{refusal}");
+    assert!(refusal.to_string().contains(&lost.to_string()), "{refusal}");
+    node.fixture.memory.set_absent(&pool("other"), true);
+    let refusal = node.publish("a", promise.uid).unwrap_err();
+    assert!(
+        matches!(refusal, Reason::PoolUnusable { .. }),
+        "it may be there: {refusal}"
+    );
+}
+
+#[test]
+fn the_data_of_an_earlier_volume_is_neither_mounted_nor_deleted() {
+    let node = Elected::new();
+    let first = node.promises.make("a");
+    node.publish("a", first.uid).unwrap();
+    node.unpublish("a");
+    let second = node.promises.make("a");
+    let refusal = node.publish("a", second.uid).unwrap_err();
+    assert!(matches!(refusal, Reason::Predecessor { .. }), "{refusal}");
+    node.fixture.driver.delete_of(&id("a"), second.uid).unwrap();
+    assert!(node.fixture.memory.has(&pool("default"), &id("a")), "not asked for");
+    node.fixture.driver.delete_of(&id("a"), first.uid).unwrap();
+    assert!(!node.fixture.memory.has(&pool("default"), &id("a")));
+    node.publish("a", second.uid).unwrap();
+}
+
+#[test]
+fn what_an_earlier_promise_left_unused_is_in_nobodys_way() {
+    let node = Elected::new();
+    let first = node.promises.make("a");
+    node.fixture.memory.fail("prepare", DiskErrorKind::Failed);
+    node.publish("a", first.uid).unwrap_err();
+    let second = node.promises.make("a");
+    node.publish("a", second.uid).unwrap();
+}
+
+#[test]
+fn a_promise_of_another_node_is_refused() {
+    let node = Elected::new();
+    let promise = node.promises.make("a");
+    node.promises
+        .change("a", |promise| promise.node = NodeName::parse("node-b").unwrap());
+    assert!(matches!(node.publish("a", promise.uid), Err(Reason::OtherNode)));
 }

@@ -1,6 +1,7 @@
 //! Why the core says no. The edge maps each [`Reason`] to a status code; here they are sentences for people.
 
 use thiserror::Error;
+use uuid::Uuid;
 
 use super::access::TargetPath;
 use super::id::{NodeName, PoolName, VolumeId};
@@ -10,19 +11,24 @@ use super::size::{Bytes, SizeRange};
 
 /// A refusal: of what, where, and why.
 #[derive(Debug, Error)]
-#[error("{}node {node}: {reason}", of(volume.as_ref()))]
+#[error("{}{reason}", of(volume.as_ref(), node.as_ref()))]
 pub struct Error {
     /// The volume it is about, if it is about one.
     pub volume: Option<VolumeId>,
-    /// The node that refuses.
-    pub node: NodeName,
+    /// The node it is about, or that refuses.
+    pub node: Option<NodeName>,
     /// Why.
     #[source]
     pub reason: Box<Reason>,
 }
 
-fn of(volume: Option<&VolumeId>) -> String {
-    volume.map(|id| format!("volume {id} on ")).unwrap_or_default()
+fn of(volume: Option<&VolumeId>, node: Option<&NodeName>) -> String {
+    match (volume, node) {
+        (Some(volume), Some(node)) => format!("volume {volume} on node {node}: "),
+        (Some(volume), None) => format!("volume {volume}: "),
+        (None, Some(node)) => format!("node {node}: "),
+        (None, None) => String::new(),
+    }
 }
 
 /// Why, and what to do about it.
@@ -114,6 +120,36 @@ pub enum Reason {
     /// The disk failed.
     #[error("{}", chain(.0))]
     Disk(#[from] DiskError),
+    /// No node that may have it can have it now.
+    #[error("{0}")]
+    NoNode(String),
+    /// Another volume of the same name was here before, and its data still is.
+    #[error(
+        "its place is taken by the data of an earlier volume of the same name (it was made for HostVolume {there}, this one is {wanted}); move that directory out of the pool's `volumes` folder"
+    )]
+    Predecessor {
+        /// The UID of the HostVolume that the data was made for.
+        there: String,
+        /// The UID of the HostVolume that is asked for.
+        wanted: Uuid,
+    },
+    /// Its HostVolume is being deleted.
+    #[error("it is being deleted; ask again when it is gone")]
+    Deleting,
+    /// The API server does not do what is needed of it.
+    #[error("cannot {verb}: {why}; hostdir asks again when it is asked again")]
+    Api {
+        /// What was tried, as a verb.
+        verb: &'static str,
+        /// What the API server said.
+        why: String,
+    },
+    /// The node has not carried out a command in time.
+    #[error("{0}")]
+    Waiting(String),
+    /// Its node says why it cannot be deleted.
+    #[error("its node says: {0}")]
+    InUse(String),
     /// One or more pools are not what they should be.
     #[error("not ready: {0}")]
     NotReady(String),
@@ -121,7 +157,8 @@ pub enum Reason {
 
 impl Reason {
     /// A volume that was made on `made_on` where now only the pools `here` are.
-    pub(super) fn data_missing(made_on: PoolId, here: &[PoolId]) -> Self {
+    #[must_use]
+    pub fn data_missing(made_on: PoolId, here: &[PoolId]) -> Self {
         let here: Vec<String> = here.iter().map(PoolId::to_string).collect();
         let here = format!("the pools of this node are {}", here.join(", "));
         Self::DataMissing {

@@ -145,8 +145,8 @@ impl fmt::Display for PoolName {
     }
 }
 
-/// The Kubernetes name of this node, and what stands for it in a topology.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// The Kubernetes name of a node, and what stands for it in a topology.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct NodeName(String);
 
 impl NodeName {

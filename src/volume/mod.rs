@@ -8,17 +8,23 @@
 //! of the pool by one rename.
 
 pub mod access;
+pub mod control;
 mod driver;
+mod elected;
 mod error;
 pub mod id;
+mod local;
 #[cfg(test)]
 mod memory;
 mod operations;
 mod pool;
 pub mod ports;
 pub mod record;
+pub mod registry;
 pub mod room;
 pub mod size;
 
-pub use driver::{Driver, Parameters, Publish, Volume, Want};
+pub use control::{Control, Health, Parameters, Placement, Volume, Want};
+pub use driver::{Driver, Held, PoolFacts, PoolState, Publish};
+pub use elected::Elected;
 pub use error::{Error, Reason};

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use tracing::{error, info, warn};
 
 use super::access::{AccessMode, TargetPath};
+use super::driver::Held;
 use super::error::Reason;
 use super::id::VolumeId;
 use super::ports::{Disk, DiskError, DiskErrorKind, Found, Host, Opened, PoolConfig, Unusable};
@@ -132,7 +133,7 @@ pub(super) struct OpenPool {
     pub(super) id: PoolId,
     pub(super) filesystem: String,
     /// What was on the filesystem when the pool was made.
-    foreign: Bytes,
+    pub(super) foreign: Bytes,
     pub(super) disk: Box<dyn Disk>,
     volumes: Mutex<Volumes>,
 }
@@ -202,15 +203,43 @@ impl OpenPool {
         sound.take(max).cloned().collect()
     }
 
+    /// Sum of what is promised.
+    pub(super) fn promised(&self) -> Bytes {
+        self.lock().claimed
+    }
+
     /// The largest volume that may be promised now.
     pub(super) fn room(&self) -> Result<Bytes, DiskError> {
         let space = self.disk.space()?;
         Ok(self.config.limits.room(space, self.foreign, self.lock().claimed))
     }
 
+    /// All its volumes.
+    pub(super) fn held(&self) -> Vec<Held> {
+        let volumes = self.lock();
+        let held = |(id, entry): (&VolumeId, &Entry)| Held {
+            id: id.clone(),
+            pool: self.config.name.clone(),
+            record: entry.record.clone().ok(),
+        };
+        volumes.entries.iter().map(held).collect()
+    }
+
     /// Records a new volume, if there is room for it.
     pub(super) fn claim(&self, record: Record) -> Result<(), Reason> {
         self.promise(record.bytes)?;
+        self.write(record)
+    }
+
+    /// Records a volume whose room was counted elsewhere.
+    pub(super) fn record(&self, record: Record) -> Result<(), Reason> {
+        let mut volumes = self.lock();
+        volumes.claimed = volumes.claimed.plus(record.bytes);
+        drop(volumes);
+        self.write(record)
+    }
+
+    fn write(&self, record: Record) -> Result<(), Reason> {
         let claimed = self.disk.claim(&record);
         let mut volumes = self.lock();
         match &claimed {

@@ -3,11 +3,14 @@
 use std::error::Error;
 use std::path::PathBuf;
 
+use jiff::Timestamp;
 use thiserror::Error;
+use uuid::Uuid;
 
 use super::access::{MountOptions, TargetPath};
-use super::id::{PoolName, VolumeId};
-use super::record::{PoolId, Record};
+use super::error::Reason;
+use super::id::{NodeName, PoolName, VolumeId};
+use super::record::{Claim, Directory, PoolId, Record};
 use super::room::Limits;
 use super::size::Bytes;
 
@@ -219,4 +222,138 @@ pub trait Host: Send + Sync {
     /// # Errors
     /// The target holds something that is not proven to be this volume, or a system call failed.
     fn unbind(&self, id: &VolumeId, target: &TargetPath, data: Option<Inode>) -> Result<bool, BindError>;
+}
+
+/// How far a promise has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// No disk has ever had data of the volume.
+    Claimed,
+    /// Its node has its data.
+    Ready,
+    /// Its node had its data, and does not now.
+    Lost,
+}
+
+/// Why a promise is not kept, in a word and in a sentence.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hindrance {
+    /// The word: [`Hindrance::MOUNTED`] and others.
+    pub reason: String,
+    /// The sentence.
+    pub message: String,
+}
+
+impl Hindrance {
+    /// It cannot be deleted while it is mounted.
+    pub const MOUNTED: &str = "Mounted";
+}
+
+/// A volume that was promised: a HostVolume.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Promise {
+    /// The volume's id, and the name of the HostVolume.
+    pub id: VolumeId,
+    /// The UID of the HostVolume.
+    pub uid: Uuid,
+    /// The version of the HostVolume (`resourceVersion`): a change of another version is refused.
+    pub version: String,
+    /// The name CreateVolume was called with.
+    pub name: String,
+    /// The claim it is for.
+    pub claim: Option<Claim>,
+    /// The node it is promised of.
+    pub node: NodeName,
+    /// The pool there.
+    pub pool: PoolName,
+    /// Its size.
+    pub bytes: Bytes,
+    /// Owner and mode of its top directory.
+    pub directory: Directory,
+    /// How far it has come.
+    pub stage: Stage,
+    /// The pool that has, or had, data of it: it must never be made anew.
+    pub made_on: Option<PoolId>,
+    /// What its node says about it.
+    pub hindrance: Option<Hindrance>,
+    /// Whether it is being deleted.
+    pub deleting: bool,
+    /// Who has to let go of it before it is gone, beside its node (other finalizers).
+    pub holders: Vec<String>,
+    /// When it was made.
+    pub created: Timestamp,
+}
+
+/// Where volumes are promised to this node.
+pub trait Ledger: Send + Sync {
+    /// The promise of a volume.
+    ///
+    /// # Errors
+    /// It cannot be told.
+    fn promise(&self, id: &VolumeId) -> Result<Option<Promise>, Reason>;
+
+    /// Notes that from now on there may be data of the volume on the pool of `record`. Repeating it is harmless.
+    ///
+    /// # Errors
+    /// It is not noted, so there must be no data: the volume was deleted meanwhile, or has data elsewhere.
+    fn keep(&self, record: &Record) -> Result<(), Reason>;
+}
+
+/// The ledger of local mode: a volume is promised where its record is, on the disk, and nowhere else.
+pub struct OnDisk;
+
+impl Ledger for OnDisk {
+    fn promise(&self, _: &VolumeId) -> Result<Option<Promise>, Reason> {
+        Ok(None)
+    }
+
+    fn keep(&self, _: &Record) -> Result<(), Reason> {
+        Ok(())
+    }
+}
+
+/// A volume that is to be promised.
+#[derive(Clone, Debug)]
+pub struct Draft {
+    /// Its id.
+    pub id: VolumeId,
+    /// The name CreateVolume was called with.
+    pub name: String,
+    /// The claim it is for.
+    pub claim: Option<Claim>,
+    /// The node.
+    pub node: NodeName,
+    /// The pool there.
+    pub pool: PoolName,
+    /// Its size.
+    pub bytes: Bytes,
+    /// Owner and mode of its top directory.
+    pub directory: Directory,
+}
+
+/// The book in which all promises of a cluster are: the API server. What it says is true when it says it.
+pub trait Book: Send + Sync {
+    /// Promises a volume, unless one is promised under its id: then that one. Says whether it was made.
+    ///
+    /// # Errors
+    /// It cannot be told whether it was.
+    fn promise(&self, draft: &Draft) -> Result<(Promise, bool), Reason>;
+
+    /// The promise of a volume.
+    ///
+    /// # Errors
+    /// It cannot be told.
+    fn look_up(&self, id: &VolumeId) -> Result<Option<Promise>, Reason>;
+
+    /// Begins to delete the promise of this UID; it is gone when its node has let go of it. What is left of it, if anything.
+    ///
+    /// # Errors
+    /// It cannot be told.
+    fn delete(&self, id: &VolumeId, uid: Uuid) -> Result<Option<Promise>, Reason>;
+
+    /// Ends a promise that is being deleted in place of its node, if it still is of this version; says whether it did.
+    ///
+    /// # Errors
+    /// It cannot be told.
+    fn release(&self, promise: &Promise) -> Result<bool, Reason>;
 }

@@ -8,7 +8,7 @@ use super::id::VolumeId;
 use super::size::Bytes;
 
 /// Identity of a pool: random, made once, kept on the pool's own disk. It tells a disk from its replacement.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct PoolId(Uuid);
 
@@ -84,6 +84,9 @@ pub struct Record {
     pub format: u32,
     /// The volume's id, equal to the name of the directory this record lies in.
     pub id: VolumeId,
+    /// The UID of its HostVolume, where there is one: it tells the volume from an earlier one of the same name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uid: Option<Uuid>,
     /// The name CreateVolume was called with.
     pub name: String,
     /// The claim it was made for.

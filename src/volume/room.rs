@@ -57,9 +57,28 @@ impl std::str::FromStr for Reserve {
     }
 }
 
+impl std::fmt::Display for Reserve {
+    /// As it can be read again.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Bytes(bytes) => f.write_str(&bytes.quantity()),
+            Self::Percent(percent) => write!(f, "{percent}%"),
+        }
+    }
+}
+
 impl Limits {
-    /// Largest step in which free space is reported, see [`step`].
+    /// Largest step in which free space is reported, see [`Limits::step`].
     const STEP_MAX: Bytes = Bytes(64 << 20);
+
+    /// Steps in which free space of a filesystem of this size is reported: external-provisioner rewrites a
+    /// CSIStorageCapacity object whenever a byte of it changes (pkg/capacity/capacity.go), and a busy disk changes every second.
+    #[must_use]
+    pub fn step(total: Bytes) -> Bytes {
+        Bytes(total.0 / 1024)
+            .clamp(Bytes::MIB, Self::STEP_MAX)
+            .rounded_down(Bytes::MIB)
+    }
 
     /// The largest volume that may be promised now, beside `claimed` bytes promised before, on a filesystem that held
     /// `foreign` bytes when the pool was made.
@@ -75,20 +94,12 @@ impl Limits {
             Reserve::Bytes(bytes) => bytes,
             Reserve::Percent(percent) => scaled(size, percent / 100.0),
         };
-        let step = step(size);
+        let step = Self::step(size);
         let others = foreign.min(space.used).max(space.used.less(claimed)).rounded_down(step);
         let promised = scaled(size.less(others), self.overcommit).less(reserve).less(claimed);
         let free = scaled(space.available.less(reserve), self.overcommit).rounded_down(step);
         promised.min(free).rounded_down(Bytes::MIB)
     }
-}
-
-/// Steps in which free space of a filesystem is reported: external-provisioner rewrites a CSIStorageCapacity object
-/// whenever a byte of it changes (pkg/capacity/capacity.go), and a busy disk changes every second.
-fn step(total: Bytes) -> Bytes {
-    Bytes(total.0 / 1024)
-        .clamp(Bytes::MIB, Limits::STEP_MAX)
-        .rounded_down(Bytes::MIB)
 }
 
 /// `bytes × factor`; the factor is finite and not negative ([`Limits`] is checked where it is read).
@@ -172,6 +183,9 @@ mod tests {
     #[test]
     fn reserves_are_read() {
         assert_eq!("5Gi".parse::<Reserve>().unwrap(), Reserve::Bytes(Bytes(5 << 30)));
+        for text in ["5Gi", "7.5%", "0"] {
+            assert_eq!(text.parse::<Reserve>().unwrap().to_string(), text);
+        }
         for text in ["101%", "-1%", "NaN%", "%", "x", ""] {
             assert!(text.parse::<Reserve>().is_err(), "{text:?} was accepted");
         }

@@ -29,6 +29,15 @@ impl Bytes {
         Self(self.0.saturating_add(other.0))
     }
 
+    /// The size as a Kubernetes quantity, in the largest binary unit that it is a whole number of.
+    #[must_use]
+    pub fn quantity(self) -> String {
+        let units = [(40, "Ti"), (30, "Gi"), (20, "Mi"), (10, "Ki")];
+        let whole = |(shift, _): &(u32, &str)| self.0 != 0 && self.0.trailing_zeros() >= *shift;
+        let (shift, unit) = units.into_iter().find(whole).unwrap_or((0, ""));
+        format!("{}{unit}", self.0 >> shift)
+    }
+
     /// The largest multiple of `step` that is not larger.
     #[must_use]
     pub fn rounded_down(self, step: Self) -> Self {
@@ -159,6 +168,12 @@ mod tests {
         fn the_chosen_size_is_admitted(required in 0_u64..1 << 50, above in proptest::option::of(0_u64..1 << 50)) {
             let range = SizeRange { required: Bytes(required), limit: above.map(|above| Bytes(required + above)) };
             prop_assert!(range.admits(range.choose()));
+        }
+
+        #[test]
+        fn quantities_are_read_back(number in 0_u64..1 << 12, shift in 0_u32..50) {
+            let bytes = Bytes(number << shift);
+            prop_assert_eq!(bytes.quantity().parse::<Bytes>().unwrap(), bytes);
         }
     }
 }

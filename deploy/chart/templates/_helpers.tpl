@@ -10,6 +10,29 @@ app.kubernetes.io/name: hostdir
 app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end }}
 
+{{- /* What external-provisioner is told in both modes. */ -}}
+{{- define "hostdir.provisionerArgs" -}}
+- --csi-address=/csi/csi.sock
+- --strict-topology
+- --immediate-topology=false
+# PersistentVolumes say which claim they were made for.
+- --extra-create-metadata
+- --enable-capacity
+- --capacity-poll-interval={{ .Values.provisioner.capacityPollInterval }}
+- --kube-api-qps={{ .Values.provisioner.kubeApiQPS }}
+- --kube-api-burst={{ .Values.provisioner.kubeApiBurst }}
+- --timeout=30s
+{{- end }}
+
+{{- define "hostdir.elected" -}}
+{{- if eq .Values.mode "elected" }}true{{ end -}}
+{{- end }}
+
+{{- /* The service account of the pods on nodes. */ -}}
+{{- define "hostdir.nodeAccount" -}}
+{{ .Release.Name }}{{ if include "hostdir.elected" . }}-node{{ end }}
+{{- end }}
+
 {{- define "hostdir.image" -}}
 {{- if .image.digest -}}
 {{ .image.repository }}@{{ .image.digest }}

@@ -1,0 +1,46 @@
+//! `/healthz`, `/readyz` and `/metrics`, for the kubelet and for Prometheus.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use anyhow::Context;
+use axum::Router;
+use axum::http::{StatusCode, header};
+use axum::routing::get;
+use tokio::net::TcpListener;
+
+use crate::metrics::Metrics;
+use crate::volume::Health;
+
+/// Serves until the process ends.
+///
+/// # Errors
+/// The address cannot be had.
+pub async fn serve(address: SocketAddr, health: Arc<dyn Health>, metrics: Arc<Metrics>) -> anyhow::Result<()> {
+    let ready = move || {
+        let health = Arc::clone(&health);
+        async move {
+            match tokio::task::spawn_blocking(move || health.probe(false)).await {
+                Ok(Ok(true)) => (StatusCode::OK, "ok\n".to_owned()),
+                Ok(Ok(false)) => (StatusCode::SERVICE_UNAVAILABLE, "starting\n".to_owned()),
+                Ok(Err(error)) => (StatusCode::SERVICE_UNAVAILABLE, format!("{error}\n")),
+                Err(panic) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{panic}\n")),
+            }
+        }
+    };
+    let measured = move || {
+        let metrics = Arc::clone(&metrics);
+        async move {
+            let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+            ([(header::CONTENT_TYPE, kind)], metrics.encode())
+        }
+    };
+    let router = Router::new()
+        .route("/healthz", get(async || "ok\n"))
+        .route("/readyz", get(ready))
+        .route("/metrics", get(measured));
+    let listener = TcpListener::bind(address)
+        .await
+        .with_context(|| format!("listen on {address}"))?;
+    axum::serve(listener, router).await.context("serve HTTP")
+}

@@ -1,0 +1,224 @@
+//! The objects hostdir keeps in the API server: `HostVolume` and `HostNode`.
+//!
+//! Both are cluster-scoped. A HostVolume is the record of a volume: its spec never changes (but for a capacity that may
+//! grow), its status is its node's. A HostNode is what a node says of its pools.
+
+#![expect(unreachable_pub, reason = "the derive macro makes private copies of public structs")]
+
+use kube::{CustomResource, CustomResourceExt, KubeSchema};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+/// The finalizer by which a node holds a HostVolume until its data cannot be reached any more.
+pub const FINALIZER: &str = "hostdir.csi/node";
+
+/// A volume that was promised: recorded by a controller, made by its node when a pod first uses it.
+#[derive(CustomResource, KubeSchema, Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[kube(
+    group = "hostdir.csi",
+    version = "v1alpha1",
+    kind = "HostVolume",
+    status = "HostVolumeStatus",
+    shortname = "hv",
+    selectable = ".spec.node",
+    printcolumn(name = "Node", type_ = "string", json_path = ".spec.node"),
+    printcolumn(name = "Pool", type_ = "string", json_path = ".spec.pool"),
+    printcolumn(name = "Capacity", type_ = "string", json_path = ".spec.capacity"),
+    printcolumn(name = "Phase", type_ = "string", json_path = ".status.phase"),
+    printcolumn(name = "Namespace", type_ = "string", json_path = ".spec.claim.namespace"),
+    printcolumn(name = "Claim", type_ = "string", json_path = ".spec.claim.name"),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
+    printcolumn(name = "Message", type_ = "string", json_path = ".status.message", priority = 1)
+)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(
+    validation = ("self.node == oldSelf.node && self.pool == oldSelf.pool && self.name == oldSelf.name", "node, pool and name never change"),
+    validation = ("self.directory == oldSelf.directory && has(self.claim) == has(oldSelf.claim) && (!has(self.claim) || self.claim == oldSelf.claim)", "directory and claim never change"),
+    validation = ("quantity(self.capacity).compareTo(quantity(oldSelf.capacity)) >= 0", "capacity never shrinks"),
+)]
+pub struct HostVolumeSpec {
+    /// The node it lies on.
+    #[schemars(length(min = 1, max = 253))]
+    pub node: String,
+    /// The pool on that node.
+    #[schemars(length(min = 1, max = 63))]
+    pub pool: String,
+    /// The name CreateVolume was called with: the name of the PersistentVolume.
+    #[schemars(length(min = 1, max = 128))]
+    pub name: String,
+    /// Its size, as a quantity.
+    #[schemars(length(min = 1, max = 32))]
+    #[x_kube(validation = ("isQuantity(self)", "capacity must be a quantity, such as 10Gi"))]
+    pub capacity: String,
+    /// The claim it was made for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub claim: Option<ClaimReference>,
+    /// Owner and mode of its top directory when it is made.
+    pub directory: DirectorySpec,
+}
+
+/// A PersistentVolumeClaim.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+pub struct ClaimReference {
+    /// Its namespace.
+    #[schemars(length(max = 253))]
+    pub namespace: String,
+    /// Its name.
+    #[schemars(length(max = 253))]
+    pub name: String,
+}
+
+/// Owner and mode of a directory.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+pub struct DirectorySpec {
+    /// Octal mode, such as 0770.
+    #[schemars(length(max = 5))]
+    pub mode: String,
+    /// Owning user.
+    pub uid: u32,
+    /// Owning group.
+    pub gid: u32,
+}
+
+/// What its node says of a volume.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct HostVolumeStatus {
+    /// How far it has come.
+    #[serde(default)]
+    pub phase: Phase,
+    /// Identity of the pool that has its data.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 64))]
+    pub pool_id: Option<String>,
+    /// In a word, what keeps its node from doing what is asked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 64))]
+    pub reason: Option<String>,
+    /// In a sentence.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 4096))]
+    pub message: Option<String>,
+}
+
+/// How far a volume has come.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+pub enum Phase {
+    /// Promised; no disk has ever had data of it.
+    #[default]
+    Claimed,
+    /// Its node has its data.
+    Ready,
+    /// Its node had its data, and does not now.
+    Lost,
+}
+
+/// A node that hostdir runs on.
+#[derive(CustomResource, KubeSchema, Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[kube(
+    group = "hostdir.csi",
+    version = "v1alpha1",
+    kind = "HostNode",
+    status = "HostNodeStatus",
+    shortname = "hn",
+    printcolumn(name = "Pools", type_ = "string", json_path = ".status.pools[*].name"),
+    printcolumn(name = "Free", type_ = "string", json_path = ".status.pools[*].free"),
+    printcolumn(name = "Version", type_ = "string", json_path = ".status.version"),
+    printcolumn(name = "Orphans", type_ = "integer", json_path = ".status.orphanCount"),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
+    printcolumn(
+        name = "Message",
+        type_ = "string",
+        json_path = ".status.pools[*].message",
+        priority = 1
+    )
+)]
+pub struct HostNodeSpec {}
+
+/// What a node says of itself.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct HostNodeStatus {
+    /// The hostdir that runs there.
+    #[schemars(length(max = 64))]
+    pub version: String,
+    /// Its pools.
+    #[serde(default)]
+    #[schemars(length(max = 64))]
+    pub pools: Vec<PoolStatus>,
+    /// Volumes on its pools that no HostVolume speaks of. Nothing deletes them unasked.
+    #[serde(default)]
+    #[schemars(length(max = 100))]
+    pub orphans: Vec<Orphan>,
+    /// How many there are; only the first hundred are listed.
+    #[serde(default)]
+    pub orphan_count: u32,
+}
+
+/// A pool of a node.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct PoolStatus {
+    /// What StorageClasses call it.
+    #[schemars(length(max = 63))]
+    pub name: String,
+    /// Its identity.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 64))]
+    pub id: Option<String>,
+    /// Its filesystem, as mount(8) calls it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 64))]
+    pub filesystem: Option<String>,
+    /// Size of the filesystem without what is kept for root, as a quantity. Not there if the pool cannot be used.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 32))]
+    pub total: Option<String>,
+    /// What of it is free, as a quantity, in steps.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 32))]
+    pub free: Option<String>,
+    /// What others had on the filesystem when the pool was made, as a quantity.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 32))]
+    pub foreign: Option<String>,
+    /// Never promised: a size or a share of the filesystem.
+    #[schemars(length(max = 32))]
+    pub reserve: String,
+    /// How many times its size it may promise.
+    pub overcommit: f64,
+    /// Why it cannot be used.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 4096))]
+    pub message: Option<String>,
+}
+
+/// A volume that is on a disk and in no book.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Deserialize, Serialize, JsonSchema)]
+pub struct Orphan {
+    /// Its id: the name of its directory below `volumes/`.
+    #[schemars(length(max = 63))]
+    pub id: String,
+    /// The pool it is on.
+    #[schemars(length(max = 63))]
+    pub pool: String,
+}
+
+/// The definitions of both, as the API server wants them.
+#[must_use]
+pub fn definitions() -> Vec<Value> {
+    let definition = |definition| {
+        let mut definition = serde_json::to_value(definition).unwrap_or_default();
+        // `helm uninstall` must not delete every record of every volume.
+        definition["metadata"]["annotations"] = json!({"helm.sh/resource-policy": "keep"});
+        definition
+    };
+    let mut volume = definition(HostVolume::crd());
+    // A volume that its node has said nothing of is Claimed.
+    let status = "/spec/versions/0/schema/openAPIV3Schema/properties/status";
+    if let Some(status) = volume.pointer_mut(status) {
+        status["default"] = json!({"phase": "Claimed"});
+    }
+    vec![volume, definition(HostNode::crd())]
+}

@@ -1,0 +1,76 @@
+//! Events, where a person would look for them.
+
+use k8s_openapi::api::core::v1::ObjectReference;
+use kube::runtime::events::{Event, EventType, Recorder, Reporter};
+use kube::{Client, Resource};
+use tokio::runtime::Handle;
+use tracing::warn;
+
+use super::api::HostVolume;
+use super::with_causes;
+use crate::volume::ports::Promise;
+
+/// Who writes events. An event that cannot be written is logged, and no reason to stop.
+pub(super) struct Events {
+    recorder: Recorder,
+    runtime: Handle,
+}
+
+impl Events {
+    pub(super) fn new(client: Client, instance: String, runtime: Handle) -> Self {
+        let reporter = Reporter {
+            controller: "hostdir.csi".into(),
+            instance: Some(instance),
+        };
+        let recorder = Recorder::new(client, reporter);
+        Self { recorder, runtime }
+    }
+
+    /// Something is wrong with a volume: said on its HostVolume, and on its claim where it has one.
+    pub(super) fn warn(&self, promise: &Promise, reason: &str, note: &str) {
+        self.write(EventType::Warning, promise, reason, note);
+    }
+
+    /// Something about a volume is worth to be known.
+    pub(super) fn tell(&self, promise: &Promise, reason: &str, note: &str) {
+        self.write(EventType::Normal, promise, reason, note);
+    }
+
+    fn write(&self, type_: EventType, promise: &Promise, reason: &str, note: &str) {
+        let event = Event {
+            type_,
+            reason: reason.into(),
+            // The API server takes 1 kB.
+            note: Some(note.chars().take(1000).collect()),
+            action: "Reconcile".into(),
+            secondary: None,
+        };
+        let volume = ObjectReference {
+            api_version: Some(HostVolume::api_version(&()).into()),
+            kind: Some(HostVolume::kind(&()).into()),
+            name: Some(promise.id.to_string()),
+            uid: Some(promise.uid.to_string()),
+            ..ObjectReference::default()
+        };
+        for reference in std::iter::once(volume).chain(claim(promise)) {
+            let written = self.runtime.block_on(self.recorder.publish(&event, &reference));
+            if let Err(error) = written {
+                warn!(volume.id = %promise.id, why = with_causes(&error), "cannot write an event");
+            }
+        }
+    }
+}
+
+/// The claim of a volume. external-provisioner names a volume `pvc-` and the UID of its claim, without which
+/// `kubectl describe` does not show an event.
+fn claim(promise: &Promise) -> Option<ObjectReference> {
+    let claim = promise.claim.as_ref()?;
+    Some(ObjectReference {
+        api_version: Some("v1".into()),
+        kind: Some("PersistentVolumeClaim".into()),
+        namespace: Some(claim.namespace.clone()),
+        name: Some(claim.name.clone()),
+        uid: Some(promise.name.strip_prefix("pvc-")?.to_owned()),
+        ..ObjectReference::default()
+    })
+}

@@ -1,0 +1,94 @@
+//! The edge to the API server (elected mode).
+//!
+//! `api` has the objects, `convert` makes core types of them and back. For controllers, `book` enters and deletes
+//! promises, `watch` keeps the registry up to date, `janitor` lets go of what a vanished node held. For nodes, `agent`
+//! is the ledger of promises to this node and carries out deletes, `publisher` says what the pools are like.
+//!
+//! Verbs of the core block; what is asked of the API server is not waited for longer than [`TIMEOUT`].
+
+mod agent;
+pub mod api;
+mod book;
+mod convert;
+mod events;
+mod janitor;
+mod publisher;
+mod watch;
+
+use std::time::Duration;
+
+use kube::Client;
+use tokio::runtime::Handle;
+
+pub use agent::Agent;
+pub use book::ApiBook;
+pub use janitor::{Janitor, JanitorConfig};
+pub use watch::feed;
+
+use crate::volume::Reason;
+
+/// How long an answer of the API server is waited for: below the 30 s that external-provisioner waits for us.
+const TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A client by the environment: the service account of this pod, or a kubeconfig.
+///
+/// # Errors
+/// There is neither.
+pub async fn client() -> anyhow::Result<Client> {
+    Ok(Client::try_default().await?)
+}
+
+/// Asks the API server for something, from a thread that may block.
+fn ask<T>(runtime: &Handle, verb: &'static str, request: impl Future<Output = kube::Result<T>>) -> Result<T, Problem> {
+    let answer = runtime.block_on(async { tokio::time::timeout(TIMEOUT, request).await });
+    match answer {
+        Ok(Ok(answer)) => Ok(answer),
+        Ok(Err(kube::Error::Api(status))) if status.code == 404 => Err(Problem::NotFound),
+        Ok(Err(kube::Error::Api(status))) if status.code == 409 => Err(Problem::Conflict),
+        Ok(Err(kube::Error::Api(status))) => Err(Problem::Other(api(verb, status.message.clone()))),
+        Ok(Err(error)) => Err(Problem::Other(api(verb, with_causes(&error)))),
+        Err(_) => Err(Problem::Other(api(
+            verb,
+            format!("the API server did not answer within {} s", TIMEOUT.as_secs()),
+        ))),
+    }
+}
+
+/// What the API server may answer that means something of its own.
+enum Problem {
+    /// There is no such object.
+    NotFound,
+    /// It is there already, or has changed.
+    Conflict,
+    /// Anything else.
+    Other(Reason),
+}
+
+impl Problem {
+    /// Where neither of the others can be dealt with.
+    fn into_reason(self, verb: &'static str) -> Reason {
+        match self {
+            Self::NotFound => api(verb, "there is no such object".into()),
+            Self::Conflict => api(verb, "the object has changed meanwhile".into()),
+            Self::Other(reason) => reason,
+        }
+    }
+}
+
+fn api(verb: &'static str, why: String) -> Reason {
+    Reason::Api { verb, why }
+}
+
+/// An error with its causes on one line.
+fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        next = cause.source();
+    }
+    text
+}

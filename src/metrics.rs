@@ -1,0 +1,223 @@
+//! What a process counts and measures, in the text format of Prometheus (OpenMetrics).
+
+use std::time::Duration;
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::Registry;
+
+/// Upper ends of the buckets for durations, in seconds: from a lookup in memory to a delete that waits for its node.
+const BUCKETS: [f64; 12] = [
+    0.000_1, 0.000_3, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0,
+];
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Call {
+    method: String,
+    code: String,
+}
+
+/// The labels of a pool.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Pool {
+    node: String,
+    pool: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Phase {
+    phase: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Task {
+    task: &'static str,
+}
+
+/// All of it.
+pub struct Metrics {
+    registry: Registry,
+    calls: Family<Call, Histogram, fn() -> Histogram>,
+    volumes: Family<Phase, Gauge>,
+    pool_size: Family<Pool, Gauge>,
+    pool_promised: Family<Pool, Gauge>,
+    pool_room: Family<Pool, Gauge>,
+    deletes_pending: Gauge,
+    oldest_delete: Gauge,
+    orphans: Gauge,
+    errors: Family<Task, Counter>,
+    abandoned: Counter,
+    swept: Counter,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        let mut registry = Registry::with_prefix("hostdir");
+        let calls = Family::new_with_constructor((|| Histogram::new(BUCKETS)) as fn() -> Histogram);
+        let metrics = Self {
+            calls,
+            volumes: Family::default(),
+            pool_size: Family::default(),
+            pool_promised: Family::default(),
+            pool_room: Family::default(),
+            deletes_pending: Gauge::default(),
+            oldest_delete: Gauge::default(),
+            orphans: Gauge::default(),
+            errors: Family::default(),
+            abandoned: Counter::default(),
+            swept: Counter::default(),
+            registry: Registry::default(),
+        };
+        registry.register(
+            "csi_call_duration_seconds",
+            "CSI calls by method and status code",
+            metrics.calls.clone(),
+        );
+        registry.register("volumes", "Volumes by phase", metrics.volumes.clone());
+        registry.register(
+            "pool_size_bytes",
+            "What a pool can promise in all",
+            metrics.pool_size.clone(),
+        );
+        registry.register(
+            "pool_promised_bytes",
+            "What a pool has promised",
+            metrics.pool_promised.clone(),
+        );
+        registry.register(
+            "pool_room_bytes",
+            "The largest volume that a pool can still promise",
+            metrics.pool_room.clone(),
+        );
+        registry.register(
+            "deletes_pending",
+            "Volumes that are being deleted",
+            metrics.deletes_pending.clone(),
+        );
+        registry.register(
+            "oldest_delete_pending_seconds",
+            "Age of the oldest delete that has not landed",
+            metrics.oldest_delete.clone(),
+        );
+        registry.register(
+            "orphans",
+            "Volumes on this node's pools that nobody knows of",
+            metrics.orphans.clone(),
+        );
+        registry.register(
+            "errors",
+            "Background tasks that failed and are tried again",
+            metrics.errors.clone(),
+        );
+        registry.register(
+            "volumes_abandoned",
+            "Volumes deleted without their node, which was gone",
+            metrics.abandoned.clone(),
+        );
+        registry.register(
+            "volumes_swept",
+            "Volumes deleted that no claim had ever used",
+            metrics.swept.clone(),
+        );
+        Self { registry, ..metrics }
+    }
+}
+
+fn gauge(number: u64) -> i64 {
+    i64::try_from(number).unwrap_or(i64::MAX)
+}
+
+impl Metrics {
+    /// Counts a CSI call.
+    pub fn call_ended(&self, method: &str, code: &str, duration: Duration) {
+        let call = Call {
+            method: method.to_owned(),
+            code: code.to_owned(),
+        };
+        self.calls.get_or_create(&call).observe(duration.as_secs_f64());
+    }
+
+    /// Notes how many volumes are in a phase.
+    pub fn set_volumes(&self, phase: &'static str, count: usize) {
+        self.volumes.get_or_create(&Phase { phase }).set(gauge(count as u64));
+    }
+
+    /// Forgets all pools, before those that are there are noted again.
+    pub fn clear_pools(&self) {
+        self.pool_size.clear();
+        self.pool_promised.clear();
+        self.pool_room.clear();
+    }
+
+    /// Notes what a pool has, in bytes.
+    pub fn set_pool(&self, node: &str, pool: &str, size: u64, promised: u64, room: u64) {
+        let labels = Pool {
+            node: node.to_owned(),
+            pool: pool.to_owned(),
+        };
+        self.pool_size.get_or_create(&labels).set(gauge(size));
+        self.pool_promised.get_or_create(&labels).set(gauge(promised));
+        self.pool_room.get_or_create(&labels).set(gauge(room));
+    }
+
+    /// Notes how many deletes have not landed, and the age of the oldest.
+    pub fn set_deletes(&self, pending: usize, oldest: Duration) {
+        self.deletes_pending.set(gauge(pending as u64));
+        self.oldest_delete.set(gauge(oldest.as_secs()));
+    }
+
+    /// Notes how many volumes nobody knows of.
+    pub fn set_orphans(&self, count: usize) {
+        self.orphans.set(gauge(count as u64));
+    }
+
+    /// Counts a failure of a background task.
+    pub fn failed(&self, task: &'static str) {
+        self.errors.get_or_create(&Task { task }).inc();
+    }
+
+    /// Counts a volume that was deleted without its node.
+    pub fn abandoned(&self) {
+        self.abandoned.inc();
+    }
+
+    /// Counts a volume that was deleted because nobody used it.
+    pub fn swept(&self) {
+        self.swept.inc();
+    }
+
+    /// All of it, as text.
+    #[must_use]
+    pub fn encode(&self) -> String {
+        let mut text = String::new();
+        // Writing to a string does not fail.
+        let _ = encode(&mut text, &self.registry);
+        text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn calls_are_counted_by_method_and_code() {
+        let metrics = Metrics::default();
+        metrics.call_ended("CreateVolume", "Ok", Duration::from_millis(2));
+        metrics.call_ended("CreateVolume", "Unavailable", Duration::from_secs(40));
+        metrics.set_pool("node-1", "default", 100, 60, 40);
+        let text = metrics.encode();
+        for line in [
+            "hostdir_csi_call_duration_seconds_count{method=\"CreateVolume\",code=\"Ok\"} 1",
+            "hostdir_csi_call_duration_seconds_bucket{le=\"30.0\",method=\"CreateVolume\",code=\"Unavailable\"} 0",
+            "hostdir_pool_room_bytes{node=\"node-1\",pool=\"default\"} 40",
+            "# EOF",
+        ] {
+            assert!(text.contains(line), "{line} is not in\n{text}");
+        }
+    }
+}

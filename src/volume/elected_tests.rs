@@ -1,0 +1,359 @@
+//! Controllers on a book in memory that fails when it is told to.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use jiff::Timestamp;
+use uuid::Uuid;
+
+use super::super::control::{Parameters, Placement};
+use super::super::ports::Space;
+use super::super::record::PoolId;
+use super::super::registry::PublishedPool;
+use super::super::room::Limits;
+use super::super::size::SizeRange;
+use super::*;
+
+/// A book that several controllers share. What they learn of it comes by [`Fixture::watch`].
+#[derive(Default)]
+struct Paper {
+    entries: Mutex<BTreeMap<VolumeId, Promise>>,
+    /// Answers get lost: what was asked for happened all the same.
+    deaf: AtomicBool,
+}
+
+impl Paper {
+    fn answer<T>(&self, answer: T) -> Result<T, Reason> {
+        if self.deaf.load(Ordering::Relaxed) {
+            let why = "no answer".into();
+            return Err(Reason::Api { verb: "ask", why });
+        }
+        Ok(answer)
+    }
+
+    fn change(&self, id: &VolumeId, change: impl FnOnce(&mut Promise)) {
+        let mut entries = self.entries.lock().unwrap();
+        let entry = entries.get_mut(id).unwrap();
+        change(entry);
+        entry.version.push('+');
+    }
+}
+
+impl Book for Paper {
+    fn promise(&self, draft: &Draft) -> Result<(Promise, bool), Reason> {
+        let mut entries = self.entries.lock().unwrap();
+        if let Some(there) = entries.get(&draft.id) {
+            return self.answer((there.clone(), false));
+        }
+        let promise = Promise {
+            id: draft.id.clone(),
+            uid: Uuid::new_v4(),
+            version: "1".into(),
+            name: draft.name.clone(),
+            claim: draft.claim.clone(),
+            node: draft.node.clone(),
+            pool: draft.pool.clone(),
+            bytes: draft.bytes,
+            directory: draft.directory,
+            stage: Stage::Claimed,
+            made_on: None,
+            hindrance: None,
+            deleting: false,
+            holders: Vec::new(),
+            created: Timestamp::now(),
+        };
+        entries.insert(draft.id.clone(), promise.clone());
+        self.answer((promise, true))
+    }
+
+    fn look_up(&self, id: &VolumeId) -> Result<Option<Promise>, Reason> {
+        self.answer(self.entries.lock().unwrap().get(id).cloned())
+    }
+
+    fn delete(&self, id: &VolumeId, uid: Uuid) -> Result<Option<Promise>, Reason> {
+        let mut entries = self.entries.lock().unwrap();
+        let Some(entry) = entries.get_mut(id) else {
+            return self.answer(None);
+        };
+        assert_eq!(entry.uid, uid, "another one was deleted");
+        entry.deleting = true;
+        entry.version.push('-');
+        self.answer(Some(entry.clone()))
+    }
+
+    fn release(&self, promise: &Promise) -> Result<bool, Reason> {
+        let mut entries = self.entries.lock().unwrap();
+        match entries.get(&promise.id) {
+            Some(entry) if entry.version != promise.version => self.answer(false),
+            _ => {
+                entries.remove(&promise.id);
+                self.answer(true)
+            }
+        }
+    }
+}
+
+struct Fixture {
+    book: Arc<Paper>,
+    registry: Arc<Registry>,
+    controller: Elected,
+}
+
+fn node(number: usize) -> NodeName {
+    NodeName::parse(&format!("node-{number}")).unwrap()
+}
+
+fn default_pool() -> PoolName {
+    PoolName::default()
+}
+
+fn id(text: &str) -> VolumeId {
+    VolumeId::parse(text).unwrap()
+}
+
+fn want(name: &str, gib: u64, on: &[usize]) -> Want {
+    let segments: Vec<String> = on.iter().map(|number| node(*number).segment()).collect();
+    Want {
+        name: name.into(),
+        size: SizeRange {
+            required: Bytes(gib << 30),
+            limit: None,
+        },
+        parameters: Parameters::default(),
+        claim: None,
+        placement: Placement {
+            requisite: (!segments.is_empty()).then(|| segments.clone()),
+            preferred: segments,
+        },
+    }
+}
+
+/// A pool of so many GiB.
+fn pool_of(gib: u64, id: PoolId) -> BTreeMap<PoolName, PublishedPool> {
+    let space = Space {
+        total: Bytes(gib << 30),
+        available: Bytes(gib << 30),
+        ..Space::default()
+    };
+    let pool = PublishedPool {
+        id: Some(id),
+        filesystem: Some("ext4".into()),
+        space: Ok(space),
+        foreign: Bytes(0),
+        limits: Limits::default(),
+    };
+    BTreeMap::from([(default_pool(), pool)])
+}
+
+impl Fixture {
+    /// Nodes 1, 2 and 3, with as many times 10 GiB.
+    fn new() -> Self {
+        Self::beside(Arc::default())
+    }
+
+    /// Another controller with the same book.
+    fn beside(book: Arc<Paper>) -> Self {
+        let registry = Arc::new(Registry::default());
+        for number in 1..=3 {
+            registry.node_is_there(node(number));
+            registry.publish(node(number), pool_of(10 * number as u64, PoolId::random()));
+        }
+        let nodes: BTreeSet<NodeName> = (1..=3).map(node).collect();
+        registry.retain_nodes(&nodes);
+        registry.retain_published(&nodes);
+        registry.replace(&BTreeSet::new());
+        let controller = Elected::new(Arc::clone(&book) as _, Arc::clone(&registry));
+        Self {
+            book,
+            registry,
+            controller,
+        }
+    }
+
+    /// Lets the registry catch up with the book.
+    fn watch(&self) {
+        let entries = self.book.entries.lock().unwrap();
+        for promise in entries.values() {
+            self.registry.apply(promise);
+        }
+        self.registry.replace(&entries.keys().cloned().collect());
+    }
+
+    fn room(&self, number: usize) -> u64 {
+        let segment = node(number).segment();
+        self.controller.room(&default_pool(), Some(&segment)).unwrap().0 >> 30
+    }
+
+    fn create(&self, name: &str, gib: u64, on: &[usize]) -> Result<Volume, Reason> {
+        self.controller
+            .create(&want(name, gib, on))
+            .map_err(|error| *error.reason)
+    }
+
+    fn delete(&self, name: &str) -> Result<(), Reason> {
+        self.controller.delete(&id(name)).map_err(|error| *error.reason)
+    }
+}
+
+#[test]
+fn a_volume_goes_where_it_is_asked_for_and_else_where_most_room_is() {
+    let fixture = Fixture::new();
+    assert_eq!(fixture.create("a", 1, &[2, 3]).unwrap().node, node(2));
+    assert_eq!(fixture.create("b", 1, &[]).unwrap().node, node(3));
+    assert_eq!((fixture.room(1), fixture.room(2), fixture.room(3)), (10, 19, 29));
+    // The first choice is full.
+    assert_eq!(fixture.create("c", 15, &[1, 2]).unwrap().node, node(2));
+    let refusal = fixture.create("d", 15, &[1]).unwrap_err();
+    assert!(matches!(refusal, Reason::NoNode(_)), "{refusal}");
+    assert!(
+        refusal.to_string().contains("of node node-1: 10 GiB are left"),
+        "{refusal}"
+    );
+    let refusal = fixture.create("e", 1, &[7]).unwrap_err();
+    assert!(refusal.to_string().contains("node node-7: no hostdir"), "{refusal}");
+}
+
+#[test]
+fn what_was_promised_counts_once_before_and_after_it_is_seen() {
+    let fixture = Fixture::new();
+    fixture.create("a", 4, &[1]).unwrap();
+    assert_eq!(fixture.room(1), 6);
+    fixture.create("a", 4, &[1]).unwrap();
+    assert_eq!(fixture.room(1), 6);
+    fixture.watch();
+    assert_eq!(fixture.room(1), 6);
+    fixture.delete("a").unwrap();
+    assert_eq!(fixture.room(1), 10);
+    fixture.watch();
+    assert_eq!(fixture.room(1), 10);
+}
+
+#[test]
+fn two_controllers_make_one_volume() {
+    let one = Fixture::new();
+    let other = Fixture::beside(Arc::clone(&one.book));
+    let made = one.create("a", 1, &[1]).unwrap();
+    assert_eq!(other.create("a", 1, &[1]).unwrap(), made);
+    let refusal = other.create("a", 2, &[1]).unwrap_err();
+    assert!(matches!(refusal, Reason::Exists(_)), "{refusal}");
+    let refusal = other.create("a", 1, &[2]).unwrap_err();
+    assert!(matches!(refusal, Reason::Exists(_)), "{refusal}");
+}
+
+#[test]
+fn an_answer_that_was_lost_is_found_again() {
+    let fixture = Fixture::new();
+    fixture.book.deaf.store(true, Ordering::Relaxed);
+    let refusal = fixture.create("a", 1, &[1]).unwrap_err();
+    assert!(matches!(refusal, Reason::Api { .. }), "{refusal}");
+    fixture.book.deaf.store(false, Ordering::Relaxed);
+    let found = fixture.create("a", 1, &[1]).unwrap();
+    assert_eq!(fixture.book.entries.lock().unwrap()[&id("a")].uid, found.uid.unwrap());
+}
+
+#[test]
+fn what_never_had_data_goes_without_its_node() {
+    let fixture = Fixture::new();
+    fixture.create("a", 1, &[1]).unwrap();
+    fixture.delete("a").unwrap();
+    assert!(fixture.book.entries.lock().unwrap().is_empty());
+    fixture.delete("a").expect("an unknown volume will do");
+}
+
+#[test]
+fn what_has_data_waits_for_its_node_and_its_name_is_not_given_away() {
+    let fixture = Fixture::new();
+    fixture.create("a", 1, &[1]).unwrap();
+    fixture.book.change(&id("a"), |promise| {
+        promise.stage = Stage::Ready;
+        promise.hindrance = Some(Hindrance {
+            reason: Hindrance::MOUNTED.into(),
+            message: "it is mounted at /t".into(),
+        });
+    });
+    fixture.watch();
+    let refusal = fixture.delete("a").unwrap_err();
+    assert!(matches!(refusal, Reason::InUse(_)), "{refusal}");
+    let refusal = fixture.create("a", 1, &[1]).unwrap_err();
+    assert!(matches!(refusal, Reason::Deleting), "{refusal}");
+    fixture.watch();
+    assert_eq!(fixture.room(1), 9, "its room is given away before it is gone");
+    std::thread::scope(|scope| {
+        let delete = scope.spawn(|| fixture.delete("a"));
+        let uid = fixture.registry.uid(&id("a")).unwrap();
+        fixture.registry.forget(&id("a"), uid);
+        delete.join().unwrap().expect("its node has let go of it");
+    });
+}
+
+#[test]
+fn a_release_that_races_with_a_first_use_is_none() {
+    let fixture = Fixture::new();
+    fixture.create("a", 1, &[1]).unwrap();
+    let stale = fixture
+        .book
+        .delete(&id("a"), fixture.registry.uid(&id("a")).unwrap())
+        .unwrap()
+        .unwrap();
+    fixture.book.change(&id("a"), |promise| promise.stage = Stage::Ready);
+    assert!(!fixture.book.release(&stale).unwrap());
+    assert!(fixture.book.entries.lock().unwrap().contains_key(&id("a")));
+}
+
+#[test]
+fn a_pool_that_was_replaced_promises_nothing_while_volumes_are_on_the_old_one() {
+    let fixture = Fixture::new();
+    fixture.create("a", 1, &[1]).unwrap();
+    fixture.book.change(&id("a"), |promise| {
+        promise.stage = Stage::Ready;
+        promise.made_on = Some(PoolId::random());
+    });
+    fixture.watch();
+    assert_eq!(fixture.room(1), 0);
+    let refusal = fixture.create("b", 1, &[1]).unwrap_err();
+    assert!(refusal.to_string().contains("bring that disk back"), "{refusal}");
+    fixture.book.entries.lock().unwrap().clear();
+    fixture.watch();
+    assert_eq!(fixture.room(1), 10);
+}
+
+#[test]
+fn a_pool_that_nobody_has_is_told_from_one_that_is_full() {
+    let fixture = Fixture::new();
+    let fast = PoolName::parse("fast").unwrap();
+    assert_eq!(fixture.controller.room(&fast, None), None);
+    fixture.registry.node_is_gone(&node(1));
+    assert_eq!(fixture.room(1), 0, "the Node is gone");
+}
+
+#[test]
+fn only_deletes_of_absent_nodes_are_abandoned_and_only_after_a_while() {
+    let fixture = Fixture::new();
+    fixture.create("a", 1, &[1]).unwrap();
+    fixture.create("b", 1, &[2]).unwrap();
+    for name in ["a", "b"] {
+        fixture.book.change(&id(name), |promise| {
+            promise.stage = Stage::Ready;
+            promise.deleting = true;
+        });
+    }
+    fixture.watch();
+    fixture.registry.node_is_gone(&node(1));
+    assert_eq!(fixture.registry.abandoned(Duration::from_mins(1)), [] as [VolumeId; 0]);
+    assert_eq!(fixture.registry.abandoned(Duration::ZERO), [id("a")]);
+    fixture.registry.node_is_there(node(1));
+    assert_eq!(fixture.registry.abandoned(Duration::ZERO), [] as [VolumeId; 0]);
+}
+
+#[test]
+fn a_controller_is_not_ready_before_it_has_seen_everything() {
+    let registry = Arc::new(Registry::default());
+    let controller = Elected::new(Arc::<Paper>::default(), Arc::clone(&registry));
+    assert!(!controller.probe(false).unwrap());
+    registry.retain_nodes(&BTreeSet::new());
+    registry.retain_published(&BTreeSet::new());
+    assert!(!controller.probe(false).unwrap());
+    registry.replace(&BTreeSet::new());
+    assert!(controller.probe(false).unwrap());
+}
