@@ -87,7 +87,7 @@ fn names(path: &Path, word: &str) -> bool {
 
 #[test]
 fn dependencies_point_to_the_core_and_the_edges_never_meet() {
-    let rules: [(&str, &[&str]); 3] = [
+    let rules: [(&str, &[&str]); 4] = [
         (
             "src/volume",
             &[
@@ -99,12 +99,34 @@ fn dependencies_point_to_the_core_and_the_edges_never_meet() {
                 "libc",
                 "crate::csi",
                 "crate::linux",
+                "crate::k8s",
                 "crate::run",
             ],
         ),
         (
             "src/csi",
-            &["nix", "libc", "kube", "crate::linux", "crate::run", "crate::config"],
+            &[
+                "nix",
+                "libc",
+                "kube",
+                "crate::linux",
+                "crate::k8s",
+                "crate::run",
+                "crate::config",
+            ],
+        ),
+        (
+            "src/k8s",
+            &[
+                "tonic",
+                "prost",
+                "nix",
+                "libc",
+                "crate::csi",
+                "crate::linux",
+                "crate::run",
+                "crate::config",
+            ],
         ),
         (
             "src/linux",
@@ -114,6 +136,7 @@ fn dependencies_point_to_the_core_and_the_edges_never_meet() {
                 "tokio",
                 "kube",
                 "crate::csi",
+                "crate::k8s",
                 "crate::run",
                 "crate::config",
             ],
@@ -156,6 +179,10 @@ fn the_readme_has_the_commands_that_ci_and_people_run() {
         "--pool",
         "--config",
         "--node-name",
+        "--driver-name",
+        "--http-endpoint",
+        "--node-grace",
+        "--unused-age",
         "--log-level",
         "--log-format",
     ] {
@@ -172,6 +199,23 @@ fn the_readme_has_the_commands_that_ci_and_people_run() {
     ] {
         assert!(readme.contains(key), "README does not explain {key}");
     }
+}
+
+#[test]
+fn the_definitions_in_the_chart_are_those_of_the_binary() {
+    let output = Command::new(env!("CARGO_BIN_EXE_hostdir"))
+        .arg("crds")
+        .output()
+        .expect("run hostdir");
+    let printed = String::from_utf8(output.stdout).expect("text");
+    let path = "deploy/chart/files/crds.yaml";
+    if std::env::var_os("HOSTDIR_RENDER").is_some() {
+        fs::write(root().join(path), &printed).expect("write the definitions");
+    }
+    assert!(
+        read(path) == printed,
+        "{path} is not what `hostdir crds` prints; write it anew with HOSTDIR_RENDER=1"
+    );
 }
 
 #[test]

@@ -3,16 +3,19 @@
 //! A tour of the house:
 //!
 //! - [`volume`] is the core: what a volume is and the verbs on it (create, publish, unpublish, delete). It knows neither
-//!   gRPC nor system calls; the machine it works on is a pair of traits.
+//!   gRPC nor Kubernetes nor system calls; what it asks of these is a handful of traits.
 //! - [`csi`] is the gRPC edge. It takes requests apart, calls one verb, and turns refusals into status codes.
 //! - [`linux`] is the edge to the kernel: pools on disk, bind mounts, the eraser. Every path below a pool is resolved
 //!   from an open descriptor, and nowhere else is unsafe code.
-//! - [`config`] reads the command line and the configuration file, [`run`] joins the three and serves until SIGTERM.
+//! - [`k8s`] is the edge to the API server: the book of promises, the watches, what nodes and controllers do unasked.
+//! - [`config`] reads the command line and the configuration file, [`run`] joins the rest and serves until SIGTERM;
+//!   [`metrics`] is what all count in, and [`http`] shows it.
 //!
-//! Dependencies point one way: `run` to `csi` and `linux`, both to `volume`. The edges never see each other.
+//! Dependencies point one way: `run` to the edges, these to `volume`. The edges never see each other.
 //!
-//! A call walks like this: socket → `csi::controller` or `csi::node` takes it apart → [`volume::Driver`] decides → its
-//! ports, answered by `linux`, act → the answer or the refusal goes back through `csi`.
+//! A call walks like this: socket → `csi::controller` or `csi::node` takes it apart → [`volume::Driver`] (a node) or
+//! [`volume::Elected`] (a controller) decides → its ports, answered by `linux` or `k8s`, act → the answer or the refusal goes
+//! back through `csi`.
 
 pub mod config;
 pub mod csi;

@@ -115,7 +115,7 @@ fn controller(args: ControllerArgs) -> anyhow::Result<()> {
         node: None,
     };
     process.serve(roles, async {
-        k8s::feed(client, registry, metrics).await;
+        Box::pin(k8s::feed(client, registry, metrics)).await;
         anyhow::anyhow!("the watches have ended")
     })
 }

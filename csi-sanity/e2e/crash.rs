@@ -69,6 +69,11 @@ fn later_publish_survives_death_at_every_step() {
 }
 
 #[test]
+fn expand_survives_death_at_every_step() {
+    dies_at_every_step(Call::Expand);
+}
+
+#[test]
 fn unpublish_survives_death_at_every_step() {
     dies_at_every_step(Call::Unpublish);
 }

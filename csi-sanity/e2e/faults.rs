@@ -68,6 +68,7 @@ fn check_refusal(scene: &Scene, call: Call, status: &Status, at: &str) {
             Call::FirstPublish | Call::LaterPublish => {
                 assert!(!scene.is_mounted(), "{at}: refused, but mounted: {message}");
             }
+            Call::Expand => assert!(scene.is_as_it_was(), "{at}: refused, but grown: {message}"),
             Call::DeleteUnused | Call::DeleteAndErase => assert!(scene.exists(), "{at}: refused, but gone: {message}"),
             Call::Unpublish => {}
         }

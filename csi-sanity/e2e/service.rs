@@ -420,6 +420,38 @@ fn a_list_without_a_pool_is_no_list() {
 }
 
 #[test]
+fn a_node_without_its_api_server_mounts_what_is_there_and_nothing_else() {
+    let Some(scratch) = Scratch::new("a_node_without_its_api_server") else {
+        return;
+    };
+    let (pool, target) = (scratch.path("pool"), scratch.path("t"));
+    let (process, client) = start(&Driver::new(&scratch).pool("default", &pool));
+    for id in ["used", "unused"] {
+        client.create(id).unwrap();
+    }
+    client.publish("used", &target).unwrap();
+    fs::write(target.join("file"), "data").unwrap();
+    client.unpublish("used", &target).unwrap();
+    process.kill();
+    let (_process, client) = start(&Driver::without_api_server(&scratch).pool("default", &pool));
+    client.publish("used", &target).unwrap();
+    assert_eq!(fs::read_to_string(target.join("file")).unwrap(), "data");
+    client.unpublish("used", &target).unwrap();
+    for id in ["unused", "unknown"] {
+        let status = client.publish(id, &target).unwrap_err();
+        assert_eq!(status.code(), Code::Unavailable);
+        assert!(status.message().contains("cannot read its HostVolume"), "{status}");
+    }
+    assert!(
+        !pool.join("volumes/unused/data").exists(),
+        "a directory was made unasked"
+    );
+    assert_eq!(names(pool.join("volumes")), ["unused", "used"]);
+    // A node makes no volumes.
+    assert_eq!(client.create("new").unwrap_err().code(), Code::Unimplemented);
+}
+
+#[test]
 fn a_disk_that_hangs_holds_up_nobody_else() {
     let test = "a_disk_that_hangs";
     let Some(scratch) = Scratch::new(test) else { return };

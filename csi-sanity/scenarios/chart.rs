@@ -6,7 +6,7 @@ use std::process::Command;
 use hostdir_cluster::cluster::{CHART, NAMESPACE};
 use hostdir_cluster::tools;
 
-use crate::lab::{lab, skipped};
+use crate::lab::{Mode, lab, skipped};
 
 /// Runs Helm without a cluster: what it prints, and whether it succeeded.
 fn helm(helm: &Path, args: &[&str]) -> (String, bool) {
@@ -85,7 +85,7 @@ fn the_plain_manifests_are_those_of_the_chart() {
 
 #[test]
 fn an_api_server_takes_the_plain_manifests() {
-    let Some(lab) = lab("dry-run", "server-side dry run of the plain manifests") else {
+    let Some(lab) = lab(Mode::Elected, "dry-run", "server-side dry run of the plain manifests") else {
         return;
     };
     let manifests = std::fs::read_to_string(tools::root().join("deploy/hostdir.yaml")).unwrap();
@@ -103,10 +103,10 @@ fn an_api_server_takes_the_plain_manifests() {
 
 #[test]
 fn the_sidecar_may_do_what_it_needs_and_no_more() {
-    let Some(lab) = lab("rbac", "least privilege of the service account") else {
+    let Some(lab) = lab(Mode::Local, "rbac", "least privilege of the service account") else {
         return;
     };
-    let account = format!("system:serviceaccount:{NAMESPACE}:hostdir");
+    let account = format!("system:serviceaccount:{NAMESPACE}:hostdir-local");
     let may = |args: &[&str]| {
         let args = [&["auth", "can-i", "--as", &account], args].concat();
         lab.kubectl().run(&args).is_ok_and(|answer| answer.trim() == "yes")

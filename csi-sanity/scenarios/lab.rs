@@ -13,15 +13,88 @@ use serde_json::Value;
 /// How long anything may take that is waited for: pods start in seconds, but these machines are shared.
 pub(crate) const PATIENCE: Duration = Duration::from_mins(3);
 
-/// A node's pool, from the node's root.
-pub(crate) const POOL: &str = "/var/lib/hostdir";
+/// The two ways to run hostdir. Both are installed in the one cluster, under two names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mode {
+    Local,
+    Elected,
+}
+
+impl Mode {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Local => "local",
+            Self::Elected => "elected",
+        }
+    }
+
+    /// The Helm release, and its StorageClass.
+    pub(crate) fn release(self) -> &'static str {
+        match self {
+            Self::Local => "hostdir-local",
+            Self::Elected => "hostdir",
+        }
+    }
+
+    /// The name of the driver.
+    pub(crate) fn driver(self) -> &'static str {
+        match self {
+            Self::Local => "local.hostdir.csi",
+            Self::Elected => "hostdir.csi",
+        }
+    }
+
+    /// A node's pool, from the node's root.
+    pub(crate) fn pool(self) -> &'static str {
+        match self {
+            Self::Local => "/var/lib/hostdir-local",
+            Self::Elected => "/var/lib/hostdir",
+        }
+    }
+
+    /// What a driver on a node is called to run.
+    fn command(self) -> &'static str {
+        match self {
+            Self::Local => "local",
+            Self::Elected => "node",
+        }
+    }
+
+    /// What the chart is told beside its defaults.
+    fn settings(self) -> &'static [&'static str] {
+        match self {
+            Self::Local => &[
+                r#"mode="local""#,
+                r#"driverName="local.hostdir.csi""#,
+                r#"pools=[{"name":"default","path":"/var/lib/hostdir-local"}]"#,
+                r#"storageClasses=[{"name":"hostdir-local"}]"#,
+            ],
+            // Not for tests to wait five minutes.
+            Self::Elected => &["controller.nodeGrace=20", "controller.unusedAge=30"],
+        }
+    }
+}
+
+/// Makes a test of a scenario for each mode.
+macro_rules! in_both_modes {
+    ($($scenario:ident),* $(,)?) => {
+        mod local {
+            $(#[test] fn $scenario() { super::$scenario($crate::lab::Mode::Local); })*
+        }
+        mod elected {
+            $(#[test] fn $scenario() { super::$scenario($crate::lab::Mode::Elected); })*
+        }
+    };
+}
+pub(crate) use in_both_modes;
 
 /// The cluster, while a test has it, with a namespace for that test.
 pub(crate) struct Lab {
     cluster: MutexGuard<'static, Cluster>,
     /// The namespace, named as the test.
     pub(crate) namespace: String,
-    title: &'static str,
+    pub(crate) mode: Mode,
+    title: String,
     start: Instant,
 }
 
@@ -40,41 +113,46 @@ impl std::ops::DerefMut for Lab {
 }
 
 /// The cluster, for a test of this name; nothing, said aloud, where there can be none.
-pub(crate) fn lab(namespace: &str, title: &'static str) -> Option<Lab> {
+pub(crate) fn lab(mode: Mode, name: &str, title: &str) -> Option<Lab> {
     static CLUSTER: OnceLock<Result<Mutex<Cluster>, String>> = OnceLock::new();
+    let (namespace, title) = (format!("{}-{name}", mode.name()), format!("{}: {title}", mode.name()));
     if !nix::unistd::geteuid().is_root() {
-        skipped(title, "it needs root, to make namespaces");
+        skipped(&title, "it needs root, to make namespaces");
         return None;
     }
-    let made = CLUSTER.get_or_init(|| up().map(Mutex::new).map_err(|error| format!("{error:#}")));
-    let cluster = match made {
+    let cluster = CLUSTER.get_or_init(|| up().map(Mutex::new).map_err(|error| format!("{error:#}")));
+    let cluster = match cluster {
         Ok(cluster) => cluster.lock().unwrap_or_else(PoisonError::into_inner),
         Err(why) => {
-            skipped(title, &format!("there is no cluster: {why}"));
+            skipped(&title, &format!("there is no cluster: {why}"));
             return None;
         }
     };
     cluster
         .kubectl
-        .run(&["create", "namespace", namespace])
+        .run(&["create", "namespace", &namespace])
         .expect("make a namespace");
     Some(Lab {
         cluster,
-        namespace: namespace.to_owned(),
+        namespace,
+        mode,
         title,
         start: Instant::now(),
     })
 }
 
-/// Three nodes. The first has the machine's disk, the others little room: a filesystem of 1 GiB each.
+/// Three nodes. The first has the machine's disk, the others little room: filesystems of 1 GiB.
 fn up() -> Result<Cluster> {
     let cluster = Cluster::up(3)?;
-    for node in &cluster.nodes[1..] {
-        node.sh(&format!(
-            "mkdir -p {POOL} && mount -t tmpfs -o size=1G,mode=0700 tmpfs {POOL}"
-        ))?;
+    for mode in [Mode::Local, Mode::Elected] {
+        let pool = mode.pool();
+        for node in &cluster.nodes[1..] {
+            node.sh(&format!(
+                "mkdir -p {pool} && mount -t tmpfs -o size=1G,mode=0700 tmpfs {pool}"
+            ))?;
+        }
+        cluster.install(mode.release(), mode.settings())?;
     }
-    cluster.install(&[])?;
     Ok(cluster)
 }
 
@@ -93,6 +171,12 @@ pub(crate) fn report(what: &str) {
 }
 
 impl Lab {
+    /// Installs hostdir anew, with settings beside those that all tests have.
+    pub(crate) fn install(&self, settings: &[&str]) {
+        let settings = [self.mode.settings(), settings].concat();
+        self.cluster.install(self.mode.release(), &settings).unwrap();
+    }
+
     pub(crate) fn kubectl(&self) -> &Kubectl {
         &self.cluster.kubectl
     }
@@ -167,7 +251,7 @@ impl Lab {
 
     /// The names in a directory of a pool, node by node.
     pub(crate) fn in_pools(&self, dir: &str) -> Vec<String> {
-        let list = |node: &hostdir_cluster::Node| node.sh(&format!("ls {POOL}/{dir}")).unwrap();
+        let list = |node: &hostdir_cluster::Node| node.sh(&format!("ls {}/{dir}", self.mode.pool())).unwrap();
         let names: Vec<String> = self.nodes.iter().map(list).collect();
         names
             .iter()
@@ -216,20 +300,91 @@ impl Lab {
         self.wait("no PersistentVolume is left", || {
             Ok(self.kubectl().list(&["pv"])?.is_empty())
         });
+        self.wait("no HostVolume is left", || {
+            Ok(self.kubectl().list(&["hostvolumes"])?.is_empty())
+        });
         for dir in ["volumes", "trash"] {
             self.wait(&format!("no {dir} are left"), || Ok(self.in_pools(dir).is_empty()));
         }
         self.wait("no mount is left", || Ok(self.mounts() == 0));
     }
 
+    /// A claim of hostdir's StorageClass.
+    pub(crate) fn claim(&self, name: &str, size: &str) -> Value {
+        crate::objects::claim_of(name, size, self.mode.release(), "ReadWriteOnce")
+    }
+
+    /// The pod of hostdir on a node.
+    pub(crate) fn driver_on(&self, node: &str) -> Value {
+        let labels = format!(
+            "app.kubernetes.io/instance={},app.kubernetes.io/component=node",
+            self.mode.release()
+        );
+        let node = format!("spec.nodeName={node}");
+        let args = ["pods", "-n", NAMESPACE, "-l", &labels, "--field-selector", &node];
+        self.kubectl().list(&args).unwrap().swap_remove(0)
+    }
+
+    /// The controllers' pods.
+    pub(crate) fn controllers(&self) -> Vec<Value> {
+        let labels = format!(
+            "app.kubernetes.io/instance={},app.kubernetes.io/component=controller",
+            self.mode.release()
+        );
+        self.kubectl().list(&["pods", "-n", NAMESPACE, "-l", &labels]).unwrap()
+    }
+
+    /// The name of the pod that leads, and its node; nothing if nobody does.
+    pub(crate) fn leader(&self) -> Option<(String, String)> {
+        let lease = self.kubectl().get(&["lease", "hostdir-csi", "-n", NAMESPACE]).ok()?;
+        let holder = lease["spec"]["holderIdentity"].as_str()?.to_owned();
+        let pods = self.controllers();
+        let pod = pods.iter().find(|pod| pod["metadata"]["name"] == holder.as_str())?;
+        let node = pod["spec"]["nodeName"].as_str()?.to_owned();
+        Some((holder, node))
+    }
+
+    /// Deletes pods whose node may not answer.
+    pub(crate) fn force_delete_pods(&self) {
+        let args = [
+            "delete",
+            "pods",
+            "--all",
+            "-n",
+            &self.namespace,
+            "--force",
+            "--grace-period=0",
+        ];
+        self.kubectl().run(&args).unwrap();
+    }
+
+    /// The directory of a volume, on a node.
+    pub(crate) fn is_on_node(&self, node: usize, volume: &str) -> bool {
+        let script = format!("test -d {}/volumes/{volume}", self.mode.pool());
+        self.nodes[node].sh(&script).is_ok()
+    }
+
+    /// A file of a volume, from its node's root.
+    pub(crate) fn on_disk(&self, volume: &str, file: &str) -> String {
+        format!("{}/volumes/{volume}/data/{file}", self.mode.pool())
+    }
+
     /// Kills the driver of a node with -9, as the kubelet's host sees it.
     pub(crate) fn kill_driver(&self, node: usize) {
-        // The driver is process 1 of a container; its command line tells it from the probes of the kubelet.
-        self.nodes[node]
-            .sh("for p in /proc/[0-9]*; do
-            [ \"$(tr '\\0' ' ' < $p/cmdline 2>/dev/null | cut -c1-14)\" = '/hostdir local' ] && kill -9 ${p#/proc/} || :
-        done")
-            .unwrap();
+        self.signal_drivers(node, self.mode.command(), "KILL");
+    }
+
+    /// Sends a signal to the processes of hostdir on a node that run this command.
+    pub(crate) fn signal_drivers(&self, node: usize, command: &str, signal: &str) {
+        // The command line tells them from the probes of the kubelet.
+        let script = format!(
+            "for p in /proc/[0-9]*; do
+                case \"$(tr '\\0' ' ' < $p/cmdline 2>/dev/null)\" in
+                '/hostdir {command} '*) kill -{signal} ${{p#/proc/}} || : ;;
+                esac
+            done"
+        );
+        self.nodes[node].sh(&script).unwrap();
     }
 }
 
@@ -238,9 +393,13 @@ impl Drop for Lab {
         let time = self.start.elapsed();
         if std::thread::panicking() {
             let logs = tools::root().join("target/lab/logs").join(&self.namespace);
-            let state = self
-                .kubectl()
-                .run(&["get", "pods,pvc,pv,events,csistoragecapacities", "-A", "-o", "wide"]);
+            let state = self.kubectl().run(&[
+                "get",
+                "pods,pvc,pv,events,csistoragecapacities,hostvolumes,hostnodes",
+                "-A",
+                "-o",
+                "wide",
+            ]);
             report(&format!("{} failed; logs are in {}", self.title, logs.display()));
             let _ = std::fs::create_dir_all(&logs);
             let _ = std::fs::write(logs.join("state"), state.unwrap_or_else(|error| format!("{error:#}")));

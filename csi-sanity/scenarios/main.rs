@@ -5,6 +5,7 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 mod chart;
+mod elected;
 mod lab;
 mod objects;
 mod pods;

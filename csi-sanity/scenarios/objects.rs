@@ -3,11 +3,6 @@
 use hostdir_cluster::cluster::BUSYBOX_IMAGE;
 use serde_json::{Value, json};
 
-/// A claim: one line of YAML more than its size is all that hostdir asks for.
-pub(crate) fn claim(name: &str, size: &str) -> Value {
-    claim_of(name, size, "hostdir", "ReadWriteOnce")
-}
-
 /// A claim of a class and an access mode.
 pub(crate) fn claim_of(name: &str, size: &str, class: &str, mode: &str) -> Value {
     json!({
@@ -23,12 +18,12 @@ pub(crate) fn claim_of(name: &str, size: &str, class: &str, mode: &str) -> Value
 }
 
 /// A StorageClass.
-pub(crate) fn class(name: &str, parameters: &Value, reclaim: &str, options: &[&str]) -> Value {
+pub(crate) fn class(driver: &str, name: &str, parameters: &Value, reclaim: &str, options: &[&str]) -> Value {
     json!({
         "apiVersion": "storage.k8s.io/v1",
         "kind": "StorageClass",
         "metadata": {"name": name},
-        "provisioner": "hostdir.csi",
+        "provisioner": driver,
         "volumeBindingMode": "WaitForFirstConsumer",
         "reclaimPolicy": reclaim,
         "parameters": parameters,
@@ -80,7 +75,7 @@ pub(crate) fn with_mount(mut pod: Value, field: &str, value: Value) -> Value {
 }
 
 /// A StatefulSet of so many pods, one a node, each with a volume.
-pub(crate) fn stateful_set(name: &str, replicas: usize) -> Value {
+pub(crate) fn stateful_set(name: &str, replicas: usize, claim: &Value) -> Value {
     let labels = json!({"app": name});
     let apart = json!([{"labelSelector": {"matchLabels": labels}, "topologyKey": "kubernetes.io/hostname"}]);
     let mut spec = pod_spec(&json!({"name": "unused", "emptyDir": {}}));
@@ -95,7 +90,7 @@ pub(crate) fn stateful_set(name: &str, replicas: usize) -> Value {
             "podManagementPolicy": "Parallel",
             "selector": {"matchLabels": labels},
             "template": {"metadata": {"labels": labels}, "spec": spec},
-            "volumeClaimTemplates": [claim("data", "10Mi")],
+            "volumeClaimTemplates": [claim],
             "persistentVolumeClaimRetentionPolicy": {"whenDeleted": "Delete", "whenScaled": "Retain"},
         },
     })

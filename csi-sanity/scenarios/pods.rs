@@ -1,17 +1,22 @@
 //! What pods may expect of their volumes.
 
-use hostdir_cluster::cluster::NAMESPACE;
 use serde_json::json;
 
-use crate::lab::{POOL, lab};
-use crate::objects::{claim, claim_of, class, on_node, pod, stateful_set, with, with_mount};
+use crate::lab::{Mode, in_both_modes, lab};
+use crate::objects::{claim_of, class, on_node, pod, stateful_set, with, with_mount};
 
-#[test]
-fn scenario_1_data_outlives_pods_drivers_kubelets_and_power() {
-    let Some(mut lab) = lab("data-stays", "1. data outlives pod, driver, kubelet, power cut") else {
+in_both_modes![
+    scenario_1_data_outlives_pods_drivers_kubelets_and_power,
+    scenario_2_the_pods_of_a_stateful_set_return_to_their_nodes,
+    scenario_3_pods_share_write_read_and_exclude,
+    scenario_4_deleted_is_gone_and_retained_is_kept,
+];
+
+fn scenario_1_data_outlives_pods_drivers_kubelets_and_power(mode: Mode) {
+    let Some(mut lab) = lab(mode, "data-stays", "1. data outlives pod, driver, kubelet, power cut") else {
         return;
     };
-    lab.apply(&[claim("data", "10Mi"), on_node(pod("pod", "data"), "node-1")]);
+    lab.apply(&[lab.claim("data", "10Mi"), on_node(pod("pod", "data"), "node-1")]);
     lab.running("pod");
     lab.exec("pod", "echo precious > /data/file").unwrap();
     let check = |lab: &crate::lab::Lab, after: &str| {
@@ -59,18 +64,8 @@ fn scenario_1_data_outlives_pods_drivers_kubelets_and_power() {
 }
 
 fn restarts_of_driver(lab: &crate::lab::Lab, node: &str) -> u64 {
-    let selector = format!("spec.nodeName={node}");
-    let args = [
-        "pods",
-        "-n",
-        NAMESPACE,
-        "-l",
-        "app.kubernetes.io/name=hostdir",
-        "--field-selector",
-        &selector,
-    ];
-    let pods = lab.kubectl().list(&args).unwrap();
-    let statuses = pods[0]["status"]["containerStatuses"]
+    let pod = lab.driver_on(node);
+    let statuses = pod["status"]["containerStatuses"]
         .as_array()
         .cloned()
         .unwrap_or_default();
@@ -86,12 +81,15 @@ fn check_mounted(lab: &crate::lab::Lab) {
     assert_eq!(lab.mounts(), 1, "the mount went with the kubelet");
 }
 
-#[test]
-fn scenario_2_the_pods_of_a_stateful_set_return_to_their_nodes() {
-    let Some(lab) = lab("stateful", "2. StatefulSet: one volume a node, pods return to theirs") else {
+fn scenario_2_the_pods_of_a_stateful_set_return_to_their_nodes(mode: Mode) {
+    let Some(lab) = lab(
+        mode,
+        "stateful",
+        "2. StatefulSet: one volume a node, pods return to theirs",
+    ) else {
         return;
     };
-    lab.apply(&[stateful_set("set", 3)]);
+    lab.apply(&[stateful_set("set", 3, &lab.claim("data", "10Mi"))]);
     let name = |number: usize| format!("set-{number}");
     // The data comes by the name of the claim template; the pods mount it at /data.
     let nodes: Vec<String> = (0..3).map(|number| lab.running(&name(number))).collect();
@@ -117,16 +115,19 @@ fn scenario_2_the_pods_of_a_stateful_set_return_to_their_nodes() {
     lab.nothing_is_left();
 }
 
-#[test]
-fn scenario_3_pods_share_write_read_and_exclude() {
-    let Some(lab) = lab("sharing", "3. fsGroup, read-only, RWOP, shared RWO, subPath, options") else {
+fn scenario_3_pods_share_write_read_and_exclude(mode: Mode) {
+    let Some(lab) = lab(
+        mode,
+        "sharing",
+        "3. fsGroup, read-only, RWOP, shared RWO, subPath, options",
+    ) else {
         return;
     };
     let not_root = json!({"runAsUser": 1000, "runAsGroup": 1000, "fsGroup": 2000, "runAsNonRoot": true});
     let reader = with_mount(on_node(pod("reader", "data"), "node-1"), "readOnly", json!(true));
     let sub = with_mount(on_node(pod("sub", "data"), "node-1"), "subPath", json!("below/here"));
     lab.apply(&[
-        claim("data", "10Mi"),
+        lab.claim("data", "10Mi"),
         on_node(with(pod("writer", "data"), "securityContext", not_root), "node-1"),
     ]);
     lab.running("writer");
@@ -148,7 +149,7 @@ fn scenario_3_pods_share_write_read_and_exclude() {
 
     // ReadWriteOncePod: the second pod waits until the first is gone.
     lab.apply(&[
-        claim_of("alone", "10Mi", "hostdir", "ReadWriteOncePod"),
+        claim_of("alone", "10Mi", lab.mode.release(), "ReadWriteOncePod"),
         on_node(pod("first", "alone"), "node-1"),
     ]);
     lab.running("first");
@@ -159,6 +160,7 @@ fn scenario_3_pods_share_write_read_and_exclude() {
 
     // Mount options of a StorageClass.
     lab.apply(&[class(
+        lab.mode.driver(),
         "careful",
         &json!({}),
         "Delete",
@@ -192,28 +194,29 @@ fn scenario_3_pods_share_write_read_and_exclude() {
     lab.nothing_is_left();
 }
 
-#[test]
-fn scenario_4_deleted_is_gone_and_retained_is_kept() {
-    let Some(lab) = lab("reclaim", "4. Delete frees the space, Retain keeps the data") else {
+fn scenario_4_deleted_is_gone_and_retained_is_kept(mode: Mode) {
+    let Some(lab) = lab(mode, "reclaim", "4. Delete frees the space, Retain keeps the data") else {
         return;
     };
-    lab.wait("capacity is published", || Ok(lab.capacity("hostdir", "node-1")? > 0));
-    let before = lab.capacity("hostdir", "node-1").unwrap();
-    lab.apply(&[claim("data", "5Gi"), on_node(pod("pod", "data"), "node-1")]);
+    lab.wait("capacity is published", || {
+        Ok(lab.capacity(mode.release(), "node-1")? > 0)
+    });
+    let before = lab.capacity(mode.release(), "node-1").unwrap();
+    lab.apply(&[lab.claim("data", "5Gi"), on_node(pod("pod", "data"), "node-1")]);
     lab.running("pod");
     lab.wait("the capacity is lower", || {
-        Ok(lab.capacity("hostdir", "node-1")? + (4 << 30) < before)
+        Ok(lab.capacity(mode.release(), "node-1")? + (4 << 30) < before)
     });
     lab.delete("pod", "pod");
     lab.delete("pvc", "data");
     lab.nothing_is_left();
     // Others use the disk, too: what comes back is what was claimed, give or take.
     lab.wait("the capacity is back", || {
-        Ok(lab.capacity("hostdir", "node-1")? + (1 << 30) > before)
+        Ok(lab.capacity(mode.release(), "node-1")? + (1 << 30) > before)
     });
 
     // Retain: the data stays, and a claim made for the volume has it again, as the README says.
-    lab.apply(&[class("kept", &json!({}), "Retain", &[])]);
+    lab.apply(&[class(lab.mode.driver(), "kept", &json!({}), "Retain", &[])]);
     lab.apply(&[
         claim_of("kept", "10Mi", "kept", "ReadWriteOnce"),
         on_node(pod("pod", "kept"), "node-1"),
@@ -228,7 +231,7 @@ fn scenario_4_deleted_is_gone_and_retained_is_kept() {
     });
     assert_eq!(
         lab.nodes[0]
-            .sh(&format!("cat {POOL}/volumes/{volume}/data/file"))
+            .sh(&format!("cat {}", lab.on_disk(&volume, "file")))
             .unwrap(),
         "kept\n"
     );

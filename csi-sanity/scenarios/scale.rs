@@ -6,8 +6,13 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::lab::{Lab, lab, report};
-use crate::objects::{claim, on_node, pod};
+use crate::lab::{Lab, Mode, in_both_modes, lab, report};
+use crate::objects::{on_node, pod};
+
+in_both_modes![
+    scenario_5_a_hundred_claims_and_pods_on_one_node,
+    scenario_6_a_hundred_claims_while_the_driver_is_killed_every_second,
+];
 
 const COUNT: usize = 100;
 
@@ -15,8 +20,8 @@ const COUNT: usize = 100;
 /// tries ever more seldom to unmount (up to two minutes apart), and finds a living driver only by luck.
 const KILLING: Duration = Duration::from_secs(100);
 
-/// 100 claims with pods on one node: all bound and running, none doubled; all deleted: nothing left.
-fn many(lab: &Lab, meanwhile: impl Fn() + Sync) {
+/// So many claims with pods, on one node or wherever: all bound and running, none doubled; all deleted: nothing left.
+pub(crate) fn many(lab: &Lab, count: usize, node: Option<&str>, meanwhile: impl Fn() + Sync) {
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {
@@ -26,10 +31,12 @@ fn many(lab: &Lab, meanwhile: impl Fn() + Sync) {
             }
         });
         let _done = SetOnDrop(&done);
-        let objects: Vec<Value> = (0..COUNT)
+        let objects: Vec<Value> = (0..count)
             .flat_map(|number| {
                 let name = format!("many-{number}");
-                [claim(&name, "1Mi"), on_node(pod(&name, &name), "node-1")]
+                let pod = pod(&name, &name);
+                let pod = node.map_or(pod.clone(), |node| on_node(pod, node));
+                [lab.claim(&name, "1Mi"), pod]
             })
             .collect();
         let start = Instant::now();
@@ -47,19 +54,19 @@ fn many(lab: &Lab, meanwhile: impl Fn() + Sync) {
         let kubectl = lab.kubectl();
         kubectl
             .wait(patience, "all claims are bound", || {
-                Ok(in_phase("pvc", "Bound")? == COUNT)
+                Ok(in_phase("pvc", "Bound")? == count)
             })
             .unwrap();
         let bound = start.elapsed();
         kubectl
-            .wait(patience, "all pods run", || Ok(in_phase("pod", "Running")? == COUNT))
+            .wait(patience, "all pods run", || Ok(in_phase("pod", "Running")? == count))
             .unwrap();
         let running = start.elapsed();
-        let rate = f64::from(u32::try_from(COUNT).unwrap()) / bound.as_secs_f64();
+        let rate = f64::from(u32::try_from(count).unwrap()) / bound.as_secs_f64();
         report(&format!(
-            "{COUNT} claims bound in {bound:.1?} ({rate:.1} per second), {COUNT} pods running in {running:.1?}"
+            "{count} claims bound in {bound:.1?} ({rate:.1} per second), {count} pods running in {running:.1?}"
         ));
-        check_one_to_one(lab);
+        check_one_to_one(lab, count);
 
         let start = Instant::now();
         lab.kubectl()
@@ -87,7 +94,7 @@ impl Drop for SetOnDrop<'_> {
 }
 
 /// A claim, a PersistentVolume, a directory, a mount: as many of each.
-fn check_one_to_one(lab: &Lab) {
+fn check_one_to_one(lab: &Lab, count: usize) {
     let names = |kind: &str| -> BTreeSet<String> {
         let objects = lab.kubectl().list(&[kind]).unwrap();
         objects
@@ -96,14 +103,13 @@ fn check_one_to_one(lab: &Lab) {
             .collect()
     };
     let volumes = names("pv");
-    assert_eq!(volumes.len(), COUNT);
+    assert_eq!(volumes.len(), count);
     assert_eq!(lab.in_pools("volumes").into_iter().collect::<BTreeSet<_>>(), volumes);
-    assert_eq!(lab.mounts(), COUNT);
+    assert_eq!(lab.mounts(), count);
 }
 
-#[test]
-fn scenario_5_a_hundred_claims_and_pods_on_one_node() {
-    let Some(lab) = lab("many", "5. 100 claims and pods on one node, twice") else {
+fn scenario_5_a_hundred_claims_and_pods_on_one_node(mode: Mode) {
+    let Some(lab) = lab(mode, "many", "5. 100 claims and pods on one node, twice") else {
         return;
     };
     // What external-provisioner has by itself, and ten times that.
@@ -112,22 +118,25 @@ fn scenario_5_a_hundred_claims_and_pods_on_one_node() {
             format!("provisioner.kubeApiQPS={qps}"),
             format!("provisioner.kubeApiBurst={burst}"),
         ];
-        lab.install(&[&settings[0], &settings[1]]).unwrap();
+        lab.install(&[&settings[0], &settings[1]]);
         report(&format!(
             "with {qps} requests to the API server per second, {burst} at once:"
         ));
-        many(&lab, || {});
+        many(&lab, COUNT, Some("node-1"), || {});
     }
-    lab.install(&[]).unwrap();
+    lab.install(&[]);
 }
 
-#[test]
-fn scenario_6_a_hundred_claims_while_the_driver_is_killed_every_second() {
-    let Some(lab) = lab("many-kills", "6. the same while the driver is killed every second") else {
+fn scenario_6_a_hundred_claims_while_the_driver_is_killed_every_second(mode: Mode) {
+    let Some(lab) = lab(
+        mode,
+        "many-kills",
+        "6. the same while the driver is killed every second",
+    ) else {
         return;
     };
     let (kills, start) = (AtomicUsize::new(0), Instant::now());
-    many(&lab, || {
+    many(&lab, COUNT, Some("node-1"), || {
         if start.elapsed() < KILLING {
             lab.kill_driver(0);
             kills.fetch_add(1, Ordering::Relaxed);

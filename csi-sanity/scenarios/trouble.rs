@@ -3,27 +3,34 @@
 use hostdir_cluster::cluster::NAMESPACE;
 use serde_json::json;
 
-use crate::lab::{POOL, lab};
-use crate::objects::{claim, claim_of, class, on_node, pod};
+use crate::lab::{Mode, in_both_modes, lab};
+use crate::objects::{claim_of, class, on_node, pod};
 
-#[test]
-fn scenario_7_pods_go_where_there_is_room_and_wait_where_there_is_none() {
+in_both_modes![
+    scenario_7_pods_go_where_there_is_room_and_wait_where_there_is_none,
+    scenario_8_upgrades_and_uninstalls_leave_pods_alone,
+    scenario_9_people_are_told_the_cause,
+    a_pod_goes_on_while_the_network_is_cut_and_the_api_server_hangs,
+];
+
+fn scenario_7_pods_go_where_there_is_room_and_wait_where_there_is_none(mode: Mode) {
     let Some(lab) = lab(
+        mode,
         "room",
         "7. a pod goes where there is room, and is told where there is none",
     ) else {
         return;
     };
     for node in ["node-1", "node-2", "node-3"] {
-        lab.wait("capacity is published", || Ok(lab.capacity("hostdir", node)? > 0));
+        lab.wait("capacity is published", || Ok(lab.capacity(mode.release(), node)? > 0));
     }
     // Nodes 2 and 3 have 1 GiB each.
-    lab.apply(&[claim("big", "10Gi"), pod("big", "big")]);
+    lab.apply(&[lab.claim("big", "10Gi"), pod("big", "big")]);
     assert_eq!(lab.running("big"), "node-1");
-    lab.apply(&[claim("huge", "100Ti"), pod("huge", "huge")]);
+    lab.apply(&[lab.claim("huge", "100Ti"), pod("huge", "huge")]);
     lab.described("pod", "huge", "did not have enough free storage");
     lab.apply(&[
-        claim("elsewhere", "10Gi"),
+        lab.claim("elsewhere", "10Gi"),
         on_node(pod("elsewhere", "elsewhere"), "node-2"),
     ]);
     lab.described("pod", "elsewhere", "did not have enough free storage");
@@ -33,12 +40,15 @@ fn scenario_7_pods_go_where_there_is_room_and_wait_where_there_is_none() {
     lab.nothing_is_left();
 }
 
-#[test]
-fn scenario_8_upgrades_and_uninstalls_leave_pods_alone() {
-    let Some(lab) = lab("upgrade", "8. helm upgrade and uninstall leave pods and data alone") else {
+fn scenario_8_upgrades_and_uninstalls_leave_pods_alone(mode: Mode) {
+    let Some(lab) = lab(
+        mode,
+        "upgrade",
+        "8. helm upgrade and uninstall leave pods and data alone",
+    ) else {
         return;
     };
-    lab.apply(&[claim("data", "10Mi"), on_node(pod("pod", "data"), "node-1")]);
+    lab.apply(&[lab.claim("data", "10Mi"), on_node(pod("pod", "data"), "node-1")]);
     lab.running("pod");
     // A pod that notices when its volume blinks: it writes, without a pause, into a file that it opens anew each time.
     lab.exec(
@@ -47,21 +57,21 @@ fn scenario_8_upgrades_and_uninstalls_leave_pods_alone() {
     )
     .unwrap();
     let id = mount_id(&lab);
-    lab.install(&["logLevel=\"debug\""]).unwrap();
+    lab.install(&["logLevel=\"debug\""]);
     assert_eq!(mount_id(&lab), id, "the volume was mounted anew");
     lab.exec("pod", "test ! -e /data/blinks; test -s /data/log").unwrap();
 
-    lab.helm(&["uninstall", "hostdir", "--namespace", NAMESPACE, "--wait"])
+    lab.helm(&["uninstall", mode.release(), "--namespace", NAMESPACE, "--wait"])
         .unwrap();
     assert_eq!(mount_id(&lab), id);
     let volume = lab.volume_of("data");
     lab.nodes[0]
-        .sh(&format!("test -s {POOL}/volumes/{volume}/data/log"))
+        .sh(&format!("test -s {}", lab.on_disk(&volume, "log")))
         .unwrap();
     lab.exec("pod", "test ! -e /data/blinks; echo still here > /data/file")
         .unwrap();
 
-    lab.install(&[]).unwrap();
+    lab.install(&[]);
     lab.delete("pod", "pod");
     lab.apply(&[on_node(pod("pod", "data"), "node-1")]);
     lab.running("pod");
@@ -78,14 +88,13 @@ fn mount_id(lab: &crate::lab::Lab) -> String {
         .unwrap()
 }
 
-#[test]
-fn scenario_9_people_are_told_the_cause() {
-    let Some(mut lab) = lab("causes", "9. kubectl describe names the cause") else {
+fn scenario_9_people_are_told_the_cause(mode: Mode) {
+    let Some(mut lab) = lab(mode, "causes", "9. kubectl describe names the cause") else {
         return;
     };
     lab.apply(&[
-        class("typo", &json!({"poool": "default"}), "Delete", &[]),
-        class("no-pool", &json!({"pool": "fast"}), "Delete", &[]),
+        class(lab.mode.driver(), "typo", &json!({"poool": "default"}), "Delete", &[]),
+        class(lab.mode.driver(), "no-pool", &json!({"pool": "fast"}), "Delete", &[]),
         claim_of("typo", "10Mi", "typo", "ReadWriteOnce"),
         claim_of("no-pool", "10Mi", "no-pool", "ReadWriteOnce"),
         pod("typo", "typo"),
@@ -95,13 +104,16 @@ fn scenario_9_people_are_told_the_cause() {
     lab.described("pvc", "no-pool", "has no pool fast (it has: default)");
 
     // The disk of a pool is gone when a pod comes back for its volume.
-    let pools = r#"pools=[{"name":"default","path":"/var/lib/hostdir"},{"name":"disk","path":"/mnt/disk/hostdir","requireMount":true}]"#;
+    let pools = json!([
+        {"name": "default", "path": mode.pool()},
+        {"name": "disk", "path": "/mnt/disk/hostdir", "requireMount": true},
+    ]);
     lab.nodes[0]
         .sh("mkdir -p /mnt/disk && mount -t tmpfs -o size=64M tmpfs /mnt/disk && mkdir /mnt/disk/hostdir")
         .unwrap();
-    lab.install(&[pools]).unwrap();
+    lab.install(&[&format!("pools={pools}")]);
     lab.apply(&[
-        class("disk", &json!({"pool": "disk"}), "Delete", &[]),
+        class(lab.mode.driver(), "disk", &json!({"pool": "disk"}), "Delete", &[]),
         claim_of("disk", "10Mi", "disk", "ReadWriteOnce"),
         on_node(pod("disk", "disk"), "node-1"),
     ]);
@@ -115,7 +127,7 @@ fn scenario_9_people_are_told_the_cause() {
     lab.described("pod", "disk", "pool disk cannot be used: /mnt/disk/hostdir");
     // hostdir's own pod on the node says so, too, to whoever asks.
     let asked = ["probe", "--ready", "--endpoint=unix:///csi/csi.sock"];
-    let pod = format!("pod/{}", driver_on(&lab, "node-1"));
+    let pod = format!("pod/{}", lab.driver_on("node-1")["metadata"]["name"].as_str().unwrap());
     let exec = ["exec", "-n", NAMESPACE, &pod, "-c", "hostdir", "--", "/hostdir"];
     let said = lab.kubectl().run(&[&exec[..], &asked].concat()).unwrap_err();
     assert!(
@@ -126,7 +138,7 @@ fn scenario_9_people_are_told_the_cause() {
         .run(&["delete", "pods", "--all", "-n", &lab.namespace, "--wait"])
         .unwrap();
     // The disk is lost for good: the pool is taken out of the configuration, and the volume goes with its claim.
-    lab.install(&[]).unwrap();
+    lab.install(&[]);
     lab.kubectl()
         .run(&["delete", "pvc", "--all", "-n", &lab.namespace, "--wait"])
         .unwrap();
@@ -136,12 +148,11 @@ fn scenario_9_people_are_told_the_cause() {
     lab.nothing_is_left();
 }
 
-#[test]
-fn a_pod_goes_on_while_the_network_is_cut_and_the_api_server_hangs() {
-    let Some(lab) = lab("cut-off", "a pod goes on without network and API server") else {
+fn a_pod_goes_on_while_the_network_is_cut_and_the_api_server_hangs(mode: Mode) {
+    let Some(lab) = lab(mode, "cut-off", "a pod goes on without network and API server") else {
         return;
     };
-    lab.apply(&[claim("data", "10Mi"), on_node(pod("pod", "data"), "node-1")]);
+    lab.apply(&[lab.claim("data", "10Mi"), on_node(pod("pod", "data"), "node-1")]);
     lab.running("pod");
     let volume = lab.volume_of("data");
     let answers = || {
@@ -156,7 +167,7 @@ fn a_pod_goes_on_while_the_network_is_cut_and_the_api_server_hangs() {
     // The driver needs no API server: a volume that is there is mounted and unmounted as ever.
     lab.kill_driver(0);
     lab.nodes[0]
-        .sh(&format!("echo x > {POOL}/volumes/{volume}/data/while-frozen"))
+        .sh(&format!("echo x > {}", lab.on_disk(&volume, "while-frozen")))
         .unwrap();
     lab.freeze_api_server(false).unwrap();
     lab.wait("the API server answers again", || Ok(answers()));
@@ -179,20 +190,4 @@ fn a_pod_goes_on_while_the_network_is_cut_and_the_api_server_hangs() {
     lab.delete("pod", "pod");
     lab.delete("pvc", "data");
     lab.nothing_is_left();
-}
-
-/// The pod of hostdir on a node.
-fn driver_on(lab: &crate::lab::Lab, node: &str) -> String {
-    let selector = format!("spec.nodeName={node}");
-    let args = [
-        "pods",
-        "-n",
-        NAMESPACE,
-        "-l",
-        "app.kubernetes.io/name=hostdir",
-        "--field-selector",
-        &selector,
-    ];
-    let pods = lab.kubectl().list(&args).unwrap();
-    pods[0]["metadata"]["name"].as_str().unwrap().to_owned()
 }

@@ -9,10 +9,11 @@ use super::proto::controller_service_capability::rpc::Type as RpcType;
 use super::proto::controller_service_capability::{Rpc, Type};
 use super::proto::validate_volume_capabilities_response::Confirmed;
 use super::proto::{
-    ControllerGetCapabilitiesRequest, ControllerGetCapabilitiesResponse, ControllerServiceCapability,
-    CreateVolumeRequest, CreateVolumeResponse, DeleteVolumeRequest, DeleteVolumeResponse, GetCapacityRequest,
-    GetCapacityResponse, ListVolumesRequest, ListVolumesResponse, ValidateVolumeCapabilitiesRequest,
-    ValidateVolumeCapabilitiesResponse, Volume as ProtoVolume, list_volumes_response,
+    ControllerExpandVolumeRequest, ControllerExpandVolumeResponse, ControllerGetCapabilitiesRequest,
+    ControllerGetCapabilitiesResponse, ControllerServiceCapability, CreateVolumeRequest, CreateVolumeResponse,
+    DeleteVolumeRequest, DeleteVolumeResponse, GetCapacityRequest, GetCapacityResponse, ListVolumesRequest,
+    ListVolumesResponse, ValidateVolumeCapabilitiesRequest, ValidateVolumeCapabilitiesResponse, Volume as ProtoVolume,
+    list_volumes_response,
 };
 use super::{Service, parse};
 use crate::volume::id::{NodeName, VolumeId};
@@ -137,6 +138,37 @@ impl Controller for Service<dyn Control> {
         }))
     }
 
+    async fn controller_expand_volume(
+        &self,
+        request: Request<ControllerExpandVolumeRequest>,
+    ) -> Result<Response<ControllerExpandVolumeResponse>, Status> {
+        let ControllerExpandVolumeRequest {
+            volume_id,
+            capacity_range,
+            secrets: _,
+            volume_capability,
+        } = request.into_inner();
+        let node = self.about.node.clone();
+        let bytes = self
+            .run("ControllerExpandVolume", move |control| {
+                let id = parse::volume_id(&volume_id)?;
+                let about = parse::about(&id, node.as_ref());
+                if capacity_range.is_none() {
+                    return Err(about(Status::invalid_argument("capacity_range is missing")));
+                }
+                let size = parse::size(capacity_range).map_err(&about)?;
+                if let Some(capability) = volume_capability {
+                    parse::capability(capability, || None).map_err(&about)?;
+                }
+                Ok(control.expand(&id, size)?)
+            })
+            .await?;
+        Ok(Response::new(ControllerExpandVolumeResponse {
+            capacity_bytes: signed(bytes),
+            node_expansion_required: false,
+        }))
+    }
+
     async fn controller_get_capabilities(
         &self,
         _: Request<ControllerGetCapabilitiesRequest>,
@@ -149,6 +181,7 @@ impl Controller for Service<dyn Control> {
                 capability(RpcType::CreateDeleteVolume),
                 capability(RpcType::ListVolumes),
                 capability(RpcType::GetCapacity),
+                capability(RpcType::ExpandVolume),
                 capability(RpcType::SingleNodeMultiWriter),
             ],
         }))

@@ -33,10 +33,17 @@ impl Identity for Service<dyn Health> {
         let capability = |service: ServiceType| PluginCapability {
             r#type: Some(Type::Service(plugin_capability::Service { r#type: service.into() })),
         };
+        let online = plugin_capability::volume_expansion::Type::Online.into();
+        let online_expansion = PluginCapability {
+            r#type: Some(Type::VolumeExpansion(plugin_capability::VolumeExpansion {
+                r#type: online,
+            })),
+        };
         Ok(Response::new(GetPluginCapabilitiesResponse {
             capabilities: vec![
                 capability(ServiceType::ControllerService),
                 capability(ServiceType::VolumeAccessibilityConstraints),
+                online_expansion,
             ],
         }))
     }

@@ -29,7 +29,7 @@ fn code(reason: &Reason) -> Code {
         Reason::NoSuchVolume | Reason::NotMounted(_) => Code::NotFound,
         // Never right, whatever is tried; asked again until the PVC is gone.
         Reason::Exists(_) => Code::AlreadyExists,
-        Reason::EmptyRange(_) => Code::OutOfRange,
+        Reason::EmptyRange(_) | Reason::Shrink { .. } | Reason::NoRoomToGrow { .. } => Code::OutOfRange,
         // Nothing was recorded: the pod goes to another node.
         Reason::OtherNode | Reason::NoSuchPool { .. } | Reason::NoRoom { .. } | Reason::NoNode(_) => {
             Code::ResourceExhausted

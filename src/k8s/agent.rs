@@ -251,7 +251,7 @@ fn delete(agent: &Agent, driver: &Driver, promise: &Promise) -> Result<(), Reaso
             let verb = "take the finalizer off its HostVolume";
             match ask(&agent.runtime, verb, book::release(&agent.volumes, promise)) {
                 Ok(_) | Err(Problem::NotFound) => {
-                    info!(volume.id = %promise.id, node = %agent.node, "volume let go of")
+                    info!(volume.id = %promise.id, node = %agent.node, "volume let go of");
                 }
                 // It has changed: the watch brings it again.
                 Err(Problem::Conflict) => {}

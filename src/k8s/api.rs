@@ -4,6 +4,7 @@
 //! grow), its status is its node's. A HostNode is what a node says of its pools.
 
 #![expect(unreachable_pub, reason = "the derive macro makes private copies of public structs")]
+#![expect(clippy::duplicated_attributes, reason = "each is an argument of another printcolumn")]
 
 use kube::{CustomResource, CustomResourceExt, KubeSchema};
 use schemars::JsonSchema;

@@ -11,6 +11,7 @@ use super::{Problem, api, ask, convert};
 use crate::volume::Reason;
 use crate::volume::id::VolumeId;
 use crate::volume::ports::{Book, Draft, Promise};
+use crate::volume::size::Bytes;
 
 /// The API server's book.
 pub struct ApiBook {
@@ -71,6 +72,22 @@ impl Book for ApiBook {
             Ok(left) => left.left().map(read).transpose(),
             Err(Problem::NotFound) => Ok(None),
             // Another one of that name: what we were asked to delete is gone, but the caller may mean this one.
+            Err(problem) => Err(problem.into_reason(verb)),
+        }
+    }
+
+    fn expand(&self, promise: &Promise, bytes: Bytes) -> Result<bool, Reason> {
+        let verb = "raise the capacity of its HostVolume";
+        let patch = Patch::Merge(json!({
+            "metadata": {"resourceVersion": promise.version},
+            "spec": {"capacity": bytes.quantity()},
+        }));
+        let params = PatchParams::default();
+        let patched = self.volumes.patch(promise.id.as_str(), &params, &patch);
+        match ask(&self.runtime, verb, patched) {
+            Ok(_) => Ok(true),
+            Err(Problem::Conflict) => Ok(false),
+            Err(Problem::NotFound) => Err(Reason::NoSuchVolume),
             Err(problem) => Err(problem.into_reason(verb)),
         }
     }

@@ -114,11 +114,7 @@ impl Disk for PoolDisk {
     }
 
     fn prepare(&self, record: &Record) -> Result<(), DiskError> {
-        let name = c_name(&record.id);
-        let volume = self.volumes.find_child(&name)?.ok_or_else(|| {
-            let verb = "find (somebody removed it; delete the volume and make it anew)";
-            self.volumes.failed(verb, &name, Errno::ENOENT)
-        })?;
+        let volume = self.open_volume(&record.id)?;
         let data = volume.ensure_child(DATA)?;
         let Directory { mode, uid, gid } = record.directory;
         fchown(&data, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))
@@ -127,9 +123,12 @@ impl Disk for PoolDisk {
         data.sync()?;
         // The directory must be durable before the record says that it was ever there.
         volume.sync()?;
-        volume.write(NEW_RECORD, &json(record)?)?;
-        volume.rename(NEW_RECORD, RECORD)?;
-        self.settle_or(|| volume.sync())
+        self.replace_record(&volume, record)
+    }
+
+    fn rewrite(&self, record: &Record) -> Result<(), DiskError> {
+        let volume = self.open_volume(&record.id)?;
+        self.replace_record(&volume, record)
     }
 
     fn data(&self, id: &VolumeId) -> Result<Option<Inode>, DiskError> {
@@ -235,6 +234,20 @@ impl PoolDisk {
         if let (Ok(Some(_)), Err(errno)) = (removed, self.new.rmdir(stage)) {
             warn!(path = %self.new.path().display(), ?stage, %errno, "cannot remove a half-made volume; a restart will");
         }
+    }
+
+    fn open_volume(&self, id: &VolumeId) -> Result<Dir, DiskError> {
+        let name = c_name(id);
+        self.volumes.find_child(&name)?.ok_or_else(|| {
+            let verb = "find (somebody removed it; delete the volume and make it anew)";
+            self.volumes.failed(verb, &name, Errno::ENOENT)
+        })
+    }
+
+    fn replace_record(&self, volume: &Dir, record: &Record) -> Result<(), DiskError> {
+        volume.write(NEW_RECORD, &json(record)?)?;
+        volume.rename(NEW_RECORD, RECORD)?;
+        self.settle_or(|| volume.sync())
     }
 
     fn open_data(&self, id: &VolumeId) -> Result<Dir, DiskError> {

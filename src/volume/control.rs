@@ -107,6 +107,12 @@ pub trait Control: Send + Sync {
     /// It is in use, or it cannot be told whether it is gone.
     fn delete(&self, id: &VolumeId) -> Result<(), Error>;
 
+    /// Promises a volume more, if it does not have it already; its size then.
+    ///
+    /// # Errors
+    /// There is no room for more, it would have to shrink, there is no such volume, or it cannot be told.
+    fn expand(&self, id: &VolumeId, size: SizeRange) -> Result<Bytes, Error>;
+
     /// A volume.
     ///
     /// # Errors
@@ -120,7 +126,7 @@ pub trait Control: Send + Sync {
     fn list(&self, after: Option<&VolumeId>, max: usize) -> Result<Vec<Volume>, Error>;
 
     /// The largest volume that can be promised on a pool of the nodes of this segment (of all, if none is given): nothing
-    /// if no node at all has a pool of that name.
+    /// if it is known that no node has a pool of that name.
     fn room(&self, pool: &PoolName, segment: Option<&str>) -> Option<Bytes>;
 
     /// The filesystem of a pool, as mount(8) calls it, if it is the same wherever the pool is.

@@ -279,6 +279,32 @@ fn errors_say_which_volume_and_which_node() {
     );
 }
 
+#[test]
+fn a_volume_grows_as_far_as_there_is_room_or_not_at_all() {
+    let fixture = Fixture::new();
+    fixture.driver.create(&want("a", 4)).unwrap();
+    let expand = |gib: u64| {
+        let size = SizeRange {
+            required: Bytes(gib << 30),
+            limit: None,
+        };
+        fixture.driver.expand(&id("a"), size).map_err(|error| *error.reason)
+    };
+    fixture.memory.fail("rewrite", DiskErrorKind::Failed);
+    expand(6).unwrap_err();
+    assert_eq!(fixture.room(), 6, "what failed counts");
+    assert_eq!(expand(6).unwrap(), Bytes(6 << 30));
+    assert_eq!(fixture.room(), 4);
+    assert_eq!(expand(5).unwrap(), Bytes(6 << 30));
+    let refusal = expand(11).unwrap_err();
+    assert!(
+        matches!(refusal, Reason::NoRoomToGrow { room, .. } if room == Bytes(10 << 30)),
+        "{refusal}"
+    );
+    let fixture = fixture.restarted();
+    assert_eq!(fixture.driver.get(&id("a")).unwrap().bytes, Bytes(6 << 30));
+}
+
 /// A ledger in memory.
 #[derive(Default)]
 struct Promises(std::sync::Mutex<std::collections::HashMap<VolumeId, Promise>>);

@@ -14,7 +14,7 @@ use super::error::{Error, Reason};
 use super::id::{NodeName, PoolName, VolumeId};
 use super::ports::{Book, Draft, Hindrance, Promise, Stage};
 use super::registry::Registry;
-use super::size::Bytes;
+use super::size::{Bytes, SizeRange};
 
 /// How long a delete waits for the node: below the 30 s that external-provisioner is told to wait (the chart's `--timeout`).
 const DELETE_WAIT: Duration = Duration::from_secs(20);
@@ -70,14 +70,13 @@ impl Elected {
     }
 
     fn try_delete(&self, id: &VolumeId) -> Result<(), (Option<NodeName>, Reason)> {
-        let uid = match self.registry.uid(id) {
-            Some(uid) => Some(uid),
-            None => {
-                let found = self.book.look_up(id).map_err(|reason| (None, reason))?;
-                found.map(|promise| promise.uid)
-            }
+        let known = self.registry.uid(id).map_or_else(
+            || Ok(self.book.look_up(id)?.map(|promise| promise.uid)),
+            |uid| Ok(Some(uid)),
+        );
+        let Some(uid) = known.map_err(|reason| (None, reason))? else {
+            return Ok(());
         };
-        let Some(uid) = uid else { return Ok(()) };
         let left = self.book.delete(id, uid).map_err(|reason| (None, reason))?;
         let Some(promise) = left else {
             self.registry.forget(id, uid);
@@ -94,6 +93,36 @@ impl Elected {
         self.wait_gone(&promise).map_err(at)?;
         info!(volume.id = %id, node = %promise.node, "volume deleted");
         Ok(())
+    }
+
+    fn try_expand(&self, id: &VolumeId, size: SizeRange) -> Result<Bytes, (Option<NodeName>, Reason)> {
+        let found = self.book.look_up(id).map_err(|reason| (None, reason))?;
+        let promise = found.ok_or((None, Reason::NoSuchVolume))?;
+        let grown = self.grow(&promise, size);
+        grown.map_err(|reason| (Some(promise.node.clone()), reason))
+    }
+
+    fn grow(&self, promise: &Promise, size: SizeRange) -> Result<Bytes, Reason> {
+        let Promise { id, node, pool, .. } = promise;
+        if promise.deleting {
+            return Err(Reason::Deleting);
+        }
+        let wanted = match size.grow(promise.bytes) {
+            None => return Err(Reason::Shrink { has: promise.bytes }),
+            Some(None) => return Ok(promise.bytes),
+            Some(Some(bytes)) => bytes,
+        };
+        let left = self.registry.room(pool, Some(&node.segment())).unwrap_or_default();
+        let room = promise.bytes.plus(left);
+        if wanted > room {
+            let pool = pool.clone();
+            return Err(Reason::NoRoomToGrow { pool, wanted, room });
+        }
+        if !self.book.expand(promise, wanted)? {
+            return Err(Reason::Running("this volume".into()));
+        }
+        info!(volume.id = %id, node = %node, pool = %pool, size = %wanted, "volume expanded");
+        Ok(wanted)
     }
 
     fn wait_gone(&self, promise: &Promise) -> Result<(), Reason> {
@@ -126,6 +155,11 @@ impl Control for Elected {
 
     fn delete(&self, id: &VolumeId) -> Result<(), Error> {
         self.try_delete(id).map_err(|(node, reason)| error(id, node, reason))
+    }
+
+    fn expand(&self, id: &VolumeId, size: SizeRange) -> Result<Bytes, Error> {
+        self.try_expand(id, size)
+            .map_err(|(node, reason)| error(id, node, reason))
     }
 
     fn get(&self, id: &VolumeId) -> Result<Volume, Error> {

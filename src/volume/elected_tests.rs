@@ -82,6 +82,17 @@ impl Book for Paper {
         self.answer(Some(entry.clone()))
     }
 
+    fn expand(&self, promise: &Promise, bytes: Bytes) -> Result<bool, Reason> {
+        let mut entries = self.entries.lock().unwrap();
+        let entry = entries.get_mut(&promise.id).ok_or(Reason::NoSuchVolume)?;
+        if entry.version != promise.version {
+            return self.answer(false);
+        }
+        entry.bytes = bytes;
+        entry.version.push('+');
+        self.answer(true)
+    }
+
     fn release(&self, promise: &Promise) -> Result<bool, Reason> {
         let mut entries = self.entries.lock().unwrap();
         match entries.get(&promise.id) {
@@ -323,6 +334,12 @@ fn a_pool_that_nobody_has_is_told_from_one_that_is_full() {
     let fixture = Fixture::new();
     let fast = PoolName::parse("fast").unwrap();
     assert_eq!(fixture.controller.room(&fast, None), None);
+    let unheard = node(7).segment();
+    assert_eq!(
+        fixture.controller.room(&fast, Some(&unheard)),
+        Some(Bytes(0)),
+        "nothing is known of that node yet"
+    );
     fixture.registry.node_is_gone(&node(1));
     assert_eq!(fixture.room(1), 0, "the Node is gone");
 }
@@ -356,4 +373,26 @@ fn a_controller_is_not_ready_before_it_has_seen_everything() {
     assert!(!controller.probe(false).unwrap());
     registry.replace(&BTreeSet::new());
     assert!(controller.probe(false).unwrap());
+}
+
+#[test]
+fn a_promise_grows_as_far_as_there_is_room_and_never_shrinks() {
+    let fixture = Fixture::new();
+    fixture.create("a", 4, &[1]).unwrap();
+    fixture.watch();
+    let expand = |gib: u64, limit: Option<u64>| {
+        let size = SizeRange {
+            required: Bytes(gib << 30),
+            limit: limit.map(|gib| Bytes(gib << 30)),
+        };
+        fixture.controller.expand(&id("a"), size).map_err(|error| *error.reason)
+    };
+    assert_eq!(expand(10, None).unwrap(), Bytes(10 << 30));
+    fixture.watch();
+    assert_eq!(fixture.room(1), 0);
+    assert_eq!(expand(5, None).unwrap(), Bytes(10 << 30), "it has that already");
+    let refusal = expand(11, None).unwrap_err();
+    assert!(matches!(refusal, Reason::NoRoomToGrow { .. }), "{refusal}");
+    let refusal = expand(4, Some(5)).unwrap_err();
+    assert!(matches!(refusal, Reason::Shrink { .. }), "{refusal}");
 }

@@ -46,6 +46,24 @@ pub enum Reason {
     /// A size range that no size is in.
     #[error("no size is at least {} and at most {}", .0.required, .0.limit.unwrap_or_default())]
     EmptyRange(SizeRange),
+    /// It has a size already that is none of those asked for.
+    #[error("it has {has}, and volumes never shrink; ask for that or more")]
+    Shrink {
+        /// The size it has.
+        has: Bytes,
+    },
+    /// It cannot grow so much.
+    #[error(
+        "it cannot grow to {wanted}: pool {pool} has room for {room} in all; delete volumes there, or ask for less"
+    )]
+    NoRoomToGrow {
+        /// Its pool.
+        pool: PoolName,
+        /// The size asked for.
+        wanted: Bytes,
+        /// The size it could have.
+        room: Bytes,
+    },
     /// The topology names other nodes only.
     #[error("the topology asked for does not include this node; a volume made here is reachable from here alone")]
     OtherNode,

@@ -9,7 +9,7 @@ use super::error::{Error, Reason};
 use super::id::{PoolName, VolumeId};
 use super::pool::{Entry, OpenPool, Pool};
 use super::record::{Phase, Record};
-use super::size::Bytes;
+use super::size::{Bytes, SizeRange};
 
 impl Health for Driver {
     /// Whether the pools are present, writable and the ones that were opened: at least one of them, or all. One bad disk must
@@ -52,6 +52,12 @@ impl Control for Driver {
     /// [`Reason::Mounted`] while it is, [`Reason::PoolUnusable`] when the volume may be on a pool that cannot be asked.
     fn delete(&self, id: &VolumeId) -> Result<(), Error> {
         self.try_delete(id, None).map_err(|reason| self.error(Some(id), reason))
+    }
+
+    /// # Errors
+    /// [`Reason::NoRoomToGrow`], [`Reason::Shrink`], or as [`Control::get`].
+    fn expand(&self, id: &VolumeId, size: SizeRange) -> Result<Bytes, Error> {
+        self.try_expand(id, size).map_err(|reason| self.error(Some(id), reason))
     }
 
     /// # Errors
@@ -129,6 +135,21 @@ impl Driver {
         pool.claim(record.clone())?;
         info!(volume.id = %id, node = %self.node, pool = %pool.config.name, size = %record.bytes, "volume created");
         Ok(self.volume(record, &pool))
+    }
+
+    fn try_expand(&self, id: &VolumeId, size: SizeRange) -> Result<Bytes, Reason> {
+        let _running = self.operations.on_volume(id)?;
+        let (pool, entry) = self.require(id)?;
+        let record = entry.record.map_err(Reason::BrokenRecord)?;
+        match size.grow(record.bytes) {
+            None => Err(Reason::Shrink { has: record.bytes }),
+            Some(None) => Ok(record.bytes),
+            Some(Some(bytes)) => {
+                pool.grow(record, bytes)?;
+                info!(volume.id = %id, node = %self.node, pool = %pool.config.name, size = %bytes, "volume expanded");
+                Ok(bytes)
+            }
+        }
     }
 
     /// The volume that is there already, if it is what is wanted.

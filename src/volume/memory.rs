@@ -213,6 +213,12 @@ impl Disk for MemoryDisk {
         })
     }
 
+    fn rewrite(&self, record: &Record) -> Result<(), DiskError> {
+        self.change("rewrite", |pool| {
+            pool.volumes.insert(record.id.clone(), record.clone());
+        })
+    }
+
     fn data(&self, id: &VolumeId) -> Result<Option<Inode>, DiskError> {
         let mut state = self.memory.lock();
         state.attempt("data")?;

@@ -1,11 +1,15 @@
 //! The core: what a volume is, and the verbs on it. It knows neither gRPC nor Kubernetes nor system calls.
 //!
-//! [`Driver`] holds the verbs. They act through two ports, [`ports::Host`] (this machine) and [`ports::Disk`] (one pool
-//! on it), and refuse with an [`Error`] that says what happened to which volume, where, and what to do.
+//! [`Driver`] holds the verbs of a node. They act through [`ports::Host`] (this machine) and [`ports::Disk`] (one pool on
+//! it), and refuse with an [`Error`] that says what happened to which volume, where, and what to do.
 //!
 //! The walk of a volume: *create* counts its size against the pool's [`room`] and writes a [`record`] — *publish* makes
 //! its directory the first time, marks the record `Ready`, then mounts it — *unpublish* unmounts — *delete* moves it out
 //! of the pool by one rename.
+//!
+//! In elected mode *create* and *delete* are those of a controller, [`Elected`]: it enters promises in a [`ports::Book`],
+//! by what the [`registry`] knows of all nodes; a node finds those made to it in its [`ports::Ledger`]. [`Control`] is what
+//! both modes have in common for callers.
 
 pub mod access;
 pub mod control;

@@ -259,6 +259,35 @@ impl OpenPool {
         Ok(claimed?)
     }
 
+    /// Records a larger size of a volume, if there is room for it.
+    pub(super) fn grow(&self, record: Record, bytes: Bytes) -> Result<(), Reason> {
+        let more = bytes.less(record.bytes);
+        self.promise(more).map_err(|reason| match reason {
+            Reason::NoRoom { pool, room, .. } => Reason::NoRoomToGrow {
+                pool,
+                wanted: bytes,
+                room: record.bytes.plus(room),
+            },
+            other => other,
+        })?;
+        let record = Record { bytes, ..record };
+        let written = self.disk.rewrite(&record);
+        let mut volumes = self.lock();
+        match &written {
+            Ok(())
+            | Err(DiskError {
+                kind: DiskErrorKind::Unsettled,
+                ..
+            }) => {
+                if let Some(entry) = volumes.entries.get_mut(&record.id) {
+                    entry.record = Ok(record);
+                }
+            }
+            Err(_) => volumes.claimed = volumes.claimed.less(more),
+        }
+        Ok(written?)
+    }
+
     /// Counts `bytes` as promised, before they are recorded: two callers at once cannot both have the last of the room.
     fn promise(&self, bytes: Bytes) -> Result<(), Reason> {
         let space = self.disk.space()?;

@@ -182,6 +182,12 @@ pub trait Disk: Send + Sync {
     /// A step failed; the old record or the new one is there, and an empty directory or none.
     fn prepare(&self, record: &Record) -> Result<(), DiskError>;
 
+    /// Records `record` in place of the volume's last record.
+    ///
+    /// # Errors
+    /// A step failed; unless the error is [`DiskErrorKind::Unsettled`], the old record is there.
+    fn rewrite(&self, record: &Record) -> Result<(), DiskError>;
+
     /// The directory of a volume, if it is there.
     ///
     /// # Errors
@@ -350,6 +356,12 @@ pub trait Book: Send + Sync {
     /// # Errors
     /// It cannot be told.
     fn delete(&self, id: &VolumeId, uid: Uuid) -> Result<Option<Promise>, Reason>;
+
+    /// Promises more: so many bytes, if the promise still is of this version; says whether it did.
+    ///
+    /// # Errors
+    /// It cannot be told.
+    fn expand(&self, promise: &Promise, bytes: Bytes) -> Result<bool, Reason>;
 
     /// Ends a promise that is being deleted in place of its node, if it still is of this version; says whether it did.
     ///

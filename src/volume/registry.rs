@@ -88,7 +88,6 @@ struct State {
 
 /// What has been listed whole.
 #[derive(Clone, Copy, Default)]
-#[expect(clippy::struct_field_names, reason = "each is one watch")]
 struct Seen {
     volumes: bool,
     host_nodes: bool,
@@ -283,19 +282,21 @@ impl Registry {
         }
     }
 
-    /// The largest volume that can be promised on a pool of the nodes of this segment; nothing if no node has such a pool.
+    /// The largest volume that can be promised on a pool of the nodes of this segment; nothing if these nodes have
+    /// published their pools and no node at all has such a one.
     pub(super) fn room(&self, pool: &PoolName, segment: Option<&str>) -> Option<Bytes> {
         let mut state = self.lock();
         state.expire();
-        let mut known = false;
+        let (mut known, mut published) = (false, false);
         let mut most = Bytes(0);
         for (node, pools) in &state.pools {
             known |= pools.contains_key(pool);
             if segment.is_none_or(|segment| segment == node.segment()) {
+                published = true;
                 most = most.max(state.room(node, pool).unwrap_or_default());
             }
         }
-        known.then_some(most)
+        (known || !published).then_some(most)
     }
 
     /// The filesystem of a pool, if it is the same on all nodes that have one.

@@ -113,6 +113,17 @@ impl SizeRange {
         size >= self.required && self.limit.is_none_or(|limit| size <= limit)
     }
 
+    /// The size that a volume which has `size` must grow to; nothing if it has what is asked for. None if it would have to
+    /// shrink, or if there is no such size.
+    #[must_use]
+    pub fn grow(self, size: Bytes) -> Option<Option<Bytes>> {
+        if self.admits(size) {
+            return Some(None);
+        }
+        let possible = self.required > size && self.admits(self.required);
+        possible.then_some(Some(self.required))
+    }
+
     /// The size to give.
     #[must_use]
     pub fn choose(self) -> Bytes {
@@ -161,6 +172,19 @@ mod tests {
         assert_eq!(Bytes(1 << 30).to_string(), "1 GiB");
         assert_eq!(Bytes((3 << 30) / 2).to_string(), "1.50 GiB");
         assert_eq!(Bytes(u64::MAX).to_string(), "16383.99 PiB");
+    }
+
+    #[test]
+    fn volumes_grow_and_never_shrink() {
+        let range = |required, limit: Option<u64>| SizeRange {
+            required: Bytes(required),
+            limit: limit.map(Bytes),
+        };
+        assert_eq!(range(5, None).grow(Bytes(3)), Some(Some(Bytes(5))));
+        assert_eq!(range(5, Some(7)).grow(Bytes(3)), Some(Some(Bytes(5))));
+        assert_eq!(range(5, None).grow(Bytes(9)), Some(None));
+        assert_eq!(range(5, Some(7)).grow(Bytes(9)), None, "it would have to shrink");
+        assert_eq!(range(5, Some(4)).grow(Bytes(3)), None, "there is no such size");
     }
 
     proptest! {

@@ -151,11 +151,11 @@ impl Cluster {
     ///
     /// # Errors
     /// Helm fails, or the pods do not start.
-    pub fn install(&self, settings: &[&str]) -> Result<()> {
+    pub fn install(&self, release: &str, settings: &[&str]) -> Result<()> {
         let mut args = vec![
             "upgrade",
             "--install",
-            "hostdir",
+            release,
             CHART,
             "--namespace",
             NAMESPACE,
@@ -167,27 +167,31 @@ impl Cluster {
         }
         self.helm(&args)?;
         wait_until("hostdir is rolled out", || {
-            let status = self.kubectl.get(&["daemonset", "hostdir", "-n", NAMESPACE])?;
-            let field = |name: &str| status["status"][name].as_u64();
-            let observed = field("observedGeneration") == status["metadata"]["generation"].as_u64();
-            let (wanted, updated) = (field("desiredNumberScheduled"), field("updatedNumberScheduled"));
-            let running = self.running_drivers()?;
-            Ok(observed && wanted.is_some_and(|wanted| wanted > 0) && updated == wanted && Some(running) == wanted)
+            let status = self.kubectl.get(&["daemonset", release, "-n", NAMESPACE])?;
+            let (wanted, nodes) = rolled_out(&status, "desiredNumberScheduled", "updatedNumberScheduled");
+            let controllers = ["deployments", "-n", NAMESPACE, "-l", &instance(release)];
+            let controllers = self.kubectl.list(&controllers)?;
+            let mut pods = wanted;
+            let mut all = nodes;
+            for deployment in &controllers {
+                let (replicas, updated) = rolled_out(deployment, "replicas", "updatedReplicas");
+                pods += replicas;
+                all &= updated && deployment["status"]["readyReplicas"] == deployment["status"]["replicas"];
+            }
+            Ok(all && wanted > 0 && self.running_drivers(release)? == pods)
         })
     }
 
-    /// Pods of hostdir whose containers all run: whether or not their pools are fine.
-    fn running_drivers(&self) -> Result<u64> {
+    /// Pods of a release whose containers all run: whether or not their pools are fine.
+    fn running_drivers(&self, release: &str) -> Result<u64> {
         let pods = self
             .kubectl
-            .list(&["pods", "-n", NAMESPACE, "-l", "app.kubernetes.io/name=hostdir"])?;
+            .list(&["pods", "-n", NAMESPACE, "-l", &instance(release)])?;
         let runs = |pod: &&serde_json::Value| {
-            let containers = pod["status"]["containerStatuses"]
-                .as_array()
-                .cloned()
-                .unwrap_or_default();
+            let list = |of: &serde_json::Value| of.as_array().cloned().unwrap_or_default();
+            let containers = list(&pod["status"]["containerStatuses"]);
             pod["metadata"]["deletionTimestamp"].is_null()
-                && containers.len() == 3
+                && containers.len() == list(&pod["spec"]["containers"]).len()
                 && containers
                     .iter()
                     .all(|container| container["state"]["running"].is_object())
@@ -274,6 +278,16 @@ impl Cluster {
         control_plane::start_api_server(&self.control_plane.machine, &self.control_plane.pki, &self.bin)
     }
 
+    /// Starts the controller manager anew, with so many requests to the API server per second and at once.
+    ///
+    /// # Errors
+    /// It does not run, or cannot be started.
+    pub fn restart_controller_manager(&self, qps: u32, burst: u32) -> Result<()> {
+        let machine = &self.control_plane.machine;
+        machine.signal("kube-controller-manager", Signal::SIGKILL)?;
+        control_plane::start_controller_manager(machine, &self.control_plane.pki, &self.bin, qps, burst)
+    }
+
     /// Cuts a node from the network, or plugs it in again.
     ///
     /// # Errors
@@ -303,6 +317,19 @@ impl Cluster {
         }
         Ok(())
     }
+}
+
+/// The label of a release's pods.
+fn instance(release: &str) -> String {
+    format!("app.kubernetes.io/instance={release}")
+}
+
+/// How many pods there are to be, and whether all are of the newest kind.
+fn rolled_out(workload: &serde_json::Value, wanted: &str, updated: &str) -> (u64, bool) {
+    let status = &workload["status"];
+    let observed = status["observedGeneration"] == workload["metadata"]["generation"];
+    let wanted = status[wanted].as_u64().unwrap_or_default();
+    (wanted, observed && status[updated].as_u64() == Some(wanted))
 }
 
 /// Routes from every node to the pods of every other.

@@ -42,22 +42,8 @@ pub(crate) fn start(machine: &Machine, pki: &Pki, bin: &Path, kubectl: &Kubectl)
     wait_until("the API server is ready", || {
         Ok(kubectl.run(&["get", "--raw", "/readyz"])? == "ok")
     })?;
-    let kubeconfig = pki.kubeconfig("controller-manager", SERVER)?;
-    spawn(
-        "kube-controller-manager",
-        vec![
-            arg("kubeconfig", &kubeconfig),
-            arg("authentication-kubeconfig", &kubeconfig),
-            arg("authorization-kubeconfig", &kubeconfig),
-            arg("use-service-account-credentials", "true"),
-            arg("service-account-private-key-file", &pki.path("sa.key")),
-            arg("root-ca-file", &pki.path("ca.crt")),
-            arg("leader-elect", "false"),
-            // What issue trackers call "slow binding" is this limit (20/30); the tests are not about it.
-            arg("kube-api-qps", "200"),
-            arg("kube-api-burst", "400"),
-        ],
-    )?;
+    // What issue trackers call "slow binding" is this limit (20/30); the tests are not about it.
+    start_controller_manager(machine, pki, bin, 200, 400)?;
     let kubeconfig = pki.kubeconfig("scheduler", SERVER)?;
     spawn(
         "kube-scheduler",
@@ -71,6 +57,24 @@ pub(crate) fn start(machine: &Machine, pki: &Pki, bin: &Path, kubectl: &Kubectl)
     wait_until("service accounts are made", || {
         kubectl.run(&["get", "serviceaccount", "default"]).map(|_| true)
     })
+}
+
+/// Starts the controller manager, with so many requests to the API server per second and at once.
+pub(crate) fn start_controller_manager(machine: &Machine, pki: &Pki, bin: &Path, qps: u32, burst: u32) -> Result<()> {
+    let kubeconfig = pki.kubeconfig("controller-manager", SERVER)?;
+    let args = vec![
+        arg("kubeconfig", &kubeconfig),
+        arg("authentication-kubeconfig", &kubeconfig),
+        arg("authorization-kubeconfig", &kubeconfig),
+        arg("use-service-account-credentials", "true"),
+        arg("service-account-private-key-file", &pki.path("sa.key")),
+        arg("root-ca-file", &pki.path("ca.crt")),
+        arg("leader-elect", "false"),
+        arg("kube-api-qps", &qps.to_string()),
+        arg("kube-api-burst", &burst.to_string()),
+    ];
+    let name = "kube-controller-manager";
+    machine.spawn(name, &bin.join(name), &args, bin)
 }
 
 /// Starts the API server, at first or again.

@@ -31,7 +31,7 @@ fn up(nodes: usize) -> Result<()> {
     signals.add(Signal::SIGTERM);
     signals.thread_block().context("block signals")?;
     let cluster = Cluster::up(nodes)?;
-    cluster.install(&[])?;
+    cluster.install("hostdir", &[])?;
     cluster.connect_this_machine()?;
     std::fs::write(PID_FILE, std::process::id().to_string()).context("write the process id")?;
     println!("\nhostdir is installed; a claim needs storageClassName: hostdir\n");

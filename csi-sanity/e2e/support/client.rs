@@ -9,9 +9,9 @@ use hostdir::csi::proto::node_client::NodeClient;
 use hostdir::csi::proto::volume_capability::access_mode::Mode;
 use hostdir::csi::proto::volume_capability::{AccessMode, AccessType, MountVolume};
 use hostdir::csi::proto::{
-    CapacityRange, CreateVolumeRequest, DeleteVolumeRequest, GetCapacityRequest, GetPluginInfoRequest,
-    ListVolumesRequest, NodeGetVolumeStatsRequest, NodePublishVolumeRequest, NodeUnpublishVolumeRequest, ProbeRequest,
-    Volume, VolumeCapability, VolumeUsage,
+    CapacityRange, ControllerExpandVolumeRequest, CreateVolumeRequest, DeleteVolumeRequest, GetCapacityRequest,
+    GetPluginInfoRequest, ListVolumesRequest, NodeGetVolumeStatsRequest, NodePublishVolumeRequest,
+    NodeUnpublishVolumeRequest, ProbeRequest, Volume, VolumeCapability, VolumeUsage,
 };
 use tokio::runtime::Runtime;
 use tonic::Status;
@@ -119,6 +119,19 @@ impl Client {
     pub(crate) fn create_as(&self, request: CreateVolumeRequest) -> Result<Volume, Status> {
         self.wait(self.controller().create_volume(request))
             .map(|answer| answer.volume.expect("an answer has a volume"))
+    }
+
+    pub(crate) fn expand(&self, id: &str, required_bytes: i64) -> Result<i64, Status> {
+        let request = ControllerExpandVolumeRequest {
+            volume_id: id.to_owned(),
+            capacity_range: Some(CapacityRange {
+                required_bytes,
+                limit_bytes: 0,
+            }),
+            ..ControllerExpandVolumeRequest::default()
+        };
+        self.wait(self.controller().controller_expand_volume(request))
+            .map(|answer| answer.capacity_bytes)
     }
 
     pub(crate) fn delete(&self, id: &str) -> Result<(), Status> {

@@ -20,6 +20,7 @@ pub(crate) struct Driver {
     pub(crate) socket: PathBuf,
     log: PathBuf,
     args: Vec<String>,
+    kubeconfig: Option<PathBuf>,
     with_faults: bool,
 }
 
@@ -45,6 +46,7 @@ impl Driver {
             socket,
             log,
             args,
+            kubeconfig: None,
             with_faults: false,
         }
     }
@@ -52,6 +54,20 @@ impl Driver {
     pub(crate) fn arg(mut self, arg: impl Into<String>) -> Self {
         self.args.push(arg.into());
         self
+    }
+
+    /// A node of elected mode whose API server is not there.
+    pub(crate) fn without_api_server(scratch: &Scratch) -> Self {
+        let kubeconfig = scratch.path("kubeconfig");
+        let nobody = "apiVersion: v1\nkind: Config\ncurrent-context: c\n\
+            clusters: [{name: c, cluster: {server: 'http://127.0.0.1:1'}}]\n\
+            users: [{name: c, user: {token: none}}]\n\
+            contexts: [{name: c, context: {cluster: c, user: c}}]\n";
+        fs::write(&kubeconfig, nobody).expect("write a kubeconfig");
+        let mut driver = Self::new(scratch);
+        "node".clone_into(&mut driver.args[0]);
+        driver.kubeconfig = Some(kubeconfig);
+        driver
     }
 
     /// With a pool.
@@ -71,6 +87,9 @@ impl Driver {
             .args(&self.args)
             .arg("--endpoint")
             .arg(format!("unix://{}", self.socket.display()));
+        if let Some(kubeconfig) = &self.kubeconfig {
+            command.env("KUBECONFIG", kubeconfig);
+        }
         let log = File::options()
             .create(true)
             .append(true)

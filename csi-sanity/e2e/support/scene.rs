@@ -10,6 +10,9 @@ use super::{Client, Driver, Process, Scratch, wait_until};
 
 const VOLUME: &str = "victim";
 const BYSTANDER: &str = "bystander";
+/// What the volume grows to, and has before, in bytes.
+const GROWN: i64 = 2 << 20;
+const BEFORE: i64 = 1 << 20;
 const CONTENT: &str = "written by a pod";
 
 /// The call that is broken.
@@ -18,6 +21,7 @@ pub(crate) enum Call {
     Create,
     FirstPublish,
     LaterPublish,
+    Expand,
     Unpublish,
     /// Of a volume that no pod ever used.
     DeleteUnused,
@@ -26,10 +30,11 @@ pub(crate) enum Call {
 }
 
 impl Call {
-    pub(crate) const ALL: [Self; 6] = [
+    pub(crate) const ALL: [Self; 7] = [
         Self::Create,
         Self::FirstPublish,
         Self::LaterPublish,
+        Self::Expand,
         Self::Unpublish,
         Self::DeleteUnused,
         Self::DeleteAndErase,
@@ -39,7 +44,7 @@ impl Call {
     fn has_data(self) -> bool {
         match self {
             Self::Create | Self::FirstPublish | Self::DeleteUnused => false,
-            Self::LaterPublish | Self::Unpublish | Self::DeleteAndErase => true,
+            Self::LaterPublish | Self::Expand | Self::Unpublish | Self::DeleteAndErase => true,
         }
     }
 
@@ -104,6 +109,7 @@ impl Scene {
         match call {
             Call::Create => client.create(VOLUME).map(drop),
             Call::FirstPublish | Call::LaterPublish => client.publish(VOLUME, &self.target),
+            Call::Expand => client.expand(VOLUME, GROWN).map(drop),
             Call::Unpublish => client.unpublish(VOLUME, &self.target),
             Call::DeleteUnused | Call::DeleteAndErase => client.delete(VOLUME),
         }
@@ -118,6 +124,18 @@ impl Scene {
         self.pool.join("volumes").join(VOLUME).exists()
     }
 
+    /// What its record says of its size.
+    fn size(&self) -> i64 {
+        let record = fs::read(self.pool.join("volumes").join(VOLUME).join("volume.json")).expect("a record is there");
+        let record: serde_json::Value = serde_json::from_slice(&record).expect("a record is whole");
+        record["bytes"].as_i64().expect("a size")
+    }
+
+    /// Whether the volume has the size it had at first.
+    pub(crate) fn is_as_it_was(&self) -> bool {
+        self.size() == BEFORE
+    }
+
     /// What must hold whatever happened to the call: no half volume, no lost data, no harm to the bystander.
     pub(crate) fn check_integrity(&self, call: Call) {
         let bystander = fs::read_to_string(self.other_target.join("file")).expect("the bystander's file is there");
@@ -126,6 +144,7 @@ impl Scene {
             let record = fs::read(self.pool.join("volumes").join(&id).join("volume.json")).expect("a record is there");
             let record: serde_json::Value = serde_json::from_slice(&record).expect("a record is whole");
             assert_eq!(record["id"], id);
+            assert!(record["bytes"] == BEFORE || (call == Call::Expand && record["bytes"] == GROWN));
         }
         if call.has_data() && (self.exists() || !call.deletes()) {
             let file = self.pool.join("volumes").join(VOLUME).join("data/a/b/file");
@@ -138,7 +157,10 @@ impl Scene {
         let listed = client.list(0).iter().any(|id| id == VOLUME);
         assert_eq!(listed, !call.deletes(), "{call:?}: wrongly listed");
         assert_eq!(self.exists(), listed, "{call:?}: wrongly on disk");
-        let mounted = matches!(call, Call::FirstPublish | Call::LaterPublish);
+        if call == Call::Expand {
+            assert_eq!(self.size(), GROWN, "it did not grow");
+        }
+        let mounted = matches!(call, Call::FirstPublish | Call::LaterPublish | Call::Expand);
         assert_eq!(is_mounted(&self.target), mounted, "{call:?}: wrongly mounted");
         if call == Call::LaterPublish {
             assert_eq!(fs::read_to_string(self.target.join("file")).expect("read"), CONTENT);
