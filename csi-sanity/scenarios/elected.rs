@@ -378,7 +378,7 @@ impl Disks<'_> {
         self.0.kill_driver(2);
     }
 
-    fn claim(&self, name: &str) -> Value {
+    fn claim(name: &str) -> Value {
         claim_of(name, "10Mi", "disk", "ReadWriteOnce")
     }
 
@@ -425,8 +425,8 @@ fn scenario_6_a_disk_that_is_another_is_never_taken_for_the_one_it_was() {
     ]);
     lab.apply(&[
         class(Mode::Elected.driver(), "disk", &json!({"pool": "disk"}), "Delete", &[]),
-        disks.claim("two"),
-        disks.claim("three"),
+        Disks::claim("two"),
+        Disks::claim("three"),
     ]);
     disks.start("two", "node-2");
     disks.start("three", "node-3");
@@ -462,7 +462,7 @@ fn swapped(disks: &Disks<'_>, a: &str, b: &str) {
         lab.described("pvc", name, "VolumeLost");
     }
     // A volume for the wrong disk is refused, too: there are volumes of the other one.
-    lab.apply(&[disks.claim("more")]);
+    lab.apply(&[Disks::claim("more")]);
     disks.start("more", "node-2");
     lab.described("pod", "more", "did not have enough free storage");
 }
@@ -513,7 +513,7 @@ fn fresh(disks: &Disks<'_>, a: &str) {
     lab.wait("the claims on the broken disk are gone", || {
         Ok(lab.kubectl().list(&["hostvolumes"])?.is_empty())
     });
-    lab.apply(&[disks.claim("fresh")]);
+    lab.apply(&[Disks::claim("fresh")]);
     disks.start("fresh", "node-2");
     lab.running("fresh");
     lab.delete("pod", "fresh");
