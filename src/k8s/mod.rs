@@ -2,7 +2,8 @@
 //!
 //! `api` has the objects, `convert` makes core types of them and back. For controllers, `book` enters and deletes
 //! promises, `watch` keeps the registry up to date, `janitor` lets go of what a vanished node held. For nodes, `agent`
-//! is the ledger of promises to this node and carries out deletes, `publisher` says what the pools are like.
+//! is the ledger of promises to this node, `upkeep` carries out deletes and finds what is lost, `publisher` says what the pools
+//! are like.
 //!
 //! Verbs of the core block; what is asked of the API server is not waited for longer than [`TIMEOUT`].
 
@@ -13,6 +14,7 @@ mod convert;
 mod events;
 mod janitor;
 mod publisher;
+mod upkeep;
 mod watch;
 
 use std::time::Duration;

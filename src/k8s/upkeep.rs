@@ -1,0 +1,248 @@
+//! What a node does about its promises, pass by pass: delete what is to be deleted, say what is lost and what is back, find
+//! what nobody promised.
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+use tokio::time::timeout;
+use tracing::{info, warn};
+use uuid::Uuid;
+
+use super::agent::{Agent, PERIOD};
+use super::publisher::Publisher;
+use super::{Problem, ask, book};
+use crate::volume::id::{PoolName, VolumeId};
+use crate::volume::ports::{Hindrance, Promise, Stage, Unusable};
+use crate::volume::record::Phase;
+use crate::volume::{Driver, Error, Held, Reason};
+
+/// How often what cannot be deleted yet is tried again.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// The deletes of a node. Each has a thread of its own: one on a disk that hangs holds up no other.
+pub(super) struct Deletes {
+    agent: Arc<Agent>,
+    driver: Arc<Driver>,
+    /// Those that are being tried at this moment.
+    running: Mutex<HashSet<VolumeId>>,
+}
+
+impl Deletes {
+    pub(super) fn new(agent: Arc<Agent>, driver: Arc<Driver>) -> Arc<Self> {
+        let running = Mutex::default();
+        Arc::new(Self { agent, driver, running })
+    }
+
+    /// Tries them whenever there is a new one, and those that are left every second, for ever.
+    pub(super) async fn run(self: Arc<Self>) {
+        // Since when this process has known of each.
+        let mut known: HashMap<VolumeId, Instant> = HashMap::new();
+        loop {
+            let deleting: Vec<Promise> = self
+                .agent
+                .lock()
+                .values()
+                .filter(|promise| promise.deleting)
+                .cloned()
+                .collect();
+            known.retain(|id, _| deleting.iter().any(|promise| promise.id == *id));
+            for promise in deleting {
+                known.entry(promise.id.clone()).or_insert_with(Instant::now);
+                self.try_one(promise);
+            }
+            let oldest = known.values().map(Instant::elapsed).max().unwrap_or_default();
+            self.agent.metrics.set_deletes(known.len(), oldest);
+            let wait = if known.is_empty() { PERIOD } else { RETRY };
+            let _ = timeout(wait, self.agent.changed.notified()).await;
+        }
+    }
+
+    fn try_one(self: &Arc<Self>, promise: Promise) {
+        if !self.running().insert(promise.id.clone()) {
+            return;
+        }
+        let this = Arc::clone(self);
+        tokio::task::spawn_blocking(move || {
+            if let Err(reason) = delete(&this.agent, &this.driver, &promise) {
+                this.agent.metrics.failed("delete a volume");
+                warn!(volume.id = %promise.id, node = %this.agent.node, why = %reason, "cannot delete a volume yet");
+            }
+            this.running().remove(&promise.id);
+        });
+    }
+
+    fn running(&self) -> MutexGuard<'_, HashSet<VolumeId>> {
+        // Every change is one statement.
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Looks at all promises and pools, and publishes what they are like.
+pub(super) fn look_around(agent: &Agent, driver: &Driver, publisher: &mut Publisher) {
+    let mut orphans = Vec::new();
+    if agent.complete.load(Ordering::Acquire) {
+        let (held, unusable) = driver.inventory();
+        mark_lost(agent, &held, &unusable);
+        orphans = find_orphans(agent, driver, held);
+    }
+    agent.metrics.set_orphans(orphans.len());
+    if let Err(reason) = publisher.publish(driver, &agent.metrics, &orphans) {
+        agent.metrics.failed("publish pools");
+        warn!(node = %agent.node, why = %reason, "cannot publish what the pools are like; trying again");
+    }
+}
+
+/// Deletes one volume and lets go of its HostVolume, or says there why not.
+fn delete(agent: &Agent, driver: &Driver, promise: &Promise) -> Result<(), Reason> {
+    match driver.delete_of(&promise.id, promise.uid) {
+        Ok(()) => {
+            let verb = "take the finalizer off its HostVolume";
+            match ask(&agent.runtime, verb, book::release(&agent.volumes, promise)) {
+                Ok(_) | Err(Problem::NotFound) => {
+                    info!(volume.id = %promise.id, node = %agent.node, "volume let go of");
+                }
+                // It has changed: the watch brings it again.
+                Err(Problem::Conflict) => {}
+                Err(problem) => return Err(problem.into_reason(verb)),
+            }
+            Ok(())
+        }
+        Err(Error { reason, .. }) => {
+            let word = match *reason {
+                Reason::Mounted(_) => Hindrance::MOUNTED,
+                Reason::PoolUnusable { .. } => "PoolUnusable",
+                _ => "Failed",
+            };
+            say(agent, promise, promise.stage, word, &reason.to_string())
+        }
+    }
+}
+
+/// Writes into a HostVolume how far it has come and what hinders it, if that is not there already.
+fn say(agent: &Agent, promise: &Promise, stage: Stage, word: &str, message: &str) -> Result<(), Reason> {
+    let message: String = message.chars().take(1000).collect();
+    let hindrance = Hindrance {
+        reason: word.to_owned(),
+        message,
+    };
+    if promise.stage == stage && promise.hindrance.as_ref() == Some(&hindrance) {
+        return Ok(());
+    }
+    let Hindrance { reason, message } = hindrance;
+    warn!(volume.id = %promise.id, node = %agent.node, reason, message, "said of a volume");
+    let phase = match stage {
+        Stage::Claimed => "Claimed",
+        Stage::Ready => "Ready",
+        Stage::Lost => "Lost",
+    };
+    let status = json!({"phase": phase, "reason": reason, "message": message});
+    agent.write_status(promise, &status).map(drop)
+}
+
+/// Says of volumes whose data is not here that it is lost, and of those whose data is back that it is not.
+fn mark_lost(agent: &Agent, held: &[Held], unusable: &[(PoolName, Unusable)]) {
+    let here: BTreeSet<(&VolumeId, Option<Uuid>)> = held
+        .iter()
+        .map(|held| (&held.id, held.record.as_ref().and_then(|record| record.uid)))
+        .collect();
+    let broken: BTreeSet<&VolumeId> = held
+        .iter()
+        .filter(|held| held.record.is_none())
+        .map(|held| &held.id)
+        .collect();
+    let promises: Vec<Promise> = agent.lock().values().cloned().collect();
+    for promise in promises.iter().filter(|promise| !promise.deleting) {
+        let is_here = here.contains(&(&promise.id, Some(promise.uid)));
+        let said = match promise.stage {
+            Stage::Ready | Stage::Lost if !is_here => lost(agent, promise, &broken, unusable),
+            Stage::Lost => found(agent, promise),
+            Stage::Claimed | Stage::Ready => Ok(()),
+        };
+        if let Err(reason) = said {
+            agent.metrics.failed("write a status");
+            warn!(volume.id = %promise.id, node = %agent.node, why = %reason, "cannot write a status; trying again");
+        }
+    }
+}
+
+fn lost(
+    agent: &Agent,
+    promise: &Promise,
+    broken: &BTreeSet<&VolumeId>,
+    unusable: &[(PoolName, Unusable)],
+) -> Result<(), Reason> {
+    let made_on = promise.made_on.map_or_else(|| "unknown".into(), |id| id.to_string());
+    let (word, message) = if broken.contains(&promise.id) {
+        let why = "its record cannot be read; restore volume.json from a backup";
+        ("RecordBroken", why.to_owned())
+    } else if let Some((pool, why)) = unusable.first() {
+        let message = format!("it was made on pool {made_on}; pool {pool} cannot be used: {why}");
+        ("PoolUnusable", message)
+    } else {
+        let message = format!(
+            "its data is not on this node: it was made on pool {made_on}; bring that disk back, or delete the claim if \
+             the data is given up"
+        );
+        ("DataMissing", message)
+    };
+    let is_new = promise.stage != Stage::Lost;
+    say(agent, promise, Stage::Lost, word, &message)?;
+    if is_new {
+        let note = format!("volume {} on node {}: {message}", promise.id, agent.node);
+        agent.events.warn(promise, "VolumeLost", &note);
+    }
+    Ok(())
+}
+
+fn found(agent: &Agent, promise: &Promise) -> Result<(), Reason> {
+    let status = json!({"phase": "Ready", "reason": null, "message": null});
+    if agent.write_status(promise, &status)? {
+        info!(volume.id = %promise.id, node = %agent.node, "the data of a volume is back");
+        let note = format!("volume {} on node {}: its data is back", promise.id, agent.node);
+        agent.events.tell(promise, "VolumeFound", &note);
+    }
+    Ok(())
+}
+
+/// Volumes on the pools that no HostVolume speaks of. What never had data is discarded; the rest is only named.
+fn find_orphans(agent: &Agent, driver: &Driver, held: Vec<Held>) -> Vec<Held> {
+    let is_promised = |held: &Held| {
+        let promises = agent.lock();
+        let promise = promises.get(&held.id);
+        let uid = held.record.as_ref().and_then(|record| record.uid);
+        // A record that cannot be read is taken for the one that is promised.
+        promise.is_some_and(|promise| held.record.is_none() || uid == Some(promise.uid))
+    };
+    let mut orphans = Vec::new();
+    for held in held {
+        if is_promised(&held) {
+            continue;
+        }
+        let unused = held
+            .record
+            .as_ref()
+            .filter(|record| record.phase == Phase::Claimed)
+            .and_then(|record| record.uid);
+        match unused {
+            Some(uid) => discard_unused(agent, driver, &held.id, uid),
+            None => orphans.push(held),
+        }
+    }
+    orphans
+}
+
+/// A first publish may just be under way, with a watch that is late: only the API server knows.
+fn discard_unused(agent: &Agent, driver: &Driver, id: &VolumeId, uid: Uuid) {
+    let discarded = match agent.read(id) {
+        Ok(Some(promise)) if promise.uid == uid => Ok(()),
+        Ok(_) => driver.delete_of(id, uid).map_err(|error| *error.reason),
+        Err(reason) => Err(reason),
+    };
+    if let Err(reason) = discarded {
+        agent.metrics.failed("discard an unused volume");
+        warn!(volume.id = %id, node = %agent.node, why = %reason, "cannot discard a volume that was never used; trying again");
+    }
+}
