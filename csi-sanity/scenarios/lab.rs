@@ -344,6 +344,13 @@ impl Lab {
         Some((holder, node))
     }
 
+    /// What a pod of hostdir answers over HTTP.
+    pub(crate) fn http(&self, pod: &Value, path: &str) -> Result<String> {
+        let name = pod["metadata"]["name"].as_str().unwrap();
+        let path = format!("/api/v1/namespaces/{NAMESPACE}/pods/{name}:9808/proxy/{path}");
+        self.kubectl().run(&["get", "--raw", &path])
+    }
+
     /// Deletes pods whose node may not answer.
     pub(crate) fn force_delete_pods(&self) {
         let args = [
