@@ -20,7 +20,7 @@ use tracing::warn;
 use super::api::HostVolume;
 use super::events::Events;
 use super::publisher::Publisher;
-use super::upkeep::{self, Deletes};
+use super::upkeep::{Deletes, Rounds};
 use super::watch::{Follower, follow};
 use super::{Problem, api, ask, convert};
 use crate::metrics::Metrics;
@@ -88,16 +88,17 @@ impl Agent {
 
     /// Looks around every now and then, for ever.
     async fn look_around(self: Arc<Self>, driver: Arc<Driver>) -> anyhow::Error {
-        let mut publisher = Publisher::new(&self.node, self.client.clone(), self.runtime.clone());
+        let publisher = Publisher::new(&self.node, self.client.clone(), self.runtime.clone());
+        let mut rounds = Rounds::new(publisher);
         loop {
             let (agent, driver) = (Arc::clone(&self), Arc::clone(&driver));
             let pass = move || {
-                upkeep::look_around(&agent, &driver, &mut publisher);
-                publisher
+                rounds.look_around(&agent, &driver);
+                rounds
             };
             // Disks block.
-            publisher = match tokio::task::spawn_blocking(pass).await {
-                Ok(publisher) => publisher,
+            rounds = match tokio::task::spawn_blocking(pass).await {
+                Ok(rounds) => rounds,
                 Err(panic) => return anyhow::anyhow!("looking at pools panicked, which is a bug: {panic}"),
             };
             // As soon as the promises are known, and then at leisure.

@@ -80,18 +80,44 @@ impl Deletes {
     }
 }
 
-/// Looks at all promises and pools, and publishes what they are like.
-pub(super) fn look_around(agent: &Agent, driver: &Driver, publisher: &mut Publisher) {
-    let mut orphans = Vec::new();
-    if agent.complete.load(Ordering::Acquire) {
-        let (held, unusable) = driver.inventory();
-        mark_lost(agent, &held, &unusable);
-        orphans = find_orphans(agent, driver, held);
+/// For how long a pool must be unusable before its volumes are said to be lost: a large one takes a while to open, and an
+/// administrator to mount its disk.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// What goes from one look around to the next.
+pub(super) struct Rounds {
+    publisher: Publisher,
+    /// Since when there is a pool that cannot be used.
+    unusable: Option<Instant>,
+}
+
+impl Rounds {
+    pub(super) fn new(publisher: Publisher) -> Self {
+        Self {
+            publisher,
+            unusable: None,
+        }
     }
-    agent.metrics.set_orphans(orphans.len());
-    if let Err(reason) = publisher.publish(driver, &agent.metrics, &orphans) {
-        agent.metrics.failed("publish pools");
-        warn!(node = %agent.node, why = %reason, "cannot publish what the pools are like; trying again");
+
+    /// Looks at all promises and pools, and publishes what they are like.
+    pub(super) fn look_around(&mut self, agent: &Agent, driver: &Driver) {
+        let mut orphans = Vec::new();
+        if agent.complete.load(Ordering::Acquire) {
+            // First the promises, then the disks: what is Ready among the first was on a disk before.
+            let promises: Vec<Promise> = agent.lock().values().cloned().collect();
+            let (held, unusable) = driver.inventory();
+            self.unusable = (!unusable.is_empty()).then(|| self.unusable.unwrap_or_else(Instant::now));
+            let bear_with = self.unusable.is_some_and(|since| since.elapsed() < PATIENCE);
+            if !bear_with {
+                mark_lost(agent, &promises, &held, &unusable);
+            }
+            orphans = find_orphans(agent, driver, held);
+        }
+        agent.metrics.set_orphans(orphans.len());
+        if let Err(reason) = self.publisher.publish(driver, &agent.metrics, &orphans) {
+            agent.metrics.failed("publish pools");
+            warn!(node = %agent.node, why = %reason, "cannot publish what the pools are like; trying again");
+        }
     }
 }
 
@@ -116,34 +142,37 @@ fn delete(agent: &Agent, driver: &Driver, promise: &Promise) -> Result<(), Reaso
                 Reason::PoolUnusable { .. } => "PoolUnusable",
                 _ => "Failed",
             };
-            say(agent, promise, promise.stage, word, &reason.to_string())
+            say(agent, promise, promise.stage, word, &reason.to_string()).map(drop)
         }
     }
 }
 
-/// Writes into a HostVolume how far it has come and what hinders it, if that is not there already.
-fn say(agent: &Agent, promise: &Promise, stage: Stage, word: &str, message: &str) -> Result<(), Reason> {
+/// Writes into a HostVolume how far it has come and what hinders it, if that is not there already; says whether it did.
+fn say(agent: &Agent, promise: &Promise, stage: Stage, word: &str, message: &str) -> Result<bool, Reason> {
     let message: String = message.chars().take(1000).collect();
     let hindrance = Hindrance {
         reason: word.to_owned(),
         message,
     };
     if promise.stage == stage && promise.hindrance.as_ref() == Some(&hindrance) {
-        return Ok(());
+        return Ok(false);
     }
     let Hindrance { reason, message } = hindrance;
-    warn!(volume.id = %promise.id, node = %agent.node, reason, message, "said of a volume");
     let phase = match stage {
         Stage::Claimed => "Claimed",
         Stage::Ready => "Ready",
         Stage::Lost => "Lost",
     };
     let status = json!({"phase": phase, "reason": reason, "message": message});
-    agent.write_status(promise, &status).map(drop)
+    let written = agent.write_status(promise, &status)?;
+    if written {
+        warn!(volume.id = %promise.id, node = %agent.node, phase, reason, message, "said of a volume");
+    }
+    Ok(written)
 }
 
 /// Says of volumes whose data is not here that it is lost, and of those whose data is back that it is not.
-fn mark_lost(agent: &Agent, held: &[Held], unusable: &[(PoolName, Unusable)]) {
+fn mark_lost(agent: &Agent, promises: &[Promise], held: &[Held], unusable: &[(PoolName, Unusable)]) {
     let here: BTreeSet<(&VolumeId, Option<Uuid>)> = held
         .iter()
         .map(|held| (&held.id, held.record.as_ref().and_then(|record| record.uid)))
@@ -153,7 +182,6 @@ fn mark_lost(agent: &Agent, held: &[Held], unusable: &[(PoolName, Unusable)]) {
         .filter(|held| held.record.is_none())
         .map(|held| &held.id)
         .collect();
-    let promises: Vec<Promise> = agent.lock().values().cloned().collect();
     for promise in promises.iter().filter(|promise| !promise.deleting) {
         let is_here = here.contains(&(&promise.id, Some(promise.uid)));
         let said = match promise.stage {
@@ -189,8 +217,7 @@ fn lost(
         ("DataMissing", message)
     };
     let is_new = promise.stage != Stage::Lost;
-    say(agent, promise, Stage::Lost, word, &message)?;
-    if is_new {
+    if say(agent, promise, Stage::Lost, word, &message)? && is_new {
         let note = format!("volume {} on node {}: {message}", promise.id, agent.node);
         agent.events.warn(promise, "VolumeLost", &note);
     }
@@ -209,16 +236,15 @@ fn found(agent: &Agent, promise: &Promise) -> Result<(), Reason> {
 
 /// Volumes on the pools that no HostVolume speaks of. What never had data is discarded; the rest is only named.
 fn find_orphans(agent: &Agent, driver: &Driver, held: Vec<Held>) -> Vec<Held> {
-    let is_promised = |held: &Held| {
-        let promises = agent.lock();
-        let promise = promises.get(&held.id);
-        let uid = held.record.as_ref().and_then(|record| record.uid);
-        // A record that cannot be read is taken for the one that is promised.
-        promise.is_some_and(|promise| held.record.is_none() || uid == Some(promise.uid))
-    };
+    let unpromised: Vec<Held> = held.into_iter().filter(|held| !is_promised(agent, held)).collect();
+    if unpromised.is_empty() {
+        return unpromised;
+    }
+    // Some may have been deleted since they were seen on the disk.
+    let (still_held, _) = driver.inventory();
     let mut orphans = Vec::new();
-    for held in held {
-        if is_promised(&held) {
+    for held in unpromised {
+        if !still_held.contains(&held) {
             continue;
         }
         let unused = held
@@ -232,6 +258,14 @@ fn find_orphans(agent: &Agent, driver: &Driver, held: Vec<Held>) -> Vec<Held> {
         }
     }
     orphans
+}
+
+fn is_promised(agent: &Agent, held: &Held) -> bool {
+    let promises = agent.lock();
+    let promise = promises.get(&held.id);
+    let uid = held.record.as_ref().and_then(|record| record.uid);
+    // A record that cannot be read is taken for the one that is promised.
+    promise.is_some_and(|promise| held.record.is_none() || uid == Some(promise.uid))
 }
 
 /// A first publish may just be under way, with a watch that is late: only the API server knows.

@@ -33,7 +33,7 @@ pub struct Publish {
 }
 
 /// A volume found on a pool of this node.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Held {
     /// Its id.
     pub id: VolumeId,
