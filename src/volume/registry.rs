@@ -3,9 +3,11 @@
 //! It is a cache: it answers "how much room is where" without asking anybody, and it may be late. What must be right
 //! (whether a name is taken) is asked of the [`Book`](super::ports::Book).
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+mod state;
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Bound;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
@@ -15,9 +17,10 @@ use super::control::{Placement, Volume};
 use super::error::Reason;
 use super::id::{NodeName, PoolName, VolumeId};
 use super::ports::{Hindrance, Promise, Space, Stage};
-use super::record::{Directory, PoolId};
+use super::record::PoolId;
 use super::room::Limits;
 use super::size::Bytes;
+use state::{Kept, Pending, State};
 
 /// A pool as its node published it.
 #[derive(Clone, Debug, PartialEq)]
@@ -32,66 +35,6 @@ pub struct PublishedPool {
     pub foreign: Bytes,
     /// How much of it may be promised.
     pub limits: Limits,
-}
-
-/// One node and one pool on it: what all volumes there have in common.
-#[derive(Debug, PartialEq, Eq, Hash, Clone, PartialOrd, Ord)]
-struct Home {
-    node: NodeName,
-    pool: PoolName,
-}
-
-/// What was promised of a home.
-struct Promised {
-    home: Arc<Home>,
-    bytes: Bytes,
-    /// How many volumes have data on which pool.
-    made_on: BTreeMap<PoolId, usize>,
-}
-
-/// A promise, as small as it can be kept: there may be a hundred thousand.
-struct Kept {
-    home: Arc<Home>,
-    uid: Uuid,
-    bytes: Bytes,
-    directory: Directory,
-    stage: Stage,
-    made_on: Option<PoolId>,
-    deleting: bool,
-    hindrance: Option<Box<Hindrance>>,
-    created: Timestamp,
-}
-
-/// A promise that was made and has not been seen by the watch yet.
-struct Pending {
-    kept: Kept,
-    since: Instant,
-}
-
-/// How long a promise counts that the watch does not show: by then it was deleted before it was seen.
-const PENDING_MAX: Duration = Duration::from_mins(1);
-
-#[derive(Default)]
-struct State {
-    volumes: BTreeMap<VolumeId, Kept>,
-    pending: BTreeMap<VolumeId, Pending>,
-    promised: HashMap<Arc<Home>, Promised>,
-    pools: BTreeMap<NodeName, BTreeMap<PoolName, PublishedPool>>,
-    /// The Nodes that exist.
-    nodes: BTreeSet<NodeName>,
-    /// Promises that are being deleted, and since when this controller knows it.
-    deleting: BTreeMap<VolumeId, Instant>,
-    /// Nodes that promises name and that do not exist, and since when.
-    absent: BTreeMap<NodeName, Instant>,
-    seen: Seen,
-}
-
-/// What has been listed whole.
-#[derive(Clone, Copy, Default)]
-struct Seen {
-    volumes: bool,
-    host_nodes: bool,
-    nodes: bool,
 }
 
 /// The cache.
@@ -410,186 +353,5 @@ impl Registry {
     fn lock(&self) -> MutexGuard<'_, State> {
         // It is only a cache: what a panic leaves behind is put right by the next event.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Seen {
-    fn is_complete(self) -> bool {
-        self.volumes && self.host_nodes && self.nodes
-    }
-}
-
-impl State {
-    fn get(&self, id: &VolumeId) -> Option<&Kept> {
-        let pending = || self.pending.get(id).map(|pending| &pending.kept);
-        self.volumes.get(id).or_else(pending)
-    }
-
-    fn home(&mut self, node: &NodeName, pool: &PoolName) -> Arc<Home> {
-        let home = Home {
-            node: node.clone(),
-            pool: pool.clone(),
-        };
-        if let Some(promised) = self.promised.get(&home) {
-            return Arc::clone(&promised.home);
-        }
-        let home = Arc::new(home);
-        let promised = Promised {
-            home: Arc::clone(&home),
-            bytes: Bytes(0),
-            made_on: BTreeMap::new(),
-        };
-        self.promised.insert(Arc::clone(&home), promised);
-        home
-    }
-
-    fn kept(&mut self, promise: &Promise) -> Kept {
-        Kept {
-            home: self.home(&promise.node, &promise.pool),
-            uid: promise.uid,
-            bytes: promise.bytes,
-            directory: promise.directory,
-            stage: promise.stage,
-            made_on: promise.made_on,
-            deleting: promise.deleting,
-            hindrance: promise.hindrance.clone().map(Box::new),
-            created: promise.created,
-        }
-    }
-
-    fn insert(&mut self, promise: &Promise) {
-        self.remove(&promise.id);
-        let kept = self.kept(promise);
-        if let Some(promised) = self.promised.get_mut(&kept.home) {
-            promised.bytes = promised.bytes.plus(kept.bytes);
-            if let Some(id) = kept.made_on {
-                *promised.made_on.entry(id).or_default() += 1;
-            }
-        }
-        if kept.deleting {
-            self.deleting.entry(promise.id.clone()).or_insert_with(Instant::now);
-        }
-        self.volumes.insert(promise.id.clone(), kept);
-        self.pending.remove(&promise.id);
-    }
-
-    fn remove(&mut self, id: &VolumeId) {
-        let Some(kept) = self.volumes.remove(id) else { return };
-        let Some(promised) = self.promised.get_mut(&kept.home) else {
-            return;
-        };
-        promised.bytes = promised.bytes.less(kept.bytes);
-        if let Some(id) = kept.made_on
-            && let Some(count) = promised.made_on.get_mut(&id)
-        {
-            *count -= 1;
-            if *count == 0 {
-                promised.made_on.remove(&id);
-            }
-        }
-    }
-
-    fn promised_of(&self, node: &NodeName, pool: &PoolName) -> Bytes {
-        let home = Home {
-            node: node.clone(),
-            pool: pool.clone(),
-        };
-        let pending = self.pending.values().filter(|pending| *pending.kept.home == home);
-        let pending = pending.fold(Bytes(0), |sum, pending| sum.plus(pending.kept.bytes));
-        self.promised
-            .get(&home)
-            .map_or(pending, |promised| promised.bytes.plus(pending))
-    }
-
-    /// The largest volume that can be promised of a pool, or why there can be none.
-    fn room(&self, node: &NodeName, pool: &PoolName) -> Result<Bytes, String> {
-        let pools = self
-            .pools
-            .get(node)
-            .ok_or("no hostdir has published its pools; does it run there?")?;
-        let published = pools.get(pool).ok_or_else(|| {
-            let known: Vec<&str> = pools.keys().map(PoolName::as_str).collect();
-            format!("it has no pool {pool} (it has: {})", known.join(", "))
-        })?;
-        if !self.nodes.contains(node) {
-            return Err("the Node is not in the cluster any more".into());
-        }
-        let space = published
-            .space
-            .as_ref()
-            .map_err(|why| format!("pool {pool} cannot be used: {why}"))?;
-        let home = Home {
-            node: node.clone(),
-            pool: pool.clone(),
-        };
-        let others = self.promised.get(&home).map(|promised| &promised.made_on);
-        let other = others.and_then(|others| others.keys().find(|id| Some(**id) != published.id));
-        if let (Some(other), Some(now)) = (other, published.id) {
-            return Err(format!(
-                "pool {pool} is {now} now, and volumes there were made on {other}: bring that disk back, or delete those volumes"
-            ));
-        }
-        Ok(published
-            .limits
-            .room(*space, published.foreign, self.promised_of(node, pool)))
-    }
-
-    fn no_node(&self, placement: &Placement, mut refusals: Vec<String>) -> Reason {
-        let unknown = placement.requisite.iter().flatten().filter(|segment| {
-            let known = |node: &NodeName| node.segment() == **segment;
-            !self.pools.keys().any(known)
-        });
-        refusals.extend(
-            unknown.map(|segment| format!("node {segment}: no hostdir has published its pools; does it run there?")),
-        );
-        if refusals.is_empty() {
-            refusals.push("no node has published any pool; do hostdir's node pods run?".into());
-        }
-        // A cluster may have a thousand nodes; the first few tell what is the matter.
-        let more = refusals.len().saturating_sub(5);
-        refusals.truncate(5);
-        let more = if more > 0 {
-            format!("; and {more} more nodes")
-        } else {
-            String::new()
-        };
-        Reason::NoNode(format!("{}{more}", refusals.join("; ")))
-    }
-
-    fn expire(&mut self) {
-        self.pending.retain(|_, pending| pending.since.elapsed() < PENDING_MAX);
-    }
-
-    /// Begins to count for nodes that are named and do not exist.
-    fn note_absent(&mut self) {
-        if !self.seen.is_complete() {
-            return;
-        }
-        let named = self
-            .volumes
-            .values()
-            .map(|kept| &kept.home.node)
-            .chain(self.pools.keys());
-        let absent: BTreeSet<&NodeName> = named.filter(|node| !self.nodes.contains(*node)).collect();
-        let mut since = BTreeMap::new();
-        for node in absent {
-            let first = self.absent.get(node).copied().unwrap_or_else(Instant::now);
-            since.insert(node.clone(), first);
-        }
-        self.absent = since;
-    }
-}
-
-impl Kept {
-    fn volume(&self, id: &VolumeId) -> Volume {
-        Volume {
-            id: id.clone(),
-            node: self.home.node.clone(),
-            pool: self.home.pool.clone(),
-            bytes: self.bytes,
-            directory: self.directory,
-            made_on: self.made_on,
-            uid: Some(self.uid),
-        }
     }
 }
