@@ -70,12 +70,16 @@ impl Elected {
     }
 
     fn try_delete(&self, id: &VolumeId) -> Result<(), (Option<NodeName>, Reason)> {
-        let known = self.registry.uid(id).map_or_else(
-            || Ok(self.book.look_up(id)?.map(|promise| promise.uid)),
-            |uid| Ok(Some(uid)),
-        );
-        let Some(uid) = known.map_err(|reason| (None, reason))? else {
-            return Ok(());
+        let uid = match self.registry.uid(id) {
+            Some(uid) => uid,
+            None => match self.book.look_up(id).map_err(|reason| (None, reason))? {
+                None => return Ok(()),
+                Some(promise) => {
+                    // What the watch has not seen yet must not pass for gone.
+                    self.registry.note(&promise);
+                    promise.uid
+                }
+            },
         };
         let left = self.book.delete(id, uid).map_err(|reason| (None, reason))?;
         let Some(promise) = left else {
@@ -85,11 +89,10 @@ impl Elected {
         let at = |reason| (Some(promise.node.clone()), reason);
         // No disk has ever had data of it, so that nobody has to be waited for. Should its node begin to use it at this
         // moment, one of the two finds that the entry has changed.
-        if promise.stage == Stage::Claimed && self.book.release(&promise).map_err(at)? {
+        if promise.stage == Stage::Claimed && self.book.release(&promise).map_err(&at)? {
             self.registry.forget(id, uid);
             return Ok(());
         }
-        let at = |reason| (Some(promise.node.clone()), reason);
         self.wait_gone(&promise).map_err(at)?;
         info!(volume.id = %id, node = %promise.node, "volume deleted");
         Ok(())

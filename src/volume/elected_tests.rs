@@ -290,8 +290,14 @@ fn what_has_data_waits_for_its_node_and_its_name_is_not_given_away() {
     assert!(matches!(refusal, Reason::Deleting), "{refusal}");
     fixture.watch();
     assert_eq!(fixture.room(1), 9, "its room is given away before it is gone");
+    let version = || fixture.book.entries.lock().unwrap()[&id("a")].version.clone();
+    let before = version();
     std::thread::scope(|scope| {
         let delete = scope.spawn(|| fixture.delete("a"));
+        while version() == before {
+            assert!(!delete.is_finished(), "it does not wait");
+            std::thread::yield_now();
+        }
         let uid = fixture.registry.uid(&id("a")).unwrap();
         fixture.registry.forget(&id("a"), uid);
         delete.join().unwrap().expect("its node has let go of it");
@@ -395,4 +401,20 @@ fn a_promise_grows_as_far_as_there_is_room_and_never_shrinks() {
     assert!(matches!(refusal, Reason::NoRoomToGrow { .. }), "{refusal}");
     let refusal = expand(4, Some(5)).unwrap_err();
     assert!(matches!(refusal, Reason::Shrink { .. }), "{refusal}");
+}
+
+#[test]
+fn what_the_watch_has_not_seen_yet_does_not_pass_for_gone() {
+    let one = Fixture::new();
+    let other = Fixture::beside(Arc::clone(&one.book));
+    one.create("a", 1, &[1]).unwrap();
+    one.book.change(&id("a"), |promise| {
+        promise.stage = Stage::Ready;
+        promise.hindrance = Some(Hindrance {
+            reason: Hindrance::MOUNTED.into(),
+            message: "it is mounted at /t".into(),
+        });
+    });
+    let refusal = other.delete("a").unwrap_err();
+    assert!(matches!(refusal, Reason::InUse(_)), "{refusal}");
 }
