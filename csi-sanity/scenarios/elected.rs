@@ -340,6 +340,9 @@ fn scenario_5_deletes_wait_for_nodes_that_are_off_and_not_for_those_that_are_gon
     lab.wait("the node is back", || {
         Ok(lab.kubectl().get(&["node", "node-1"]).is_ok())
     });
+    // By then it tries to register plugins once in two minutes only.
+    lab.nodes[0].kill_kubelet().unwrap();
+    lab.nodes[0].start_kubelet().unwrap();
     lab.wait_ready(3).unwrap();
     lab.wait("what is left is listed", || {
         let node = lab.kubectl().get(&["hostnode", "node-1"])?;
