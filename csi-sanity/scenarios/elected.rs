@@ -763,6 +763,11 @@ fn nobody_may_do_what_is_not_theirs_to_do() {
         r#"{"spec":{"node":"node-3"}}"#,
     ]);
     assert!(format!("{:#}", administrator.unwrap_err()).contains("never change"));
+    // And all data is not deleted by a slip.
+    let slip = lab
+        .kubectl()
+        .run(&["delete", "crd", "hostvolumes.hostdir.csi", "--dry-run=server"]);
+    assert!(format!("{:#}", slip.unwrap_err()).contains("the data of every volume"));
     for name in ["one", "two"] {
         lab.delete("pod", name);
         lab.delete("pvc", name);

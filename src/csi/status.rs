@@ -43,6 +43,7 @@ fn code(reason: &Reason) -> Code {
         | Reason::Mounted(_)
         | Reason::InUse(_)
         | Reason::Predecessor { .. }
+        | Reason::Successor { .. }
         | Reason::Exclusive(_)
         | Reason::NotReady(_) => Code::FailedPrecondition,
         Reason::Bind { source, .. } => bind_code(source),

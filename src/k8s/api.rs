@@ -50,7 +50,7 @@ pub struct HostVolumeSpec {
     pub name: String,
     /// Its size, as a quantity.
     #[schemars(length(min = 1, max = 32))]
-    #[x_kube(validation = ("isQuantity(self)", "capacity must be a quantity, such as 10Gi"))]
+    #[x_kube(validation = ("self.matches('^[0-9]+(k|M|G|T|Ki|Mi|Gi|Ti)?$')", "capacity must be a whole quantity, such as 10Gi"))]
     pub capacity: String,
     /// The claim it was made for.
     #[serde(default, skip_serializing_if = "Option::is_none")]

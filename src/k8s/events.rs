@@ -7,8 +7,10 @@ use tokio::runtime::Handle;
 use tracing::warn;
 
 use super::api::HostVolume;
-use super::with_causes;
+use super::ask;
 use crate::volume::ports::Promise;
+
+const VERB: &str = "write an event";
 
 /// Who writes events. An event that cannot be written is logged, and no reason to stop.
 pub(super) struct Events {
@@ -53,9 +55,8 @@ impl Events {
             ..ObjectReference::default()
         };
         for reference in std::iter::once(volume).chain(claim(promise)) {
-            let written = self.runtime.block_on(self.recorder.publish(&event, &reference));
-            if let Err(error) = written {
-                warn!(volume.id = %promise.id, why = with_causes(&error), "cannot write an event");
+            if let Err(problem) = ask(&self.runtime, VERB, self.recorder.publish(&event, &reference)) {
+                warn!(volume.id = %promise.id, why = %problem.into_reason(VERB), "no event is written");
             }
         }
     }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::{PersistentVolume, PersistentVolumeClaim};
+use k8s_openapi::api::core::v1::{Node, PersistentVolume, PersistentVolumeClaim};
 use kube::Client;
 use kube::api::{Api, DeleteParams, PartialObjectMeta};
 use tokio::runtime::Handle;
@@ -26,7 +26,7 @@ use crate::volume::registry::Registry;
 const PERIOD: Duration = Duration::from_secs(5);
 /// How often it looks for promises that nobody used.
 const SWEEP_PERIOD: Duration = Duration::from_secs(30);
-/// How long a promise that somebody may yet use is not looked at again.
+/// How long a promise that somebody may yet use, or that cannot be looked at, is not looked at again.
 const LOOK_AGAIN: Duration = Duration::from_hours(1);
 /// Promises looked at in one sweep: each costs two requests.
 const SWEEP_MAX: usize = 100;
@@ -88,10 +88,8 @@ impl Janitor {
             if !self.registry.is_complete() {
                 continue;
             }
-            if let Err(reason) = self.let_go().and_then(|()| self.sweep()) {
-                self.metrics.failed("janitor");
-                warn!(why = %reason, "cannot tidy up; trying again");
-            }
+            self.let_go();
+            self.sweep();
         }
     }
 
@@ -109,31 +107,53 @@ impl Janitor {
         }
     }
 
+    /// Notes what could not be done, and goes on: one object must not stop the rest.
+    fn note(&self, what: &dyn std::fmt::Display, done: Result<(), Reason>) {
+        if let Err(reason) = done {
+            self.metrics.failed("janitor");
+            warn!(%what, why = %reason, "cannot tidy up; trying again");
+        }
+    }
+
     /// Ends deletes that wait for nodes that are gone for good.
-    fn let_go(&self) -> Result<(), Reason> {
+    fn let_go(&self) {
         for id in self.registry.abandoned(self.config.node_grace) {
-            if let Some(promise) = self.book.look_up(&id)?
-                && promise.deleting
-                && self.book.release(&promise)?
-            {
-                self.metrics.abandoned();
-                let note = format!(
-                    "volume {id} was deleted without node {}, whose Node object has been gone for {} s; if the node comes \
-                     back, its data there is listed as orphaned",
-                    promise.node,
-                    self.config.node_grace.as_secs()
-                );
-                warn!(volume.id = %id, node = %promise.node, "{note}");
-                self.events.warn(&promise, "NodeGone", &note);
-            }
+            self.note(&id, self.let_go_of(&id));
         }
         for node in self.registry.empty_absent_nodes(self.config.node_grace) {
-            self.forget(&node)?;
+            self.note(&node, self.forget(&node));
         }
+    }
+
+    fn let_go_of(&self, id: &VolumeId) -> Result<(), Reason> {
+        let Some(promise) = self.book.look_up(id)? else {
+            return Ok(());
+        };
+        if !promise.deleting || self.exists(&promise.node)? || !self.book.release(&promise)? {
+            return Ok(());
+        }
+        self.metrics.abandoned();
+        let note = format!(
+            "volume {id} was deleted without node {}, whose Node object has been gone for {} s; if the node comes back, its \
+             data there is listed as orphaned",
+            promise.node,
+            self.config.node_grace.as_secs()
+        );
+        warn!(volume.id = %id, node = %promise.node, "{note}");
+        self.events.warn(&promise, "NodeGone", &note);
         Ok(())
     }
 
+    /// Whether a Node exists, by the API server's own word: a watch may be late.
+    fn exists(&self, node: &NodeName) -> Result<bool, Reason> {
+        let nodes: Api<Node> = Api::all(self.client.clone());
+        Ok(self.find("read a Node", nodes.get_metadata(node.as_str()))?.is_some())
+    }
+
     fn forget(&self, node: &NodeName) -> Result<(), Reason> {
+        if self.exists(node)? {
+            return Ok(());
+        }
         let nodes: Api<HostNode> = Api::all(self.client.clone());
         let params = DeleteParams::default();
         match ask(&self.runtime, "delete a HostNode", nodes.delete(node.as_str(), &params)) {
@@ -146,14 +166,14 @@ impl Janitor {
 
     /// Deletes promises that never had data and that nobody will ever ask for again: a leader that died between making
     /// one and saying so leaves such behind.
-    fn sweep(&mut self) -> Result<(), Reason> {
+    fn sweep(&mut self) {
         if self.swept.is_some_and(|last| last.elapsed() < SWEEP_PERIOD) {
-            return Ok(());
+            return;
         }
         self.swept = Some(Instant::now());
         self.in_use.retain(|_, looked| looked.elapsed() < LOOK_AGAIN);
         let Ok(before) = Timestamp::now().checked_sub(self.config.unused_age) else {
-            return Ok(());
+            return;
         };
         let unused = self.registry.never_used(before);
         let candidates: Vec<VolumeId> = unused
@@ -162,34 +182,46 @@ impl Janitor {
             .take(SWEEP_MAX)
             .collect();
         for id in candidates {
-            let Some(promise) = self.book.look_up(&id)? else {
-                continue;
-            };
-            if promise.stage != Stage::Claimed || promise.deleting || self.is_in_use(&promise)? {
-                self.in_use.insert(id, Instant::now());
-                continue;
+            let swept = self.sweep_one(&id);
+            if !matches!(swept, Ok(true)) {
+                self.in_use.insert(id.clone(), Instant::now());
             }
-            let left = self.book.delete(&id, promise.uid)?;
-            if let Some(left) = left.filter(|left| left.stage == Stage::Claimed) {
-                self.book.release(&left)?;
-            }
-            self.metrics.swept();
-            info!(volume.id = %id, node = %promise.node, "swept a volume that nobody ever used: it has neither PersistentVolume nor claim");
+            self.note(&id, swept.map(drop));
         }
-        Ok(())
+    }
+
+    /// Says whether the promise is gone.
+    fn sweep_one(&self, id: &VolumeId) -> Result<bool, Reason> {
+        let Some(promise) = self.book.look_up(id)? else {
+            return Ok(true);
+        };
+        if promise.stage != Stage::Claimed || promise.deleting || self.is_in_use(&promise)? {
+            return Ok(false);
+        }
+        let left = self.book.delete(id, promise.uid)?;
+        if let Some(left) = left.filter(|left| left.stage == Stage::Claimed) {
+            self.book.release(&left)?;
+        }
+        self.metrics.swept();
+        info!(volume.id = %id, node = %promise.node, "swept a volume that nobody ever used: it has neither PersistentVolume nor claim");
+        Ok(true)
     }
 
     /// Whether there is a PersistentVolume or a claim for it. Where the claim is not known, there may be.
     fn is_in_use(&self, promise: &Promise) -> Result<bool, Reason> {
-        let Some(claim) = &promise.claim else { return Ok(true) };
         let volumes: Api<PersistentVolume> = Api::all(self.client.clone());
-        let claims: Api<PersistentVolumeClaim> = Api::namespaced(self.client.clone(), &claim.namespace);
         if self
             .find("read a PersistentVolume", volumes.get_metadata(&promise.name))?
             .is_some()
         {
             return Ok(true);
         }
+        // A claim can be met elsewhere, but not while its name is taken on a node that is gone.
+        if self.registry.is_gone(&promise.node, self.config.node_grace) && !self.exists(&promise.node)? {
+            return Ok(false);
+        }
+        let Some(claim) = &promise.claim else { return Ok(true) };
+        let claims: Api<PersistentVolumeClaim> = Api::namespaced(self.client.clone(), &claim.namespace);
         let found = self.find("read a claim", claims.get_metadata(&claim.name))?;
         Ok(found.is_some_and(|found| {
             let uid = found.metadata.uid.unwrap_or_default();

@@ -1,5 +1,7 @@
 //! What a node says of its pools: its HostNode, written only when it changes.
 
+use std::time::{Duration, Instant};
+
 use kube::Client;
 use kube::api::{Api, Patch, PatchParams, PostParams};
 use serde_json::json;
@@ -15,13 +17,16 @@ use crate::volume::{Driver, Held, PoolState, Reason};
 /// Orphans that are listed by name.
 const ORPHANS_MAX: usize = 100;
 
+/// How long what the API server has is taken to be there still: somebody may delete it.
+const LOOK_AGAIN: Duration = Duration::from_mins(5);
+
 /// Keeps one HostNode.
 pub(super) struct Publisher {
     name: String,
     nodes: Api<HostNode>,
     runtime: Handle,
-    /// What the API server has, as far as known.
-    published: Option<HostNodeStatus>,
+    /// What the API server has, as far as known, and since when.
+    published: Option<(HostNodeStatus, Instant)>,
 }
 
 impl Publisher {
@@ -38,10 +43,11 @@ impl Publisher {
     pub(super) fn publish(&mut self, driver: &Driver, metrics: &Metrics, orphans: &[Held]) -> Result<(), Reason> {
         let pools = driver.pool_states();
         measure(driver, metrics, &pools);
+        self.published = self.published.take().filter(|(_, since)| since.elapsed() < LOOK_AGAIN);
         if self.published.is_none() {
-            self.published = Some(self.find_or_make()?);
+            self.published = Some((self.find_or_make()?, Instant::now()));
         }
-        let last = self.published.as_ref();
+        let last = self.published.as_ref().map(|(status, _)| status);
         let last_of = |state: &PoolState| last?.pools.iter().find(|pool| pool.name == state.config.name.as_str());
         let mut listed: Vec<Orphan> = orphans
             .iter()
@@ -61,7 +67,7 @@ impl Publisher {
             orphans: listed,
             orphan_count: u32::try_from(orphans.len()).unwrap_or(u32::MAX),
         };
-        if self.published.as_ref() == Some(&status) {
+        if last == Some(&status) {
             return Ok(());
         }
         let patch = Patch::Merge(json!({ "status": status }));
@@ -69,10 +75,10 @@ impl Publisher {
         let patched = self.nodes.patch_status(&self.name, &params, &patch);
         match ask(&self.runtime, "write the status of its HostNode", patched) {
             Ok(_) => {
-                self.published = Some(status);
+                self.published = Some((status, Instant::now()));
                 Ok(())
             }
-            // Somebody has deleted it: it is made again next time.
+            // Somebody may have deleted it: then it is made again next time.
             Err(problem) => {
                 self.published = None;
                 Err(problem.into_reason("write the status of its HostNode"))

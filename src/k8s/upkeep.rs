@@ -15,8 +15,8 @@ use super::agent::{Agent, PERIOD};
 use super::publisher::Publisher;
 use super::{Problem, ask, book};
 use crate::volume::id::{PoolName, VolumeId};
-use crate::volume::ports::{Hindrance, Promise, Stage, Unusable};
-use crate::volume::record::Phase;
+use crate::volume::ports::{Hindrance, Ledger, Promise, Stage, Unusable};
+use crate::volume::record::{Phase, Record};
 use crate::volume::{Driver, Error, Held, Reason};
 
 /// How often what cannot be deleted yet is tried again.
@@ -66,17 +66,27 @@ impl Deletes {
         }
         let this = Arc::clone(self);
         tokio::task::spawn_blocking(move || {
+            let running = Running(&this, &promise.id);
             if let Err(reason) = delete(&this.agent, &this.driver, &promise) {
                 this.agent.metrics.failed("delete a volume");
                 warn!(volume.id = %promise.id, node = %this.agent.node, why = %reason, "cannot delete a volume yet");
             }
-            this.running().remove(&promise.id);
+            drop(running);
         });
     }
 
     fn running(&self) -> MutexGuard<'_, HashSet<VolumeId>> {
         // Every change is one statement.
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A delete that is being tried, until it ends, however it ends.
+struct Running<'a>(&'a Deletes, &'a VolumeId);
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        self.0.running().remove(self.1);
     }
 }
 
@@ -87,15 +97,15 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// What goes from one look around to the next.
 pub(super) struct Rounds {
     publisher: Publisher,
-    /// Since when there is a pool that cannot be used.
-    unusable: Option<Instant>,
+    /// The pools that cannot be used, and since when.
+    unusable: HashMap<PoolName, Instant>,
 }
 
 impl Rounds {
     pub(super) fn new(publisher: Publisher) -> Self {
         Self {
             publisher,
-            unusable: None,
+            unusable: HashMap::new(),
         }
     }
 
@@ -106,10 +116,18 @@ impl Rounds {
             // First the promises, then the disks: what is Ready among the first was on a disk before.
             let promises: Vec<Promise> = agent.lock().values().cloned().collect();
             let (held, unusable) = driver.inventory();
-            self.unusable = (!unusable.is_empty()).then(|| self.unusable.unwrap_or_else(Instant::now));
-            let bear_with = self.unusable.is_some_and(|since| since.elapsed() < PATIENCE);
-            if !bear_with {
-                mark_lost(agent, &promises, &held, &unusable);
+            let unusable: HashMap<PoolName, Unusable> = unusable.into_iter().collect();
+            self.unusable.retain(|pool, _| unusable.contains_key(pool));
+            for pool in unusable.keys() {
+                self.unusable.entry(pool.clone()).or_insert_with(Instant::now);
+            }
+            let bear_with = |pool: &PoolName| self.unusable.get(pool).is_some_and(|since| since.elapsed() < PATIENCE);
+            let (waiting, due): (Vec<Promise>, Vec<Promise>) =
+                promises.into_iter().partition(|promise| bear_with(&promise.pool));
+            drop(waiting);
+            if let Err(reason) = mark(agent, &due, &held, &unusable) {
+                agent.metrics.failed("write a status");
+                warn!(node = %agent.node, why = %reason, "cannot write what has become of volumes; trying again");
             }
             orphans = find_orphans(agent, driver, held);
         }
@@ -171,11 +189,20 @@ fn say(agent: &Agent, promise: &Promise, stage: Stage, word: &str, message: &str
     Ok(written)
 }
 
-/// Says of volumes whose data is not here that it is lost, and of those whose data is back that it is not.
-fn mark_lost(agent: &Agent, promises: &[Promise], held: &[Held], unusable: &[(PoolName, Unusable)]) {
-    let here: BTreeSet<(&VolumeId, Option<Uuid>)> = held
+/// Says of volumes whose data is not here that it is lost, and of those whose data is here that it is. Ends at the first
+/// that cannot be written: the others will fare no better.
+fn mark(
+    agent: &Agent,
+    promises: &[Promise],
+    held: &[Held],
+    unusable: &HashMap<PoolName, Unusable>,
+) -> Result<(), Reason> {
+    let here: HashMap<(&VolumeId, Uuid), &Record> = held
         .iter()
-        .map(|held| (&held.id, held.record.as_ref().and_then(|record| record.uid)))
+        .filter_map(|held| {
+            let record = held.record.as_ref()?;
+            Some(((&held.id, record.uid?), record))
+        })
         .collect();
     let broken: BTreeSet<&VolumeId> = held
         .iter()
@@ -183,31 +210,32 @@ fn mark_lost(agent: &Agent, promises: &[Promise], held: &[Held], unusable: &[(Po
         .map(|held| &held.id)
         .collect();
     for promise in promises.iter().filter(|promise| !promise.deleting) {
-        let is_here = here.contains(&(&promise.id, Some(promise.uid)));
-        let said = match promise.stage {
-            Stage::Ready | Stage::Lost if !is_here => lost(agent, promise, &broken, unusable),
-            Stage::Lost => found(agent, promise),
-            Stage::Claimed | Stage::Ready => Ok(()),
-        };
-        if let Err(reason) = said {
-            agent.metrics.failed("write a status");
-            warn!(volume.id = %promise.id, node = %agent.node, why = %reason, "cannot write a status; trying again");
+        match (promise.stage, here.get(&(&promise.id, promise.uid))) {
+            (Stage::Ready | Stage::Lost, None) => lost(agent, promise, &broken, unusable)?,
+            (Stage::Lost, Some(_)) => found(agent, promise)?,
+            // The API server was restored from a time before the volume was first used.
+            (Stage::Claimed, Some(record)) if record.phase == Phase::Ready => agent.keep(record)?,
+            (Stage::Claimed | Stage::Ready, _) => {}
         }
     }
+    Ok(())
 }
 
 fn lost(
     agent: &Agent,
     promise: &Promise,
     broken: &BTreeSet<&VolumeId>,
-    unusable: &[(PoolName, Unusable)],
+    unusable: &HashMap<PoolName, Unusable>,
 ) -> Result<(), Reason> {
     let made_on = promise.made_on.map_or_else(|| "unknown".into(), |id| id.to_string());
     let (word, message) = if broken.contains(&promise.id) {
-        let why = "its record cannot be read; restore volume.json from a backup";
+        let why = "its record cannot be read; restore volume.json from a backup and restart hostdir there";
         ("RecordBroken", why.to_owned())
-    } else if let Some((pool, why)) = unusable.first() {
-        let message = format!("it was made on pool {made_on}; pool {pool} cannot be used: {why}");
+    } else if let Some(why) = unusable.get(&promise.pool) {
+        let message = format!(
+            "it was made on pool {made_on}; pool {} cannot be used: {why}",
+            promise.pool
+        );
         ("PoolUnusable", message)
     } else {
         let message = format!(

@@ -339,6 +339,10 @@ impl Driver {
             None => lookup.required(*made_on),
             Some(promise) if promise.deleting => Err(Reason::Deleting),
             Some(promise) if promise.node != self.node => Err(Reason::OtherNode),
+            Some(Promise { uid: there, .. }) if uid.is_some_and(|wanted| wanted != there) => {
+                let wanted = uid.unwrap_or_default();
+                Err(Reason::Successor { there, wanted })
+            }
             Some(promise) => match promise.made_on {
                 None => self.adopt(promise),
                 Some(made_on) => match lookup.unusable {

@@ -461,6 +461,16 @@ fn the_data_of_an_earlier_volume_is_neither_mounted_nor_deleted() {
 }
 
 #[test]
+fn a_promise_that_is_another_than_the_one_asked_for_gives_no_empty_volume() {
+    let node = Elected::new();
+    let first = node.promises.make("a");
+    node.promises.make("a");
+    let refusal = node.publish("a", first.uid).unwrap_err();
+    assert!(matches!(refusal, Reason::Successor { .. }), "{refusal}");
+    assert!(!node.fixture.memory.has(&pool("default"), &id("a")));
+}
+
+#[test]
 fn what_an_earlier_promise_left_unused_is_in_nobodys_way() {
     let node = Elected::new();
     let first = node.promises.make("a");

@@ -50,7 +50,19 @@ impl Elected {
         }
         let bytes = want.size.choose();
         let pool = &want.parameters.pool;
-        let node = self.registry.choose(pool, bytes, &want.placement).map_err(nowhere)?;
+        if !self.registry.is_complete() {
+            return Err(nowhere(Reason::Waiting(
+                "this controller has not seen all nodes and volumes yet; it will be asked again".into(),
+            )));
+        }
+        let node = match self.registry.choose(pool, bytes, &want.placement) {
+            Ok(node) => node,
+            // A final refusal is proof that there is no such volume; an earlier answer may have been lost.
+            Err(refusal) => match self.book.look_up(id).map_err(nowhere)? {
+                Some(promise) => return existing(promise, want),
+                None => return Err(nowhere(refusal)),
+            },
+        };
         let draft = Draft {
             id: id.clone(),
             name: want.name.clone(),
@@ -137,7 +149,11 @@ impl Elected {
             other => other,
         };
         match hindrance {
-            Ok(()) => Ok(()),
+            // The watch may be late, or have lost its memory; what is in the book is there.
+            Ok(()) => match self.book.look_up(id)? {
+                Some(found) if found.uid == *uid => Err(Reason::Waiting("it is not deleted yet".into())),
+                Some(_) | None => Ok(()),
+            },
             Err(Some(Hindrance { reason, message })) if reason == Hindrance::MOUNTED => Err(Reason::InUse(message)),
             Err(Some(Hindrance { message, .. })) => Err(Reason::Waiting(format!("it is not deleted yet; {message}"))),
             Err(None) => Err(Reason::Waiting(format!(

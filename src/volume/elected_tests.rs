@@ -299,6 +299,7 @@ fn what_has_data_waits_for_its_node_and_its_name_is_not_given_away() {
             std::thread::yield_now();
         }
         let uid = fixture.registry.uid(&id("a")).unwrap();
+        fixture.book.entries.lock().unwrap().clear();
         fixture.registry.forget(&id("a"), uid);
         delete.join().unwrap().expect("its node has let go of it");
     });
@@ -417,4 +418,33 @@ fn what_the_watch_has_not_seen_yet_does_not_pass_for_gone() {
     });
     let refusal = other.delete("a").unwrap_err();
     assert!(matches!(refusal, Reason::InUse(_)), "{refusal}");
+}
+
+#[test]
+fn what_a_watch_forgets_does_not_pass_for_gone() {
+    let fixture = Fixture::new();
+    fixture.create("a", 1, &[1]).unwrap();
+    fixture.book.change(&id("a"), |promise| promise.stage = Stage::Ready);
+    fixture.watch();
+    let before = fixture.book.entries.lock().unwrap()[&id("a")].version.clone();
+    std::thread::scope(|scope| {
+        let delete = scope.spawn(|| fixture.delete("a"));
+        while fixture.book.entries.lock().unwrap()[&id("a")].version == before {
+            std::thread::yield_now();
+        }
+        fixture.registry.replace(&BTreeSet::new());
+        let refusal = delete.join().unwrap().unwrap_err();
+        assert!(matches!(refusal, Reason::Waiting(_)), "{refusal}");
+    });
+}
+
+#[test]
+fn a_volume_whose_answer_was_lost_is_found_although_its_node_is_full_by_now() {
+    let one = Fixture::new();
+    let made = one.create("a", 8, &[1]).unwrap();
+    let other = Fixture::beside(Arc::clone(&one.book));
+    other.registry.publish(node(1), pool_of(1, PoolId::random()));
+    assert_eq!(other.create("a", 8, &[1]).unwrap(), made);
+    let refusal = other.create("b", 8, &[1]).unwrap_err();
+    assert!(matches!(refusal, Reason::NoNode(_)), "{refusal}");
 }

@@ -99,11 +99,13 @@ pub enum Reason {
     },
     /// Several pools say they have the volume.
     #[error(
-        "both pool {0} and pool {1} hold a volume of this id; move one of the two directories out of its pool's `volumes` folder"
+        "both pool {0} and pool {1} hold a volume of this id; move one of the two directories out of its pool's `volumes` folder, and restart hostdir on this node"
     )]
     Ambiguous(PoolName, PoolName),
     /// Its record cannot be read.
-    #[error("its record cannot be read ({0}); restore volume.json from a backup, or delete the volume")]
+    #[error(
+        "its record cannot be read ({0}); restore volume.json from a backup and restart hostdir on this node, or delete the volume"
+    )]
     BrokenRecord(String),
     /// It was used before and its data is gone.
     #[error(
@@ -143,11 +145,21 @@ pub enum Reason {
     NoNode(String),
     /// Another volume of the same name was here before, and its data still is.
     #[error(
-        "its place is taken by the data of an earlier volume of the same name (it was made for HostVolume {there}, this one is {wanted}); move that directory out of the pool's `volumes` folder"
+        "its place is taken by the data of an earlier volume of the same name (it was made for HostVolume {there}, this one is {wanted}); move that directory out of the pool's `volumes` folder, and restart hostdir on this node"
     )]
     Predecessor {
         /// The UID of the HostVolume that the data was made for.
         there: String,
+        /// The UID of the HostVolume that is asked for.
+        wanted: Uuid,
+    },
+    /// Another volume of the same name was promised since.
+    #[error(
+        "its HostVolume {wanted} is gone, and the one of that name now is another ({there}); if HostVolumes were restored from a backup, the data is given up by deleting the claim"
+    )]
+    Successor {
+        /// The UID of the HostVolume there is.
+        there: Uuid,
         /// The UID of the HostVolume that is asked for.
         wanted: Uuid,
     },

@@ -258,13 +258,11 @@ impl Registry {
         let state = self.lock();
         let start = after.map_or(Bound::Unbounded, Bound::Excluded);
         let range = || (start, Bound::<&VolumeId>::Unbounded);
-        let seen = state.volumes.range::<VolumeId, _>(range()).take(max);
-        let pending = state.pending.range::<VolumeId, _>(range()).take(max);
-        let all: BTreeMap<&VolumeId, &Kept> = pending
-            .map(|(id, pending)| (id, &pending.kept))
-            .chain(seen)
-            .filter(|(_, kept)| !kept.deleting)
-            .collect();
+        let there = |(_, kept): &(&VolumeId, &Kept)| !kept.deleting;
+        let seen = state.volumes.range::<VolumeId, _>(range()).filter(there).take(max);
+        let pending = state.pending.range::<VolumeId, _>(range());
+        let pending = pending.map(|(id, pending)| (id, &pending.kept)).filter(there).take(max);
+        let all: BTreeMap<&VolumeId, &Kept> = pending.chain(seen).collect();
         all.into_iter().take(max).map(|(id, kept)| kept.volume(id)).collect()
     }
 
@@ -279,6 +277,14 @@ impl Registry {
             .filter(|(_, kept)| kept.deleting && gone(&kept.home.node))
             .map(|(id, _)| id.clone())
             .collect()
+    }
+
+    /// Whether a Node has not existed for so long.
+    #[must_use]
+    pub fn is_gone(&self, node: &NodeName, grace: Duration) -> bool {
+        let mut state = self.lock();
+        state.note_absent();
+        state.absent.get(node).is_some_and(|since| since.elapsed() >= grace)
     }
 
     /// Nodes that published pools, have no promises, and have not existed for so long.

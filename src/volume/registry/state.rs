@@ -131,8 +131,15 @@ impl State {
         if kept.deleting {
             self.deleting.entry(promise.id.clone()).or_insert_with(Instant::now);
         }
+        let uid = kept.uid;
         self.volumes.insert(promise.id.clone(), kept);
-        self.pending.remove(&promise.id);
+        if self
+            .pending
+            .get(&promise.id)
+            .is_some_and(|pending| pending.kept.uid == uid)
+        {
+            self.pending.remove(&promise.id);
+        }
     }
 
     pub(super) fn remove(&mut self, id: &VolumeId) {
