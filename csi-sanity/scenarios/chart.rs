@@ -32,7 +32,7 @@ fn the_chart_lints_and_refuses_wrong_values_by_name() {
         (r#"pools=[{"name":"a","path":"/a","pth":"/x"}]"#, "pth"),
         ("pools=[]", "pools"),
         (
-            r#"pools=[{"name":"a","path":"/data","requireMount":true}]"#,
+            r#"pools=[{"name":"default","path":"/data","requireMount":true}]"#,
             "directly in /",
         ),
         (r#"logLevel="loud""#, "logLevel"),
@@ -51,8 +51,7 @@ fn the_chart_lints_and_refuses_wrong_values_by_name() {
         let (text, sound) = helm(&program, &["template", CHART, "--set-json", setting]);
         assert!(!sound && text.contains(word), "{setting}: {text}");
     }
-    let disks =
-        r#"pools=[{"name":"a","path":"/mnt/a","requireMount":true},{"name":"b","path":"/mnt/b","requireMount":true}]"#;
+    let disks = r#"pools=[{"name":"default","path":"/mnt/a","requireMount":true},{"name":"b","path":"/mnt/b","requireMount":true}]"#;
     let (text, sound) = helm(&program, &["template", CHART, "--set-json", disks]);
     assert!(sound && text.matches("mountPath: /mnt\n").count() == 1, "{text}");
     let digest = format!("image.digest=\"sha256:{}\"", "0".repeat(64));
