@@ -5,7 +5,7 @@
 //! is the ledger of promises to this node, `upkeep` carries out deletes and finds what is lost, `publisher` says what the pools
 //! are like.
 //!
-//! Verbs of the core block; what is asked of the API server is not waited for longer than [`TIMEOUT`].
+//! Verbs of the core block; what is asked of the API server is not waited for longer than ten seconds.
 
 mod agent;
 pub mod api;

@@ -239,7 +239,7 @@ impl Driver {
     /// Size and use of a volume that is mounted at `path`: those of the filesystem it shares.
     ///
     /// # Errors
-    /// [`Reason::NotMounted`], or as [`Driver::get`].
+    /// [`Reason::NotMounted`], or as of [`Control::get`](super::control::Control::get).
     pub fn stats(&self, id: &VolumeId, path: &str) -> Result<Space, Error> {
         self.try_stats(id, path).map_err(|reason| self.error(Some(id), reason))
     }
