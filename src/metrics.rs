@@ -8,7 +8,7 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
-use prometheus_client::registry::Registry;
+use prometheus_client::registry::{Metric, Registry};
 
 /// Upper ends of the buckets for durations, in seconds: from a lookup in memory to a delete that waits for its node.
 const BUCKETS: [f64; 12] = [
@@ -57,74 +57,46 @@ pub struct Metrics {
 impl Default for Metrics {
     fn default() -> Self {
         let mut registry = Registry::with_prefix("hostdir");
-        let calls = Family::new_with_constructor((|| Histogram::new(BUCKETS)) as fn() -> Histogram);
-        let metrics = Self {
-            calls,
-            volumes: Family::default(),
-            pool_size: Family::default(),
-            pool_promised: Family::default(),
-            pool_room: Family::default(),
-            deletes_pending: Gauge::default(),
-            oldest_delete: Gauge::default(),
-            orphans: Gauge::default(),
-            errors: Family::default(),
-            abandoned: Counter::default(),
-            swept: Counter::default(),
-            registry: Registry::default(),
-        };
-        registry.register(
-            "csi_call_duration_seconds",
-            "CSI calls by method and status code",
-            metrics.calls.clone(),
-        );
-        registry.register("volumes", "Volumes by phase", metrics.volumes.clone());
-        registry.register(
-            "pool_size_bytes",
-            "What a pool can promise in all",
-            metrics.pool_size.clone(),
-        );
-        registry.register(
-            "pool_promised_bytes",
-            "What a pool has promised",
-            metrics.pool_promised.clone(),
-        );
-        registry.register(
-            "pool_room_bytes",
-            "The largest volume that a pool can still promise",
-            metrics.pool_room.clone(),
-        );
-        registry.register(
-            "deletes_pending",
-            "Volumes that are being deleted",
-            metrics.deletes_pending.clone(),
-        );
-        registry.register(
-            "oldest_delete_pending_seconds",
-            "Age of the oldest delete that has not landed",
-            metrics.oldest_delete.clone(),
-        );
-        registry.register(
-            "orphans",
-            "Volumes on this node's pools that nobody knows of",
-            metrics.orphans.clone(),
-        );
-        registry.register(
-            "errors",
-            "Background tasks that failed and are tried again",
-            metrics.errors.clone(),
-        );
-        registry.register(
-            "volumes_abandoned",
-            "Volumes deleted without their node, which was gone",
-            metrics.abandoned.clone(),
-        );
-        registry.register(
-            "volumes_swept",
-            "Volumes deleted that no claim had ever used",
-            metrics.swept.clone(),
-        );
-        Self { registry, ..metrics }
+        let r = &mut registry;
+        let histogram: fn() -> Histogram = || Histogram::new(BUCKETS);
+        let calls = Family::new_with_constructor(histogram);
+        Self {
+            calls: add(
+                r,
+                "csi_call_duration_seconds",
+                "CSI calls by method and status code",
+                calls,
+            ),
+            volumes: new(r, "volumes", "Volumes by phase"),
+            pool_size: new(r, "pool_size_bytes", "What a pool can promise in all"),
+            pool_promised: new(r, "pool_promised_bytes", "What a pool has promised"),
+            pool_room: new(r, "pool_room_bytes", "The largest volume that a pool can still promise"),
+            deletes_pending: new(r, "deletes_pending", "Volumes that are being deleted"),
+            oldest_delete: new(
+                r,
+                "oldest_delete_pending_seconds",
+                "Age of the oldest delete that has not landed",
+            ),
+            orphans: new(r, "orphans", "Volumes on this node's pools that nobody knows of"),
+            errors: new(r, "errors", "Background tasks that failed and are tried again"),
+            abandoned: new(
+                r,
+                "volumes_abandoned",
+                "Volumes deleted without their node, which was gone",
+            ),
+            swept: new(r, "volumes_swept", "Volumes deleted that no claim had ever used"),
+            registry,
+        }
     }
+}
+
+fn new<M: Metric + Clone + Default>(registry: &mut Registry, name: &str, help: &str) -> M {
+    add(registry, name, help, M::default())
+}
+
+fn add<M: Metric + Clone>(registry: &mut Registry, name: &str, help: &str, metric: M) -> M {
+    registry.register(name, help, metric.clone());
+    metric
 }
 
 fn gauge(number: u64) -> i64 {

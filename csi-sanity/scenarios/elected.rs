@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use crate::lab::{Lab, Mode, lab, report};
 use crate::objects::{claim_of, class, on_node, pod};
-use crate::scale::many;
+use crate::scale::{SetOnDrop, many};
 
 /// Another node than that of the leader, by number.
 fn node_without_leader(lab: &Lab) -> (usize, String) {
@@ -192,6 +192,7 @@ fn scenario_3_three_leaders_at_once_do_no_harm() {
                 lab.signal_drivers(node, "controller", "CONT");
             }
         });
+        let _done = SetOnDrop(&done);
         let names: Vec<String> = (0..60).map(|number| format!("short-{number}")).collect();
         for some in names.chunks(20) {
             let claims: Vec<Value> = some
@@ -205,13 +206,9 @@ fn scenario_3_three_leaders_at_once_do_no_harm() {
             args.extend(some.iter().map(String::as_str));
             lab.kubectl().run(&args).unwrap();
         }
-        let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            lab.wait("the short-lived are gone", || {
-                Ok(lab.kubectl().list(&["pvc", "-n", &lab.namespace])?.len() == 1)
-            });
-        }));
-        done.store(true, Ordering::Relaxed);
-        ended.unwrap();
+        lab.wait("the short-lived are gone", || {
+            Ok(lab.kubectl().list(&["pvc", "-n", &lab.namespace])?.len() == 1)
+        });
     });
     let made = |controller: &Value| {
         let metrics = lab.http(controller, "metrics").unwrap_or_default();

@@ -85,7 +85,7 @@ pub(crate) fn many(lab: &Lab, count: usize, node: Option<&str>, meanwhile: impl 
     });
 }
 
-struct SetOnDrop<'a>(&'a AtomicBool);
+pub(crate) struct SetOnDrop<'a>(pub(crate) &'a AtomicBool);
 
 impl Drop for SetOnDrop<'_> {
     fn drop(&mut self) {

@@ -8,24 +8,23 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use kube::Client;
 use kube::api::{Api, Patch, PatchParams};
 use kube::runtime::watcher::{Config, watcher};
-use kube::{Client, ResourceExt};
 use serde_json::{Value, json};
 use tokio::runtime::Handle;
 use tokio::sync::Notify;
 use tokio::time::timeout;
-use tracing::warn;
 
 use super::api::HostVolume;
 use super::events::Events;
 use super::publisher::Publisher;
 use super::upkeep::{Deletes, Rounds};
-use super::watch::{Follower, follow};
-use super::{Problem, api, ask, convert};
+use super::watch::{self, Follower, follow};
+use super::{ApiBook, Problem, api, ask, convert};
 use crate::metrics::Metrics;
 use crate::volume::id::{NodeName, VolumeId};
-use crate::volume::ports::{Ledger, Promise};
+use crate::volume::ports::{Book as _, Ledger, Promise};
 use crate::volume::record::Record;
 use crate::volume::{Driver, Reason};
 
@@ -39,9 +38,10 @@ const CONFLICTS: usize = 3;
 pub struct Agent {
     pub(super) node: NodeName,
     client: Client,
-    pub(super) volumes: Api<HostVolume>,
+    volumes: Api<HostVolume>,
+    pub(super) book: ApiBook,
     pub(super) events: Events,
-    pub(super) runtime: Handle,
+    runtime: Handle,
     pub(super) metrics: Arc<Metrics>,
     promises: Mutex<BTreeMap<VolumeId, Promise>>,
     /// Whether the list of promises has been seen whole.
@@ -58,6 +58,7 @@ impl Agent {
         Arc::new(Self {
             events: Events::new(client.clone(), node.to_string(), runtime.clone()),
             volumes: Api::all(client.clone()),
+            book: ApiBook::new(client.clone(), runtime.clone()),
             node,
             client,
             runtime,
@@ -73,16 +74,12 @@ impl Agent {
     pub async fn run(self: Arc<Self>, driver: Arc<Driver>) -> anyhow::Error {
         let fields = format!("spec.node={}", self.node);
         let watch = watcher(self.volumes.clone(), Config::default().fields(&fields));
-        let follower = Promises {
-            agent: Arc::clone(&self),
-            listed: BTreeSet::new(),
-        };
         let metrics = Arc::clone(&self.metrics);
         let deletes = Deletes::new(Arc::clone(&self), Arc::clone(&driver));
         tokio::select! {
-            () = follow("watch HostVolumes", watch, &metrics, follower) => anyhow::anyhow!("the watch has ended"),
+            () = follow("watch HostVolumes", watch, &metrics, Promises(&self)) => anyhow::anyhow!("the watch has ended"),
             () = deletes.run() => anyhow::anyhow!("nothing is deleted any more"),
-            error = self.look_around(driver) => error,
+            error = Arc::clone(&self).look_around(driver) => error,
         }
     }
 
@@ -111,17 +108,6 @@ impl Agent {
         self.promises.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn read(&self, id: &VolumeId) -> Result<Option<Promise>, Reason> {
-        let verb = "read its HostVolume";
-        match ask(&self.runtime, verb, self.volumes.get(id.as_str())) {
-            Ok(object) => convert::promise(object)
-                .map(Some)
-                .map_err(|error| api(verb, format!("{error:#}"))),
-            Err(Problem::NotFound) => Ok(None),
-            Err(problem) => Err(problem.into_reason(verb)),
-        }
-    }
-
     /// Writes the status of a HostVolume that is still of the version that was read; says whether it was.
     pub(super) fn write_status(&self, promise: &Promise, status: &Value) -> Result<bool, Reason> {
         let verb = "write the status of its HostVolume";
@@ -135,8 +121,8 @@ impl Agent {
                 }
                 Ok(true)
             }
-            Err(Problem::Conflict | Problem::NotFound) => Ok(false),
-            Err(problem) => Err(problem.into_reason(verb)),
+            Err(Problem::Conflict(_) | Problem::NotFound(_)) => Ok(false),
+            Err(problem) => Err(problem.into()),
         }
     }
 
@@ -156,7 +142,7 @@ impl Ledger for Agent {
         match known {
             Some(promise) => Ok(Some(promise)),
             // The watch may be late.
-            None => self.read(id),
+            None => self.book.look_up(id),
         }
     }
 
@@ -178,7 +164,7 @@ impl Ledger for Agent {
             if self.write_status(&current, &status)? {
                 return Ok(());
             }
-            promise = self.read(&record.id)?;
+            promise = self.book.look_up(&record.id)?;
         }
         Err(api(
             "mark its HostVolume as Ready",
@@ -188,63 +174,33 @@ impl Ledger for Agent {
 }
 
 /// Takes in the watch.
-struct Promises {
-    agent: Arc<Agent>,
-    listed: BTreeSet<VolumeId>,
-}
+struct Promises<'a>(&'a Agent);
 
-impl Promises {
-    fn apply(&self, object: HostVolume) -> Option<VolumeId> {
-        match convert::promise(object) {
-            Ok(promise) if promise.node == self.agent.node => {
-                let id = promise.id.clone();
-                let deleting = promise.deleting;
-                self.agent.lock().insert(id.clone(), promise);
-                if deleting {
-                    self.agent.changed.notify_one();
-                }
-                Some(id)
-            }
-            Ok(_) => None,
-            Err(error) => {
-                warn!(error = format!("{error:#}"), "ignoring a HostVolume");
-                None
-            }
+impl Follower<HostVolume> for Promises<'_> {
+    type Key = VolumeId;
+
+    fn applied(&self, object: HostVolume) -> Option<VolumeId> {
+        let promise = watch::read(object).filter(|promise| promise.node == self.0.node)?;
+        let (id, deleting) = (promise.id.clone(), promise.deleting);
+        self.0.lock().insert(id.clone(), promise);
+        if deleting {
+            self.0.changed.notify_one();
         }
-    }
-}
-
-impl Follower<HostVolume> for Promises {
-    fn begin(&mut self) {
-        self.listed.clear();
+        Some(id)
     }
 
-    fn listed(&mut self, object: HostVolume) {
-        let id = self.apply(object);
-        self.listed.extend(id);
-    }
-
-    fn end(&mut self) {
-        let listed = std::mem::take(&mut self.listed);
-        self.agent.lock().retain(|id, _| listed.contains(id));
-        self.agent.complete.store(true, Ordering::Release);
-        self.agent.listed.notify_one();
-    }
-
-    fn applied(&mut self, object: HostVolume) {
-        self.apply(object);
-    }
-
-    fn gone(&mut self, object: HostVolume) {
-        let uid = object.uid();
-        if let Ok(id) = VolumeId::parse(&object.name_any()) {
-            let mut promises = self.agent.lock();
-            if promises
-                .get(&id)
-                .is_some_and(|known| Some(known.uid.to_string()) == uid)
-            {
+    fn gone(&self, object: HostVolume) {
+        if let Some((id, uid)) = watch::identity(&object) {
+            let mut promises = self.0.lock();
+            if promises.get(&id).is_some_and(|known| known.uid == uid) {
                 promises.remove(&id);
             }
         }
+    }
+
+    fn retain(&self, listed: &BTreeSet<VolumeId>) {
+        self.0.lock().retain(|id, _| listed.contains(id));
+        self.0.complete.store(true, Ordering::Release);
+        self.0.listed.notify_one();
     }
 }

@@ -7,11 +7,13 @@ use tokio::runtime::Handle;
 use uuid::Uuid;
 
 use super::api::HostVolume;
-use super::{Problem, api, ask, convert};
+use super::{Problem, api, ask, convert, find};
 use crate::volume::Reason;
 use crate::volume::id::VolumeId;
 use crate::volume::ports::{Book, Draft, Promise};
 use crate::volume::size::Bytes;
+
+const READ: &str = "read its HostVolume";
 
 /// The API server's book.
 pub struct ApiBook {
@@ -26,18 +28,10 @@ impl ApiBook {
         let volumes = Api::all(client);
         Self { volumes, runtime }
     }
-
-    fn look(&self, id: &VolumeId) -> Result<Option<HostVolume>, Reason> {
-        match ask(&self.runtime, "read its HostVolume", self.volumes.get(id.as_str())) {
-            Ok(object) => Ok(Some(object)),
-            Err(Problem::NotFound) => Ok(None),
-            Err(problem) => Err(problem.into_reason("read its HostVolume")),
-        }
-    }
 }
 
 fn read(object: HostVolume) -> Result<Promise, Reason> {
-    convert::promise(object).map_err(|error| api("read its HostVolume", format!("{error:#}")))
+    convert::promise(object).map_err(|error| api(READ, format!("{error:#}")))
 }
 
 impl Book for ApiBook {
@@ -47,16 +41,18 @@ impl Book for ApiBook {
         let params = PostParams::default();
         match ask(&self.runtime, verb, self.volumes.create(&params, &object)) {
             Ok(object) => Ok((read(object)?, true)),
-            Err(Problem::Conflict) => match self.look(&draft.id)? {
-                Some(object) => Ok((read(object)?, false)),
+            Err(Problem::Conflict(_)) => match self.look_up(&draft.id)? {
+                Some(promise) => Ok((promise, false)),
                 None => Err(Reason::Deleting),
             },
-            Err(problem) => Err(problem.into_reason(verb)),
+            Err(problem) => Err(problem.into()),
         }
     }
 
     fn look_up(&self, id: &VolumeId) -> Result<Option<Promise>, Reason> {
-        self.look(id)?.map(read).transpose()
+        find(&self.runtime, READ, self.volumes.get(id.as_str()))?
+            .map(read)
+            .transpose()
     }
 
     fn delete(&self, id: &VolumeId, uid: Uuid) -> Result<Option<Promise>, Reason> {
@@ -70,9 +66,9 @@ impl Book for ApiBook {
         };
         match ask(&self.runtime, verb, self.volumes.delete(id.as_str(), &params)) {
             Ok(left) => left.left().map(read).transpose(),
-            Err(Problem::NotFound) => Ok(None),
+            Err(Problem::NotFound(_)) => Ok(None),
             // Another one of that name: what we were asked to delete is gone, but the caller may mean this one.
-            Err(problem) => Err(problem.into_reason(verb)),
+            Err(problem) => Err(problem.into()),
         }
     }
 
@@ -86,25 +82,23 @@ impl Book for ApiBook {
         let patched = self.volumes.patch(promise.id.as_str(), &params, &patch);
         match ask(&self.runtime, verb, patched) {
             Ok(_) => Ok(true),
-            Err(Problem::Conflict) => Ok(false),
-            Err(Problem::NotFound) => Err(Reason::NoSuchVolume),
-            Err(problem) => Err(problem.into_reason(verb)),
+            Err(Problem::Conflict(_)) => Ok(false),
+            Err(Problem::NotFound(_)) => Err(Reason::NoSuchVolume),
+            Err(problem) => Err(problem.into()),
         }
     }
 
     fn release(&self, promise: &Promise) -> Result<bool, Reason> {
         let verb = "take the finalizer off its HostVolume";
-        match ask(&self.runtime, verb, release(&self.volumes, promise)) {
-            Ok(_) | Err(Problem::NotFound) => Ok(true),
-            Err(Problem::Conflict) => Ok(false),
-            Err(problem) => Err(problem.into_reason(verb)),
+        let patch = Patch::Merge(json!({
+            "metadata": {"resourceVersion": promise.version, "finalizers": promise.holders},
+        }));
+        let params = PatchParams::default();
+        let patched = self.volumes.patch(promise.id.as_str(), &params, &patch);
+        match ask(&self.runtime, verb, patched) {
+            Ok(_) | Err(Problem::NotFound(_)) => Ok(true),
+            Err(Problem::Conflict(_)) => Ok(false),
+            Err(problem) => Err(problem.into()),
         }
     }
-}
-
-/// Takes the finalizer off, if the object is still of the version that was read.
-pub(super) async fn release(volumes: &Api<HostVolume>, promise: &Promise) -> kube::Result<HostVolume> {
-    let patch = json!({"metadata": {"resourceVersion": promise.version, "finalizers": promise.holders}});
-    let params = PatchParams::default();
-    volumes.patch(promise.id.as_str(), &params, &Patch::Merge(&patch)).await
 }

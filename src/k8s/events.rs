@@ -8,9 +8,8 @@ use tracing::warn;
 
 use super::api::HostVolume;
 use super::ask;
+use crate::volume::Reason;
 use crate::volume::ports::Promise;
-
-const VERB: &str = "write an event";
 
 /// Who writes events. An event that cannot be written is logged, and no reason to stop.
 pub(super) struct Events {
@@ -55,8 +54,12 @@ impl Events {
             ..ObjectReference::default()
         };
         for reference in std::iter::once(volume).chain(claim(promise)) {
-            if let Err(problem) = ask(&self.runtime, VERB, self.recorder.publish(&event, &reference)) {
-                warn!(volume.id = %promise.id, why = %problem.into_reason(VERB), "no event is written");
+            if let Err(problem) = ask(
+                &self.runtime,
+                "write an event",
+                self.recorder.publish(&event, &reference),
+            ) {
+                warn!(volume.id = %promise.id, why = %Reason::from(problem), "no event is written");
             }
         }
     }

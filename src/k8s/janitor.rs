@@ -9,13 +9,13 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Node, PersistentVolume, PersistentVolumeClaim};
 use kube::Client;
-use kube::api::{Api, DeleteParams, PartialObjectMeta};
+use kube::api::{Api, DeleteParams};
 use tokio::runtime::Handle;
 use tracing::{info, warn};
 
 use super::api::HostNode;
 use super::events::Events;
-use super::{ApiBook, Problem, ask};
+use super::{ApiBook, Problem, ask, find};
 use crate::metrics::Metrics;
 use crate::volume::Reason;
 use crate::volume::id::{NodeName, VolumeId};
@@ -88,6 +88,7 @@ impl Janitor {
             if !self.registry.is_complete() {
                 continue;
             }
+            self.registry.note_absent();
             self.let_go();
             self.sweep();
         }
@@ -147,7 +148,7 @@ impl Janitor {
     /// Whether a Node exists, by the API server's own word: a watch may be late.
     fn exists(&self, node: &NodeName) -> Result<bool, Reason> {
         let nodes: Api<Node> = Api::all(self.client.clone());
-        Ok(self.find("read a Node", nodes.get_metadata(node.as_str()))?.is_some())
+        Ok(find(&self.runtime, "read a Node", nodes.get_metadata(node.as_str()))?.is_some())
     }
 
     fn forget(&self, node: &NodeName) -> Result<(), Reason> {
@@ -158,8 +159,8 @@ impl Janitor {
         let params = DeleteParams::default();
         match ask(&self.runtime, "delete a HostNode", nodes.delete(node.as_str(), &params)) {
             Ok(_) => info!(node = %node, "the node is gone: forgot its pools"),
-            Err(Problem::NotFound) => {}
-            Err(problem) => return Err(problem.into_reason("delete a HostNode")),
+            Err(Problem::NotFound(_)) => {}
+            Err(problem) => return Err(problem.into()),
         }
         Ok(())
     }
@@ -210,9 +211,12 @@ impl Janitor {
     /// Whether there is a PersistentVolume or a claim for it. Where the claim is not known, there may be.
     fn is_in_use(&self, promise: &Promise) -> Result<bool, Reason> {
         let volumes: Api<PersistentVolume> = Api::all(self.client.clone());
-        if self
-            .find("read a PersistentVolume", volumes.get_metadata(&promise.name))?
-            .is_some()
+        if find(
+            &self.runtime,
+            "read a PersistentVolume",
+            volumes.get_metadata(&promise.name),
+        )?
+        .is_some()
         {
             return Ok(true);
         }
@@ -222,23 +226,11 @@ impl Janitor {
         }
         let Some(claim) = &promise.claim else { return Ok(true) };
         let claims: Api<PersistentVolumeClaim> = Api::namespaced(self.client.clone(), &claim.namespace);
-        let found = self.find("read a claim", claims.get_metadata(&claim.name))?;
+        let found = find(&self.runtime, "read a claim", claims.get_metadata(&claim.name))?;
         Ok(found.is_some_and(|found| {
             let uid = found.metadata.uid.unwrap_or_default();
             // A claim of that name may be another one; what is not named after its claim may be anybody's.
             promise.name.strip_prefix("pvc-").is_none_or(|wanted| wanted == uid)
         }))
-    }
-
-    fn find<K>(
-        &self,
-        verb: &'static str,
-        request: impl Future<Output = kube::Result<PartialObjectMeta<K>>>,
-    ) -> Result<Option<PartialObjectMeta<K>>, Reason> {
-        match ask(&self.runtime, verb, request) {
-            Ok(found) => Ok(Some(found)),
-            Err(Problem::NotFound) => Ok(None),
-            Err(problem) => Err(problem.into_reason(verb)),
-        }
     }
 }

@@ -45,8 +45,8 @@ fn ask<T>(runtime: &Handle, verb: &'static str, request: impl Future<Output = ku
     let answer = runtime.block_on(async { tokio::time::timeout(TIMEOUT, request).await });
     match answer {
         Ok(Ok(answer)) => Ok(answer),
-        Ok(Err(kube::Error::Api(status))) if status.code == 404 => Err(Problem::NotFound),
-        Ok(Err(kube::Error::Api(status))) if status.code == 409 => Err(Problem::Conflict),
+        Ok(Err(kube::Error::Api(status))) if status.code == 404 => Err(Problem::NotFound(verb)),
+        Ok(Err(kube::Error::Api(status))) if status.code == 409 => Err(Problem::Conflict(verb)),
         Ok(Err(kube::Error::Api(status))) => Err(Problem::Other(api(verb, status.message.clone()))),
         Ok(Err(error)) => Err(Problem::Other(api(verb, with_causes(&error)))),
         Err(_) => Err(Problem::Other(api(
@@ -56,23 +56,35 @@ fn ask<T>(runtime: &Handle, verb: &'static str, request: impl Future<Output = ku
     }
 }
 
-/// What the API server may answer that means something of its own.
+/// Asks the API server for an object that may not be there.
+fn find<T>(
+    runtime: &Handle,
+    verb: &'static str,
+    request: impl Future<Output = kube::Result<T>>,
+) -> Result<Option<T>, Reason> {
+    match ask(runtime, verb, request) {
+        Ok(found) => Ok(Some(found)),
+        Err(Problem::NotFound(_)) => Ok(None),
+        Err(problem) => Err(problem.into()),
+    }
+}
+
+/// What the API server may answer, when asked to do something, that means something of its own.
 enum Problem {
     /// There is no such object.
-    NotFound,
+    NotFound(&'static str),
     /// It is there already, or has changed.
-    Conflict,
+    Conflict(&'static str),
     /// Anything else.
     Other(Reason),
 }
 
-impl Problem {
-    /// Where neither of the others can be dealt with.
-    fn into_reason(self, verb: &'static str) -> Reason {
-        match self {
-            Self::NotFound => api(verb, "there is no such object".into()),
-            Self::Conflict => api(verb, "the object has changed meanwhile".into()),
-            Self::Other(reason) => reason,
+impl From<Problem> for Reason {
+    fn from(problem: Problem) -> Self {
+        match problem {
+            Problem::NotFound(verb) => api(verb, "there is no such object".into()),
+            Problem::Conflict(verb) => api(verb, "the object has changed meanwhile".into()),
+            Problem::Other(reason) => reason,
         }
     }
 }

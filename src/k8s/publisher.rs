@@ -8,7 +8,7 @@ use serde_json::json;
 use tokio::runtime::Handle;
 
 use super::api::{HostNode, HostNodeSpec, HostNodeStatus, Orphan};
-use super::{Problem, ask, convert};
+use super::{ask, convert, find};
 use crate::metrics::Metrics;
 use crate::volume::id::NodeName;
 use crate::volume::size::Bytes;
@@ -42,7 +42,7 @@ impl Publisher {
     /// Writes what the pools are like, if the API server does not have it already.
     pub(super) fn publish(&mut self, driver: &Driver, metrics: &Metrics, orphans: &[Held]) -> Result<(), Reason> {
         let pools = driver.pool_states();
-        measure(driver, metrics, &pools);
+        measure(driver.node(), metrics, &pools);
         self.published = self.published.take().filter(|(_, since)| since.elapsed() < LOOK_AGAIN);
         if self.published.is_none() {
             self.published = Some((self.find_or_make()?, Instant::now()));
@@ -81,34 +81,34 @@ impl Publisher {
             // Somebody may have deleted it: then it is made again next time.
             Err(problem) => {
                 self.published = None;
-                Err(problem.into_reason("write the status of its HostNode"))
+                Err(problem.into())
             }
         }
     }
 
     fn find_or_make(&self) -> Result<HostNodeStatus, Reason> {
-        let found = match ask(&self.runtime, "read its HostNode", self.nodes.get(&self.name)) {
-            Err(Problem::NotFound) => {
+        let found = find(&self.runtime, "read its HostNode", self.nodes.get(&self.name))?;
+        let object = found.map_or_else(
+            || {
                 let object = HostNode::new(&self.name, HostNodeSpec {});
                 let params = PostParams::default();
                 ask(&self.runtime, "make its HostNode", self.nodes.create(&params, &object))
-            }
-            other => other,
-        };
-        let object = found.map_err(|problem| problem.into_reason("make its HostNode"))?;
+            },
+            Ok,
+        )?;
         Ok(object.status.unwrap_or_default())
     }
 }
 
 /// Notes what the pools have, for whoever reads the metrics.
-fn measure(driver: &Driver, metrics: &Metrics, pools: &[PoolState]) {
+fn measure(node: &NodeName, metrics: &Metrics, pools: &[PoolState]) {
     metrics.clear_pools();
     for PoolState { config, condition } in pools {
         let Ok(facts) = condition else { continue };
-        let promised = driver.promised(&config.name);
+        let promised = facts.promised;
         let room = |promised| config.limits.room(facts.space, facts.foreign, promised).0;
         metrics.set_pool(
-            driver.node().as_str(),
+            node.as_str(),
             config.name.as_str(),
             room(Bytes(0)),
             promised.0,

@@ -13,9 +13,8 @@ use uuid::Uuid;
 
 use super::agent::{Agent, PERIOD};
 use super::publisher::Publisher;
-use super::{Problem, ask, book};
 use crate::volume::id::{PoolName, VolumeId};
-use crate::volume::ports::{Hindrance, Ledger, Promise, Stage, Unusable};
+use crate::volume::ports::{Book as _, Hindrance, Ledger, Promise, Stage, Unusable};
 use crate::volume::record::{Phase, Record};
 use crate::volume::{Driver, Error, Held, Reason};
 
@@ -66,12 +65,11 @@ impl Deletes {
         }
         let this = Arc::clone(self);
         tokio::task::spawn_blocking(move || {
-            let running = Running(&this, &promise.id);
+            let _running = Running(&this, &promise.id);
             if let Err(reason) = delete(&this.agent, &this.driver, &promise) {
                 this.agent.metrics.failed("delete a volume");
                 warn!(volume.id = %promise.id, node = %this.agent.node, why = %reason, "cannot delete a volume yet");
             }
-            drop(running);
         });
     }
 
@@ -114,18 +112,15 @@ impl Rounds {
         let mut orphans = Vec::new();
         if agent.complete.load(Ordering::Acquire) {
             // First the promises, then the disks: what is Ready among the first was on a disk before.
-            let promises: Vec<Promise> = agent.lock().values().cloned().collect();
+            let mut promises: Vec<Promise> = agent.lock().values().cloned().collect();
             let (held, unusable) = driver.inventory();
-            let unusable: HashMap<PoolName, Unusable> = unusable.into_iter().collect();
             self.unusable.retain(|pool, _| unusable.contains_key(pool));
             for pool in unusable.keys() {
                 self.unusable.entry(pool.clone()).or_insert_with(Instant::now);
             }
             let bear_with = |pool: &PoolName| self.unusable.get(pool).is_some_and(|since| since.elapsed() < PATIENCE);
-            let (waiting, due): (Vec<Promise>, Vec<Promise>) =
-                promises.into_iter().partition(|promise| bear_with(&promise.pool));
-            drop(waiting);
-            if let Err(reason) = mark(agent, &due, &held, &unusable) {
+            promises.retain(|promise| !bear_with(&promise.pool));
+            if let Err(reason) = mark(agent, &promises, &held, &unusable) {
                 agent.metrics.failed("write a status");
                 warn!(node = %agent.node, why = %reason, "cannot write what has become of volumes; trying again");
             }
@@ -143,14 +138,9 @@ impl Rounds {
 fn delete(agent: &Agent, driver: &Driver, promise: &Promise) -> Result<(), Reason> {
     match driver.delete_of(&promise.id, promise.uid) {
         Ok(()) => {
-            let verb = "take the finalizer off its HostVolume";
-            match ask(&agent.runtime, verb, book::release(&agent.volumes, promise)) {
-                Ok(_) | Err(Problem::NotFound) => {
-                    info!(volume.id = %promise.id, node = %agent.node, "volume let go of");
-                }
-                // It has changed: the watch brings it again.
-                Err(Problem::Conflict) => {}
-                Err(problem) => return Err(problem.into_reason(verb)),
+            // If it has changed meanwhile, the watch brings it again.
+            if agent.book.release(promise)? {
+                info!(volume.id = %promise.id, node = %agent.node, "volume let go of");
             }
             Ok(())
         }
@@ -298,7 +288,7 @@ fn is_promised(agent: &Agent, held: &Held) -> bool {
 
 /// A first publish may just be under way, with a watch that is late: only the API server knows.
 fn discard_unused(agent: &Agent, driver: &Driver, id: &VolumeId, uid: Uuid) {
-    let discarded = match agent.read(id) {
+    let discarded = match agent.book.look_up(id) {
         Ok(Some(promise)) if promise.uid == uid => Ok(()),
         Ok(_) => driver.delete_of(id, uid).map_err(|error| *error.reason),
         Err(reason) => Err(reason),

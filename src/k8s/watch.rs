@@ -12,11 +12,13 @@ use kube::runtime::watcher::{self, Event, watcher};
 use kube::runtime::{WatchStreamExt, watcher::Config};
 use kube::{Client, ResourceExt};
 use tracing::{info, warn};
+use uuid::Uuid;
 
 use super::api::{HostNode, HostVolume};
 use super::{convert, with_causes};
 use crate::metrics::Metrics;
 use crate::volume::id::{NodeName, VolumeId};
+use crate::volume::ports::Promise;
 use crate::volume::registry::Registry;
 
 /// Objects in one page of a list: more cost memory, fewer cost requests.
@@ -24,60 +26,40 @@ const PAGE: u32 = 1000;
 
 /// Keeps the registry up to date, for ever.
 pub async fn feed(client: Client, registry: Arc<Registry>, metrics: Arc<Metrics>) {
-    let config = Config::default().page_size(PAGE);
-    let volumes = follow(
-        "watch HostVolumes",
-        watcher(Api::<HostVolume>::all(client.clone()), config.clone()),
-        &metrics,
-        Volumes {
-            registry: Arc::clone(&registry),
-            listed: BTreeSet::new(),
-        },
+    let config = || Config::default().page_size(PAGE);
+    let volumes = watcher(Api::<HostVolume>::all(client.clone()), config());
+    let host_nodes = watcher(Api::<HostNode>::all(client.clone()), config());
+    let nodes = watcher(Api::<PartialObjectMeta<Node>>::all(client), config());
+    tokio::join!(
+        follow("watch HostVolumes", volumes, &metrics, Volumes(&registry)),
+        follow("watch HostNodes", host_nodes, &metrics, HostNodes(&registry)),
+        follow("watch Nodes", nodes, &metrics, Nodes(&registry)),
     );
-    let host_nodes = follow(
-        "watch HostNodes",
-        watcher(Api::<HostNode>::all(client.clone()), config.clone()),
-        &metrics,
-        HostNodes {
-            registry: Arc::clone(&registry),
-            listed: BTreeSet::new(),
-        },
-    );
-    let nodes = follow(
-        "watch Nodes",
-        watcher(Api::<PartialObjectMeta<Node>>::all(client), config),
-        &metrics,
-        Nodes {
-            registry,
-            listed: BTreeSet::new(),
-        },
-    );
-    tokio::join!(volumes, host_nodes, nodes);
 }
 
-/// Whoever takes in the events of a watch.
+/// Whoever takes in what a watch shows.
 pub(super) trait Follower<K> {
-    /// A list begins.
-    fn begin(&mut self);
-    /// An object is on the list.
-    fn listed(&mut self, object: K);
-    /// The list is whole.
-    fn end(&mut self);
-    /// An object is new or has changed.
-    fn applied(&mut self, object: K);
-    /// An object is gone.
-    fn gone(&mut self, object: K);
+    /// What tells the objects apart.
+    type Key: Ord;
+
+    /// Takes in an object that is new or has changed: which one, unless it cannot be read.
+    fn applied(&self, object: K) -> Option<Self::Key>;
+    /// Forgets an object that is gone.
+    fn gone(&self, object: K);
+    /// Forgets all but these: they are on a list that is whole.
+    fn retain(&self, listed: &BTreeSet<Self::Key>);
 }
 
 /// Follows a watch for ever. It is tried again, ever more seldom, when it fails.
-pub(super) async fn follow<K: Debug + Send + 'static>(
+pub(super) async fn follow<K: Debug + Send + 'static, F: Follower<K>>(
     what: &'static str,
     events: impl Stream<Item = watcher::Result<Event<K>>> + Send,
     metrics: &Metrics,
-    mut follower: impl Follower<K>,
+    follower: F,
 ) {
     let mut events = pin!(events.default_backoff());
     let mut failing = false;
+    let mut listed = BTreeSet::new();
     loop {
         match events.try_next().await {
             Ok(Some(event)) => {
@@ -85,10 +67,10 @@ pub(super) async fn follow<K: Debug + Send + 'static>(
                     info!(what, "the API server answers again");
                 }
                 match event {
-                    Event::Init => follower.begin(),
-                    Event::InitApply(object) => follower.listed(object),
-                    Event::InitDone => follower.end(),
-                    Event::Apply(object) => follower.applied(object),
+                    Event::Init => listed.clear(),
+                    Event::InitApply(object) => listed.extend(follower.applied(object)),
+                    Event::InitDone => follower.retain(&std::mem::take(&mut listed)),
+                    Event::Apply(object) => drop(follower.applied(object)),
                     Event::Delete(object) => follower.gone(object),
                 }
             }
@@ -107,115 +89,88 @@ pub(super) async fn follow<K: Debug + Send + 'static>(
     }
 }
 
-struct Volumes {
-    registry: Arc<Registry>,
-    listed: BTreeSet<VolumeId>,
+/// The promise that an object is; one that cannot be read is said so and left alone.
+pub(super) fn read(object: HostVolume) -> Option<Promise> {
+    convert::promise(object)
+        .inspect_err(|error| warn!(error = format!("{error:#}"), "ignoring a HostVolume"))
+        .ok()
 }
 
-impl Volumes {
-    fn apply(&self, object: HostVolume) -> Option<VolumeId> {
-        match convert::promise(object) {
-            Ok(promise) => {
-                self.registry.apply(&promise);
-                Some(promise.id)
-            }
-            Err(error) => {
-                warn!(error = format!("{error:#}"), "ignoring a HostVolume");
-                None
-            }
+/// Which promise an object is, whatever else is in it.
+pub(super) fn identity(object: &HostVolume) -> Option<(VolumeId, Uuid)> {
+    let id = VolumeId::parse(&object.name_any()).ok()?;
+    let uid = object.uid()?.parse().ok()?;
+    Some((id, uid))
+}
+
+struct Volumes<'a>(&'a Registry);
+
+impl Follower<HostVolume> for Volumes<'_> {
+    type Key = VolumeId;
+
+    fn applied(&self, object: HostVolume) -> Option<VolumeId> {
+        let promise = read(object)?;
+        self.0.apply(&promise);
+        Some(promise.id)
+    }
+
+    fn gone(&self, object: HostVolume) {
+        if let Some((id, uid)) = identity(&object) {
+            self.0.forget(&id, uid);
         }
     }
-}
 
-impl Follower<HostVolume> for Volumes {
-    fn begin(&mut self) {
-        self.listed.clear();
-    }
-
-    fn listed(&mut self, object: HostVolume) {
-        let id = self.apply(object);
-        self.listed.extend(id);
-    }
-
-    fn end(&mut self) {
-        self.registry.replace(&std::mem::take(&mut self.listed));
-    }
-
-    fn applied(&mut self, object: HostVolume) {
-        self.apply(object);
-    }
-
-    fn gone(&mut self, object: HostVolume) {
-        if let (Ok(id), Some(Ok(uid))) = (
-            VolumeId::parse(&object.name_any()),
-            object.metadata.uid.map(|uid| uid.parse()),
-        ) {
-            self.registry.forget(&id, uid);
-        }
+    fn retain(&self, listed: &BTreeSet<VolumeId>) {
+        self.0.replace(listed);
     }
 }
 
-struct HostNodes {
-    registry: Arc<Registry>,
-    listed: BTreeSet<NodeName>,
+fn node_name(object: &impl ResourceExt) -> Option<NodeName> {
+    NodeName::parse(&object.name_any()).ok()
 }
 
-impl Follower<HostNode> for HostNodes {
-    fn begin(&mut self) {
-        self.listed.clear();
-    }
+struct HostNodes<'a>(&'a Registry);
 
-    fn listed(&mut self, object: HostNode) {
-        self.listed.extend(NodeName::parse(&object.name_any()).ok());
-        self.applied(object);
-    }
+impl Follower<HostNode> for HostNodes<'_> {
+    type Key = NodeName;
 
-    fn end(&mut self) {
-        self.registry.retain_published(&std::mem::take(&mut self.listed));
-    }
-
-    fn applied(&mut self, object: HostNode) {
+    fn applied(&self, object: HostNode) -> Option<NodeName> {
         match convert::published(&object) {
-            Ok((node, pools)) => self.registry.publish(node, pools),
+            Ok((node, pools)) => self.0.publish(node, pools),
             Err(error) => warn!(error = format!("{error:#}"), "ignoring a HostNode"),
         }
+        node_name(&object)
     }
 
-    fn gone(&mut self, object: HostNode) {
-        if let Ok(node) = NodeName::parse(&object.name_any()) {
-            self.registry.unpublish(&node);
+    fn gone(&self, object: HostNode) {
+        if let Some(node) = node_name(&object) {
+            self.0.unpublish(&node);
         }
+    }
+
+    fn retain(&self, listed: &BTreeSet<NodeName>) {
+        self.0.retain_published(listed);
     }
 }
 
-struct Nodes {
-    registry: Arc<Registry>,
-    listed: BTreeSet<NodeName>,
-}
+struct Nodes<'a>(&'a Registry);
 
-impl Follower<PartialObjectMeta<Node>> for Nodes {
-    fn begin(&mut self) {
-        self.listed.clear();
+impl Follower<PartialObjectMeta<Node>> for Nodes<'_> {
+    type Key = NodeName;
+
+    fn applied(&self, object: PartialObjectMeta<Node>) -> Option<NodeName> {
+        let node = node_name(&object)?;
+        self.0.node_is_there(node.clone());
+        Some(node)
     }
 
-    fn listed(&mut self, object: PartialObjectMeta<Node>) {
-        self.listed.extend(NodeName::parse(&object.name_any()).ok());
-        self.applied(object);
-    }
-
-    fn end(&mut self) {
-        self.registry.retain_nodes(&std::mem::take(&mut self.listed));
-    }
-
-    fn applied(&mut self, object: PartialObjectMeta<Node>) {
-        if let Ok(node) = NodeName::parse(&object.name_any()) {
-            self.registry.node_is_there(node);
+    fn gone(&self, object: PartialObjectMeta<Node>) {
+        if let Some(node) = node_name(&object) {
+            self.0.node_is_gone(&node);
         }
     }
 
-    fn gone(&mut self, object: PartialObjectMeta<Node>) {
-        if let Ok(node) = NodeName::parse(&object.name_any()) {
-            self.registry.node_is_gone(&node);
-        }
+    fn retain(&self, listed: &BTreeSet<NodeName>) {
+        self.0.retain_nodes(listed);
     }
 }

@@ -1,5 +1,6 @@
 //! The verbs of the driver, each whole, each harmless to repeat.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use jiff::Timestamp;
@@ -63,6 +64,8 @@ pub struct PoolFacts {
     pub space: Space,
     /// Bytes that others had on it when the pool was made.
     pub foreign: Bytes,
+    /// Sum of what it has promised.
+    pub promised: Bytes,
 }
 
 /// The pools of this node and what is done with them. All verbs block; different volumes in parallel.
@@ -258,22 +261,16 @@ impl Driver {
 
     /// All volumes on the pools that can be used, and the pools that cannot.
     #[must_use]
-    pub fn inventory(&self) -> (Vec<Held>, Vec<(PoolName, Unusable)>) {
-        let (mut held, mut unusable) = (Vec::new(), Vec::new());
+    pub fn inventory(&self) -> (Vec<Held>, HashMap<PoolName, Unusable>) {
+        let (mut held, mut unusable) = (Vec::new(), HashMap::new());
         for pool in &self.pools {
             let name = &pool.config.name;
             match pool.get(&self.host) {
                 Ok(open) => held.extend(open.held()),
-                Err(why) => unusable.push((name.clone(), why)),
+                Err(why) => drop(unusable.insert(name.clone(), why)),
             }
         }
         (held, unusable)
-    }
-
-    /// What a pool has promised.
-    #[must_use]
-    pub fn promised(&self, pool: &PoolName) -> Bytes {
-        self.pool(pool).map(|pool| pool.promised()).unwrap_or_default()
     }
 
     /// The pools as they are now.
@@ -287,6 +284,7 @@ impl Driver {
                 filesystem: open.filesystem.clone(),
                 space: open.disk.space()?,
                 foreign: open.foreign,
+                promised: open.promised(),
             })
         };
         self.pools
@@ -339,17 +337,19 @@ impl Driver {
             None => lookup.required(*made_on),
             Some(promise) if promise.deleting => Err(Reason::Deleting),
             Some(promise) if promise.node != self.node => Err(Reason::OtherNode),
-            Some(Promise { uid: there, .. }) if uid.is_some_and(|wanted| wanted != there) => {
-                let wanted = uid.unwrap_or_default();
-                Err(Reason::Successor { there, wanted })
+            Some(promise) => {
+                let there = promise.uid;
+                if let Some(wanted) = uid.filter(|wanted| *wanted != there) {
+                    return Err(Reason::Successor { there, wanted });
+                }
+                match (promise.made_on, lookup.unusable) {
+                    (None, _) => self.adopt(promise),
+                    (Some(made_on), Some((pool, why))) if !lookup.open.contains(&made_on) => {
+                        Err(Reason::PoolUnusable { pool, why })
+                    }
+                    (Some(made_on), _) => Err(Reason::data_missing(made_on, &lookup.open)),
+                }
             }
-            Some(promise) => match promise.made_on {
-                None => self.adopt(promise),
-                Some(made_on) => match lookup.unusable {
-                    Some((pool, why)) if !lookup.open.contains(&made_on) => Err(Reason::PoolUnusable { pool, why }),
-                    _ => Err(Reason::data_missing(made_on, &lookup.open)),
-                },
-            },
         }
     }
 

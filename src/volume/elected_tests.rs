@@ -364,9 +364,11 @@ fn only_deletes_of_absent_nodes_are_abandoned_and_only_after_a_while() {
     }
     fixture.watch();
     fixture.registry.node_is_gone(&node(1));
+    fixture.registry.note_absent();
     assert_eq!(fixture.registry.abandoned(Duration::from_mins(1)), [] as [VolumeId; 0]);
     assert_eq!(fixture.registry.abandoned(Duration::ZERO), [id("a")]);
     fixture.registry.node_is_there(node(1));
+    fixture.registry.note_absent();
     assert_eq!(fixture.registry.abandoned(Duration::ZERO), [] as [VolumeId; 0]);
 }
 

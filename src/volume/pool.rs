@@ -145,6 +145,12 @@ struct Volumes {
     claimed: Bytes,
 }
 
+impl Volumes {
+    fn count(&mut self, bytes: Bytes) {
+        self.claimed = self.claimed.plus(bytes);
+    }
+}
+
 impl OpenPool {
     fn new(config: &PoolConfig, opened: Opened) -> Self {
         let Opened {
@@ -158,7 +164,7 @@ impl OpenPool {
         let mut volumes = Volumes::default();
         for Found { id, record } in found {
             match &record {
-                Ok(record) => volumes.claimed = volumes.claimed.plus(record.bytes),
+                Ok(record) => volumes.count(record.bytes),
                 Err(why) => error!(volume.id = %id, pool = %config.name, why, "the record of a volume cannot be read"),
             }
             volumes.entries.insert(
@@ -233,28 +239,21 @@ impl OpenPool {
 
     /// Records a volume whose room was counted elsewhere.
     pub(super) fn record(&self, record: Record) -> Result<(), Reason> {
-        let mut volumes = self.lock();
-        volumes.claimed = volumes.claimed.plus(record.bytes);
-        drop(volumes);
+        self.lock().count(record.bytes);
         self.write(record)
     }
 
     fn write(&self, record: Record) -> Result<(), Reason> {
         let claimed = self.disk.claim(&record);
         let mut volumes = self.lock();
-        match &claimed {
-            Ok(())
-            | Err(DiskError {
-                kind: DiskErrorKind::Unsettled,
-                ..
-            }) => {
-                let entry = Entry {
-                    record: Ok(record.clone()),
-                    mounts: Vec::new(),
-                };
-                volumes.entries.insert(record.id, entry);
-            }
-            Err(_) => volumes.claimed = volumes.claimed.less(record.bytes),
+        if took_effect(&claimed) {
+            let entry = Entry {
+                record: Ok(record.clone()),
+                mounts: Vec::new(),
+            };
+            volumes.entries.insert(record.id, entry);
+        } else {
+            volumes.claimed = volumes.claimed.less(record.bytes);
         }
         Ok(claimed?)
     }
@@ -273,17 +272,10 @@ impl OpenPool {
         let record = Record { bytes, ..record };
         let written = self.disk.rewrite(&record);
         let mut volumes = self.lock();
-        match &written {
-            Ok(())
-            | Err(DiskError {
-                kind: DiskErrorKind::Unsettled,
-                ..
-            }) => {
-                if let Some(entry) = volumes.entries.get_mut(&record.id) {
-                    entry.record = Ok(record);
-                }
-            }
-            Err(_) => volumes.claimed = volumes.claimed.less(more),
+        if !took_effect(&written) {
+            volumes.claimed = volumes.claimed.less(more);
+        } else if let Some(entry) = volumes.entries.get_mut(&record.id) {
+            entry.record = Ok(record);
         }
         Ok(written?)
     }
@@ -300,7 +292,7 @@ impl OpenPool {
                 room,
             });
         }
-        volumes.claimed = volumes.claimed.plus(bytes);
+        volumes.count(bytes);
         Ok(())
     }
 
@@ -316,12 +308,7 @@ impl OpenPool {
     /// Takes a volume out of the pool.
     pub(super) fn discard(&self, id: &VolumeId) -> Result<(), Reason> {
         let discarded = self.disk.discard(id);
-        if let Ok(())
-        | Err(DiskError {
-            kind: DiskErrorKind::Unsettled,
-            ..
-        }) = &discarded
-        {
+        if took_effect(&discarded) {
             let mut volumes = self.lock();
             if let Some(Entry { record: Ok(record), .. }) = volumes.entries.remove(id) {
                 volumes.claimed = volumes.claimed.less(record.bytes);
@@ -352,4 +339,11 @@ impl OpenPool {
         // Every change below is one statement on one map: a panic elsewhere leaves nothing half done.
         self.volumes.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Whether a step on the disk was done, durable or not yet.
+fn took_effect(step: &Result<(), DiskError>) -> bool {
+    step.as_ref()
+        .err()
+        .is_none_or(|error| error.kind == DiskErrorKind::Unsettled)
 }

@@ -20,7 +20,7 @@ use super::ports::{Hindrance, Promise, Space, Stage};
 use super::record::PoolId;
 use super::room::Limits;
 use super::size::Bytes;
-use state::{Kept, Pending, State};
+use state::{Home, Kept, Pending, State};
 
 /// A pool as its node published it.
 #[derive(Clone, Debug, PartialEq)]
@@ -266,15 +266,18 @@ impl Registry {
         all.into_iter().take(max).map(|(id, kept)| kept.volume(id)).collect()
     }
 
+    /// Looks which of the nodes that promises and pools name do not exist, and counts for how long. What follows goes by that.
+    pub fn note_absent(&self) {
+        self.lock().note_absent();
+    }
+
     /// Promises that are being deleted and whose Node has not existed for so long.
     #[must_use]
     pub fn abandoned(&self, grace: Duration) -> Vec<VolumeId> {
-        let mut state = self.lock();
-        state.note_absent();
-        let gone = |node: &NodeName| state.absent.get(node).is_some_and(|since| since.elapsed() >= grace);
+        let state = self.lock();
         let volumes = state.volumes.iter();
         volumes
-            .filter(|(_, kept)| kept.deleting && gone(&kept.home.node))
+            .filter(|(_, kept)| kept.deleting && state.is_gone(&kept.home.node, grace))
             .map(|(id, _)| id.clone())
             .collect()
     }
@@ -282,21 +285,17 @@ impl Registry {
     /// Whether a Node has not existed for so long.
     #[must_use]
     pub fn is_gone(&self, node: &NodeName, grace: Duration) -> bool {
-        let mut state = self.lock();
-        state.note_absent();
-        state.absent.get(node).is_some_and(|since| since.elapsed() >= grace)
+        self.lock().is_gone(node, grace)
     }
 
     /// Nodes that published pools, have no promises, and have not existed for so long.
     #[must_use]
     pub fn empty_absent_nodes(&self, grace: Duration) -> Vec<NodeName> {
-        let mut state = self.lock();
-        state.note_absent();
+        let state = self.lock();
         let used: BTreeSet<&NodeName> = state.volumes.values().map(|kept| &kept.home.node).collect();
-        let gone = |node: &NodeName| state.absent.get(node).is_some_and(|since| since.elapsed() >= grace);
         let published = state.pools.keys();
         published
-            .filter(|node| gone(node) && !used.contains(node))
+            .filter(|node| state.is_gone(node, grace) && !used.contains(node))
             .cloned()
             .collect()
     }
@@ -342,7 +341,7 @@ impl Registry {
         let of = |(node, pools): (&NodeName, &BTreeMap<PoolName, PublishedPool>)| {
             let summary = |(pool, published): (&PoolName, &PublishedPool)| {
                 let space = published.space.as_ref().ok()?;
-                let promised = state.promised_of(node, pool);
+                let promised = state.promised_of(&Home::new(node, pool));
                 Some(PoolSummary {
                     node: node.clone(),
                     pool: pool.clone(),

@@ -22,6 +22,15 @@ pub(super) struct Home {
     pub(super) pool: PoolName,
 }
 
+impl Home {
+    pub(super) fn new(node: &NodeName, pool: &PoolName) -> Self {
+        Self {
+            node: node.clone(),
+            pool: pool.clone(),
+        }
+    }
+}
+
 /// What was promised of a home.
 struct Promised {
     home: Arc<Home>,
@@ -88,10 +97,7 @@ impl State {
     }
 
     pub(super) fn home(&mut self, node: &NodeName, pool: &PoolName) -> Arc<Home> {
-        let home = Home {
-            node: node.clone(),
-            pool: pool.clone(),
-        };
+        let home = Home::new(node, pool);
         if let Some(promised) = self.promised.get(&home) {
             return Arc::clone(&promised.home);
         }
@@ -158,15 +164,11 @@ impl State {
         }
     }
 
-    pub(super) fn promised_of(&self, node: &NodeName, pool: &PoolName) -> Bytes {
-        let home = Home {
-            node: node.clone(),
-            pool: pool.clone(),
-        };
-        let pending = self.pending.values().filter(|pending| *pending.kept.home == home);
+    pub(super) fn promised_of(&self, home: &Home) -> Bytes {
+        let pending = self.pending.values().filter(|pending| *pending.kept.home == *home);
         let pending = pending.fold(Bytes(0), |sum, pending| sum.plus(pending.kept.bytes));
         self.promised
-            .get(&home)
+            .get(home)
             .map_or(pending, |promised| promised.bytes.plus(pending))
     }
 
@@ -187,10 +189,7 @@ impl State {
             .space
             .as_ref()
             .map_err(|why| format!("pool {pool} cannot be used: {why}"))?;
-        let home = Home {
-            node: node.clone(),
-            pool: pool.clone(),
-        };
+        let home = Home::new(node, pool);
         let others = self.promised.get(&home).map(|promised| &promised.made_on);
         let other = others.and_then(|others| others.keys().find(|id| Some(**id) != published.id));
         if let (Some(other), Some(now)) = (other, published.id) {
@@ -200,7 +199,7 @@ impl State {
         }
         Ok(published
             .limits
-            .room(*space, published.foreign, self.promised_of(node, pool)))
+            .room(*space, published.foreign, self.promised_of(&home)))
     }
 
     pub(super) fn no_node(&self, placement: &Placement, mut refusals: Vec<String>) -> Reason {
@@ -227,6 +226,10 @@ impl State {
 
     pub(super) fn expire(&mut self) {
         self.pending.retain(|_, pending| pending.since.elapsed() < PENDING_MAX);
+    }
+
+    pub(super) fn is_gone(&self, node: &NodeName, grace: Duration) -> bool {
+        self.absent.get(node).is_some_and(|since| since.elapsed() >= grace)
     }
 
     /// Begins to count for nodes that are named and do not exist.
