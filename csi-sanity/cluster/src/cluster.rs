@@ -160,6 +160,8 @@ impl Cluster {
             "--namespace",
             NAMESPACE,
             "--create-namespace",
+            // What a scenario has patched by hand is the chart's again.
+            "--force-conflicts",
         ];
         // Capacity is looked at by those who wait: every five seconds and not every minute.
         for setting in [&["provisioner.capacityPollInterval=\"5s\""], settings].concat() {
