@@ -10,6 +10,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Deserialize;
 
 use crate::csi::{DRIVER_NAME, Endpoint};
+use crate::leader::identity;
 use crate::volume::id::{NodeName, PoolName};
 use crate::volume::ports::PoolConfig;
 use crate::volume::record::PoolId;
@@ -37,6 +38,8 @@ pub enum Command {
     Crds,
     /// Ask a hostdir that serves whether it answers: for liveness and readiness probes.
     Probe(ProbeArgs),
+    /// Say who leads the controllers of elected mode, whether it should, and who stands by.
+    Leader(LeaderArgs),
 }
 
 /// What all that serve are told.
@@ -47,7 +50,7 @@ pub struct ServeArgs {
     pub endpoint: Endpoint,
 
     /// The name to be registered under; another one lets two hostdirs live in one cluster
-    #[arg(long, value_name = "NAME", default_value = DRIVER_NAME)]
+    #[arg(long, env = "DRIVER_NAME", value_name = "NAME", default_value = DRIVER_NAME)]
     pub driver_name: String,
 
     /// Serve /healthz, /readyz and /metrics at this address: 0.0.0.0:9808
@@ -74,6 +77,24 @@ pub struct ControllerArgs {
     #[arg(long, env = "POD_NAME", value_name = "NAME")]
     pub pod_name: Option<String>,
 
+    /// A sidecar of this pod, by the Lease that it is elected by, and where it serves /healthz: hostdir-csi=127.0.0.1:9809.
+    /// That election is then watched over. May be repeated
+    #[arg(
+        long = "sidecar",
+        value_name = "LEASE=ADDRESS",
+        requires = "namespace",
+        requires = "controllers"
+    )]
+    pub sidecars: Vec<SidecarArg>,
+
+    /// The namespace of this pod
+    #[arg(long, env = "POD_NAMESPACE", value_name = "NAME")]
+    pub namespace: Option<String>,
+
+    /// The label selector of all controllers' pods
+    #[arg(long, env = "CONTROLLERS", value_name = "SELECTOR")]
+    pub controllers: Option<String>,
+
     /// Seconds that a Node object must be absent before deletes no longer wait for that node
     #[arg(long, value_name = "SECONDS", default_value_t = 300)]
     pub node_grace: u64,
@@ -81,6 +102,59 @@ pub struct ControllerArgs {
     /// Seconds after which a volume is swept that was never used and has neither PersistentVolume nor claim
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     pub unused_age: u64,
+}
+
+/// `LEASE=ADDRESS`.
+#[derive(Clone, Debug)]
+pub struct SidecarArg {
+    /// The Lease that the sidecar is elected by.
+    pub lease: String,
+    /// Where it serves HTTP.
+    pub address: SocketAddr,
+}
+
+impl FromStr for SidecarArg {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> anyhow::Result<Self> {
+        let (lease, address) = text
+            .split_once('=')
+            .context("write LEASE=ADDRESS, such as hostdir-csi=127.0.0.1:9809")?;
+        Ok(Self {
+            lease: lease.to_owned(),
+            address: address.parse().with_context(|| format!("address {address}"))?,
+        })
+    }
+}
+
+/// The command line of `hostdir leader`.
+#[derive(Debug, Args)]
+pub struct LeaderArgs {
+    /// The namespace of the controllers
+    #[arg(long, env = "POD_NAMESPACE", value_name = "NAME", default_value = "hostdir-system")]
+    pub namespace: String,
+
+    /// The name the driver is registered under
+    #[arg(long, env = "DRIVER_NAME", value_name = "NAME", default_value = DRIVER_NAME)]
+    pub driver_name: String,
+
+    /// The label selector of the controllers' pods
+    #[arg(
+        long,
+        env = "CONTROLLERS",
+        value_name = "SELECTOR",
+        default_value = "app.kubernetes.io/name=hostdir,app.kubernetes.io/component=controller"
+    )]
+    pub controllers: String,
+}
+
+impl LeaderArgs {
+    /// The Leases that sidecars of this driver are elected by: external-provisioner's, and external-resizer's.
+    #[must_use]
+    pub fn leases(&self) -> [String; 2] {
+        let name = identity(&self.driver_name);
+        [name.clone(), format!("external-resizer-{name}")]
+    }
 }
 
 /// The command line of `hostdir probe`.

@@ -1,12 +1,15 @@
-//! `/healthz`, `/readyz` and `/metrics`, for the kubelet and for Prometheus.
+//! `/healthz`, `/readyz` and `/metrics`, for the kubelet and for Prometheus; and whether somebody else serves such.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use axum::Router;
+use axum::body::Body;
 use axum::http::{StatusCode, header};
 use axum::routing::get;
+use hyper_util::client::legacy::Client;
+use hyper_util::rt::TokioExecutor;
 use tokio::net::TcpListener;
 
 use crate::metrics::Metrics;
@@ -43,4 +46,15 @@ pub async fn serve(address: SocketAddr, health: Arc<dyn Health>, metrics: Arc<Me
         .await
         .with_context(|| format!("listen on {address}"))?;
     axum::serve(listener, router).await.context("serve HTTP")
+}
+
+/// Asks an HTTP server for something, and only whether it answers well.
+///
+/// # Errors
+/// It does not, and why.
+pub async fn ask(address: SocketAddr, path: &str) -> anyhow::Result<()> {
+    let client = Client::builder(TokioExecutor::new()).build_http::<Body>();
+    let answer = client.get(format!("http://{address}{path}").parse()?).await?;
+    ensure!(answer.status().is_success(), "{address} answers {}", answer.status());
+    Ok(())
 }

@@ -7,6 +7,7 @@
 //! - [`csi`] is the gRPC edge. It takes requests apart, calls one verb, and turns refusals into status codes.
 //! - [`linux`] is the edge to the kernel: pools on disk, bind mounts, the eraser. Every path below a pool is resolved
 //!   from an open descriptor, and nowhere else is unsafe code.
+//! - [`leader`] decides who must not lead, and who takes over: a second core, that knows nothing of volumes.
 //! - [`k8s`] is the edge to the API server: the book of promises, the watches, what nodes and controllers do unasked.
 //! - [`config`] reads the command line and the configuration file, [`run`] joins the rest and serves until SIGTERM;
 //!   [`metrics`] is what all count in, and [`http`] shows it.
@@ -21,6 +22,7 @@ pub mod config;
 pub mod csi;
 pub mod http;
 pub mod k8s;
+pub mod leader;
 pub mod linux;
 pub mod metrics;
 pub mod run;

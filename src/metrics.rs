@@ -1,5 +1,6 @@
 //! What a process counts and measures, in the text format of Prometheus (OpenMetrics).
 
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use prometheus_client::encoding::EncodeLabelSet;
@@ -34,6 +35,23 @@ struct Phase {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Lease {
+    lease: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Leader {
+    lease: String,
+    holder: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct HandOver {
+    lease: String,
+    reason: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Task {
     task: &'static str,
 }
@@ -52,6 +70,10 @@ pub struct Metrics {
     errors: Family<Task, Counter>,
     abandoned: Counter,
     swept: Counter,
+    leaders: Family<Leader, Gauge>,
+    silence: Family<Lease, Gauge>,
+    leaderless: Family<Lease, Counter<f64, AtomicU64>>,
+    hand_overs: Family<HandOver, Counter>,
 }
 
 impl Default for Metrics {
@@ -85,6 +107,26 @@ impl Default for Metrics {
                 "Volumes deleted without their node, which was gone",
             ),
             swept: new(r, "volumes_swept", "Volumes deleted that no claim had ever used"),
+            leaders: new(
+                r,
+                "leader",
+                "Who holds the Lease of an election, as this controller sees it: 1",
+            ),
+            silence: new(
+                r,
+                "leader_heartbeat_age_seconds",
+                "For how long the holder of a Lease has given no heartbeat",
+            ),
+            leaderless: new(
+                r,
+                "leaderless_seconds",
+                "How long this controller has seen nobody lead, or somebody who must not",
+            ),
+            hand_overs: new(
+                r,
+                "hand_overs",
+                "Leases that this controller took from a ghost, by why it was one",
+            ),
             registry,
         }
     }
@@ -160,6 +202,37 @@ impl Metrics {
     /// Counts a volume that was deleted because nobody used it.
     pub fn swept(&self) {
         self.swept.inc();
+    }
+
+    /// Forgets who leads, before it is noted again.
+    pub fn clear_leaders(&self) {
+        self.leaders.clear();
+        self.silence.clear();
+    }
+
+    /// Notes who leads, if anybody does, and adds to the time in which nobody did who may.
+    pub fn set_leader(&self, lease: &str, holder: Option<&str>, silence: Duration, leaderless: Duration) {
+        let of = Lease {
+            lease: lease.to_owned(),
+        };
+        self.leaderless.get_or_create(&of).inc_by(leaderless.as_secs_f64());
+        if let Some(holder) = holder {
+            let leader = Leader {
+                lease: lease.to_owned(),
+                holder: holder.to_owned(),
+            };
+            self.leaders.get_or_create(&leader).set(1);
+            self.silence.get_or_create(&of).set(gauge(silence.as_secs()));
+        }
+    }
+
+    /// Counts a hand-over.
+    pub fn handed_over(&self, lease: &str, reason: &'static str) {
+        let hand_over = HandOver {
+            lease: lease.to_owned(),
+            reason,
+        };
+        self.hand_overs.get_or_create(&hand_over).inc();
     }
 
     /// All of it, as text.

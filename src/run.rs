@@ -12,15 +12,17 @@ use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 
-use crate::config::{Cli, Command, ControllerArgs, Local, LocalArgs, LogFormat, ProbeArgs, ServeArgs, host_name};
-use crate::csi::{self, Listener, Serving};
+use crate::config::{
+    Cli, Command, ControllerArgs, LeaderArgs, Local, LocalArgs, LogFormat, ProbeArgs, ServeArgs, SidecarArg, host_name,
+};
+use crate::csi::{self, Endpoint, Listener, Question, Serving};
 use crate::http;
-use crate::k8s::{self, Agent, ApiBook, Janitor, JanitorConfig};
+use crate::k8s::{self, Agent, ApiBook, Check, Guard, GuardConfig, Janitor, JanitorConfig};
 use crate::linux::{self, Linux};
 use crate::metrics::Metrics;
 use crate::volume::ports::OnDisk;
 use crate::volume::registry::Registry;
-use crate::volume::{Control, Driver, Elected, Health};
+use crate::volume::{Control, Driver, Elected, Fence, Health};
 
 /// Threads for calls that block; more calls than that wait their turn. So many that calls stuck on one bad disk leave room
 /// for the others; a thread that waits costs some 10 KiB.
@@ -41,16 +43,34 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Controller(args) => controller(args),
         Command::Crds => crds(),
         Command::Probe(args) => probe(&args),
+        Command::Leader(args) => leader(&args),
     }
 }
 
 /// Asks another process. Its exit code is the answer, and what is wrong goes to standard error.
 fn probe(args: &ProbeArgs) -> anyhow::Result<()> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .context("start the runtime")?;
-    runtime.block_on(csi::probe(&args.endpoint, args.ready))
+    let question = if args.ready {
+        Question::AllPools
+    } else {
+        Question::Alive
+    };
+    small_runtime()?.block_on(csi::probe(&args.endpoint, question))
+}
+
+/// Says who leads; fails if nobody does who may.
+fn leader(args: &LeaderArgs) -> anyhow::Result<()> {
+    let (report, well) = small_runtime()?.block_on(async {
+        let client = k8s::client().await.context("reach the API server")?;
+        k8s::report(client, &args.namespace, &args.leases(), &args.controllers).await
+    })?;
+    print!("{report}");
+    anyhow::ensure!(well, "nobody leads who may");
+    Ok(())
+}
+
+fn small_runtime() -> anyhow::Result<Runtime> {
+    let mut runtime = tokio::runtime::Builder::new_current_thread();
+    runtime.enable_all().build().context("start the runtime")
 }
 
 fn crds() -> anyhow::Result<()> {
@@ -89,6 +109,9 @@ fn controller(args: ControllerArgs) -> anyhow::Result<()> {
     let ControllerArgs {
         serve,
         pod_name,
+        sidecars,
+        namespace,
+        controllers,
         node_grace,
         unused_age,
     } = args;
@@ -103,21 +126,56 @@ fn controller(args: ControllerArgs) -> anyhow::Result<()> {
         unused_age: Duration::from_secs(unused_age),
     };
     let pod_name = pod_name.map_or_else(host_name, Ok)?;
+    let fence = Arc::<Fence>::default();
+    let guard = namespace.zip(controllers).filter(|_| !sidecars.is_empty());
+    let guard = guard.map(|(namespace, controllers)| {
+        let config = GuardConfig {
+            namespace,
+            pod: pod_name.clone(),
+            controllers,
+            driver: check_driver(process.serve.endpoint.clone()),
+            sidecars: sidecars.into_iter().map(check_sidecar).collect(),
+        };
+        Guard::new(config, client.clone(), Arc::clone(&fence), Arc::clone(&metrics))
+    });
     let janitor = Janitor::new(config, &registry, &book, client.clone(), pod_name, runtime, &metrics);
     std::thread::Builder::new()
         .name("janitor".into())
         .spawn(|| janitor.run())
         .context("start the janitor")?;
-    let elected = Arc::new(Elected::new(book, Arc::clone(&registry)));
+    let elected = Arc::new(Elected::new(book, Arc::clone(&registry), fence));
     let roles = Roles {
         health: Arc::clone(&elected) as _,
         control: Some(elected),
         node: None,
     };
     process.serve(roles, async {
-        Box::pin(k8s::feed(client, registry, metrics)).await;
-        anyhow::anyhow!("the watches have ended")
+        let watch = async {
+            match guard {
+                Some(guard) => Box::pin(guard.run()).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = Box::pin(k8s::feed(client, registry, metrics)) => anyhow::anyhow!("the watches have ended"),
+            ghost = watch => ghost,
+        }
     })
+}
+
+fn check_driver(endpoint: Endpoint) -> Check {
+    Arc::new(move || {
+        let endpoint = endpoint.clone();
+        Box::pin(async move { csi::probe(&endpoint, Question::Ready).await })
+    })
+}
+
+/// A sidecar serves this before it takes part in the election, and after it has found its driver.
+fn check_sidecar(SidecarArg { lease, address }: SidecarArg) -> (String, Check) {
+    (
+        lease,
+        Arc::new(move || Box::pin(http::ask(address, "/healthz/leader-election"))),
+    )
 }
 
 /// Begins what needs the machine: with few privileges, and before there are threads that would keep more.

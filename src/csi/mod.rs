@@ -18,7 +18,7 @@ use tokio_util::task::TaskTracker;
 use tonic::{Code, Status};
 use tracing::{error, warn};
 
-pub use probe::probe;
+pub use probe::{Question, probe};
 pub use server::{Endpoint, InvalidEndpoint, Listener, Serving, serve};
 
 use crate::metrics::Metrics;

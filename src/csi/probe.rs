@@ -2,23 +2,34 @@
 
 use std::time::Duration;
 
-use anyhow::Context;
-use tonic::Request;
+use anyhow::{Context, ensure};
 use tonic::metadata::MetadataValue;
 use tonic::transport::Endpoint as Address;
+use tonic::{Request, Response};
 
 use super::proto::identity_client::IdentityClient;
-use super::proto::{GetPluginInfoRequest, ProbeRequest};
+use super::proto::{GetPluginInfoRequest, ProbeRequest, ProbeResponse};
 use super::{ALL_POOLS, Endpoint};
 
 /// A driver that takes longer does not answer.
 const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Asks the driver on a socket whether it answers; with `ready`, also whether all its pools can be used.
+/// What a driver is asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Question {
+    /// Whether it answers.
+    Alive,
+    /// Whether it works.
+    Ready,
+    /// Whether it works, and all its pools can be used.
+    AllPools,
+}
+
+/// Asks the driver on a socket.
 ///
 /// # Errors
 /// It does not answer within five seconds, or says what is wrong.
-pub async fn probe(endpoint: &Endpoint, ready: bool) -> anyhow::Result<()> {
+pub async fn probe(endpoint: &Endpoint, question: Question) -> anyhow::Result<()> {
     let path = endpoint.path().display();
     let channel = Address::try_from(format!("unix://{path}"))?
         .timeout(TIMEOUT)
@@ -27,14 +38,22 @@ pub async fn probe(endpoint: &Endpoint, ready: bool) -> anyhow::Result<()> {
         .await
         .with_context(|| format!("connect to {path}"))?;
     let mut client = IdentityClient::new(channel);
-    let answer = if ready {
-        let mut request = Request::new(ProbeRequest {});
-        request
-            .metadata_mut()
-            .insert(ALL_POOLS, MetadataValue::from_static("1"));
-        client.probe(request).await.map(drop)
-    } else {
-        client.get_plugin_info(GetPluginInfoRequest {}).await.map(drop)
+    let mut request = Request::new(ProbeRequest {});
+    let answer = match question {
+        Question::Alive => client.get_plugin_info(GetPluginInfoRequest {}).await.map(|_| true),
+        Question::Ready => client.probe(request).await.map(is_ready),
+        Question::AllPools => {
+            let metadata = request.metadata_mut();
+            metadata.insert(ALL_POOLS, MetadataValue::from_static("1"));
+            client.probe(request).await.map(is_ready)
+        }
     };
-    answer.map_err(|status| anyhow::anyhow!("{}", status.message()))
+    let ready = answer.map_err(|status| anyhow::anyhow!("{}", status.message()))?;
+    ensure!(ready, "it is still starting");
+    Ok(())
+}
+
+/// CSI: a driver that does not say is ready.
+fn is_ready(answer: Response<ProbeResponse>) -> bool {
+    answer.into_inner().ready.unwrap_or(true)
 }

@@ -35,7 +35,7 @@ fn code(reason: &Reason) -> Code {
             Code::ResourceExhausted
         }
         // The volume may be recorded there, or still be there: asked again until it can be told.
-        Reason::PoolUnusable { .. } | Reason::Api { .. } | Reason::Waiting(_) => Code::Unavailable,
+        Reason::PoolUnusable { .. } | Reason::Api { .. } | Reason::Waiting(_) | Reason::Fenced(_) => Code::Unavailable,
         // Somebody has to change something first; asked again meanwhile.
         Reason::Ambiguous(..)
         | Reason::BrokenRecord(_)

@@ -1,7 +1,8 @@
 //! The edge to the API server (elected mode).
 //!
 //! `api` has the objects, `convert` makes core types of them and back. For controllers, `book` enters and deletes
-//! promises, `watch` keeps the registry up to date, `janitor` lets go of what a vanished node held. For nodes, `agent`
+//! promises, `watch` keeps the registry up to date, `janitor` lets go of what a vanished node held, `guard` watches over who
+//! leads (`election` has the objects, and `leader` tells people). For nodes, `agent`
 //! is the ledger of promises to this node, `upkeep` carries out deletes and finds what is lost, `publisher` says what the pools
 //! are like.
 //!
@@ -11,8 +12,11 @@ mod agent;
 pub mod api;
 mod book;
 mod convert;
+mod election;
 mod events;
+mod guard;
 mod janitor;
+mod leader;
 mod publisher;
 mod upkeep;
 mod watch;
@@ -24,7 +28,9 @@ use tokio::runtime::Handle;
 
 pub use agent::Agent;
 pub use book::ApiBook;
+pub use guard::{Check, Guard, GuardConfig};
 pub use janitor::{Janitor, JanitorConfig};
+pub use leader::report;
 pub use watch::feed;
 
 use crate::volume::Reason;
@@ -42,16 +48,31 @@ pub async fn client() -> anyhow::Result<Client> {
 
 /// Asks the API server for something, from a thread that may block.
 fn ask<T>(runtime: &Handle, verb: &'static str, request: impl Future<Output = kube::Result<T>>) -> Result<T, Problem> {
-    let answer = runtime.block_on(async { tokio::time::timeout(TIMEOUT, request).await });
-    match answer {
+    runtime.block_on(request_within(TIMEOUT, verb, request))
+}
+
+/// Asks the API server for something.
+async fn request_within<T>(
+    limit: Duration,
+    verb: &'static str,
+    request: impl Future<Output = kube::Result<T>>,
+) -> Result<T, Problem> {
+    match tokio::time::timeout(limit, request).await {
         Ok(Ok(answer)) => Ok(answer),
-        Ok(Err(kube::Error::Api(status))) if status.code == 404 => Err(Problem::NotFound(verb)),
-        Ok(Err(kube::Error::Api(status))) if status.code == 409 => Err(Problem::Conflict(verb)),
-        Ok(Err(kube::Error::Api(status))) => Err(Problem::Other(api(verb, status.message.clone()))),
+        Ok(Err(kube::Error::Api(status))) => {
+            let why = status.message.clone();
+            Err(match status.code {
+                404 => Problem::NotFound(verb),
+                409 => Problem::Conflict(verb),
+                401 => Problem::Refused(Refusal::Unauthorized, api(verb, why)),
+                403 => Problem::Refused(Refusal::Forbidden, api(verb, why)),
+                _ => Problem::Other(api(verb, why)),
+            })
+        }
         Ok(Err(error)) => Err(Problem::Other(api(verb, with_causes(&error)))),
         Err(_) => Err(Problem::Other(api(
             verb,
-            format!("the API server did not answer within {} s", TIMEOUT.as_secs()),
+            format!("the API server did not answer within {} s", limit.as_secs()),
         ))),
     }
 }
@@ -75,8 +96,19 @@ enum Problem {
     NotFound(&'static str),
     /// It is there already, or has changed.
     Conflict(&'static str),
+    /// The API server does not take this from us.
+    Refused(Refusal, Reason),
     /// Anything else.
     Other(Reason),
+}
+
+/// How the API server refuses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Refusal {
+    /// It does not know the token, or not any more.
+    Unauthorized,
+    /// It knows who asks, who must not.
+    Forbidden,
 }
 
 impl From<Problem> for Reason {
@@ -84,7 +116,7 @@ impl From<Problem> for Reason {
         match problem {
             Problem::NotFound(verb) => api(verb, "there is no such object".into()),
             Problem::Conflict(verb) => api(verb, "the object has changed meanwhile".into()),
-            Problem::Other(reason) => reason,
+            Problem::Refused(_, reason) | Problem::Other(reason) => reason,
         }
     }
 }

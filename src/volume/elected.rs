@@ -11,6 +11,7 @@ use tracing::info;
 
 use super::control::{Control, Health, Volume, Want};
 use super::error::{Error, Reason};
+use super::fence::Fence;
 use super::id::{NodeName, PoolName, VolumeId};
 use super::ports::{Book, Draft, Hindrance, Promise, Stage};
 use super::registry::Registry;
@@ -27,13 +28,19 @@ const HINDRANCE_WAIT: Duration = Duration::from_secs(3);
 pub struct Elected {
     book: Arc<dyn Book>,
     registry: Arc<Registry>,
+    fence: Arc<Fence>,
 }
 
 impl Elected {
-    /// A controller that enters promises in a book, and chooses nodes by what a registry says of them.
+    /// A controller that enters promises in a book, and chooses nodes by what a registry says of them, until a fence closes.
     #[must_use]
-    pub fn new(book: Arc<dyn Book>, registry: Arc<Registry>) -> Self {
-        Self { book, registry }
+    pub fn new(book: Arc<dyn Book>, registry: Arc<Registry>, fence: Arc<Fence>) -> Self {
+        Self { book, registry, fence }
+    }
+
+    /// Refuses to change anything once the fence is closed.
+    fn check(&self, id: &VolumeId) -> Result<(), Error> {
+        self.fence.check().map_err(|reason| error(id, None, reason))
     }
 
     fn try_create(&self, id: &VolumeId, want: &Want) -> Result<Volume, (Option<NodeName>, Reason)> {
@@ -168,15 +175,18 @@ impl Elected {
 impl Control for Elected {
     fn create(&self, want: &Want) -> Result<Volume, Error> {
         let id = VolumeId::for_name(&want.name);
+        self.check(&id)?;
         self.try_create(&id, want)
             .map_err(|(node, reason)| error(&id, node, reason))
     }
 
     fn delete(&self, id: &VolumeId) -> Result<(), Error> {
+        self.check(id)?;
         self.try_delete(id).map_err(|(node, reason)| error(id, node, reason))
     }
 
     fn expand(&self, id: &VolumeId, size: SizeRange) -> Result<Bytes, Error> {
+        self.check(id)?;
         self.try_expand(id, size)
             .map_err(|(node, reason)| error(id, node, reason))
     }
@@ -205,6 +215,11 @@ impl Control for Elected {
 impl Health for Elected {
     /// Not before all lists have been seen: a controller that knows no node would send every pod elsewhere.
     fn probe(&self, _: bool) -> Result<bool, Error> {
+        self.fence.check().map_err(|reason| Error {
+            volume: None,
+            node: None,
+            reason: Box::new(reason),
+        })?;
         Ok(self.registry.is_complete())
     }
 }

@@ -109,6 +109,7 @@ struct Fixture {
     book: Arc<Paper>,
     registry: Arc<Registry>,
     controller: Elected,
+    fence: Arc<Fence>,
 }
 
 fn node(number: usize) -> NodeName {
@@ -174,11 +175,13 @@ impl Fixture {
         registry.retain_nodes(&nodes);
         registry.retain_published(&nodes);
         registry.replace(&BTreeSet::new());
-        let controller = Elected::new(Arc::clone(&book) as _, Arc::clone(&registry));
+        let fence = Arc::<Fence>::default();
+        let controller = Elected::new(Arc::clone(&book) as _, Arc::clone(&registry), Arc::clone(&fence));
         Self {
             book,
             registry,
             controller,
+            fence,
         }
     }
 
@@ -373,9 +376,28 @@ fn only_deletes_of_absent_nodes_are_abandoned_and_only_after_a_while() {
 }
 
 #[test]
+fn a_ghost_changes_nothing() {
+    let fixture = Fixture::new();
+    fixture.create("there", 1, &[1]).unwrap();
+    fixture.fence.close("its Pod is gone");
+    fixture.fence.close("another reason");
+    let refused = |reason: &Reason| matches!(reason, Reason::Fenced(why) if why == "its Pod is gone");
+    assert!(refused(&fixture.create("new", 1, &[1]).unwrap_err()));
+    assert!(refused(&fixture.create("there", 1, &[1]).unwrap_err()));
+    assert!(refused(&fixture.delete("there").unwrap_err()));
+    assert!(refused(&fixture.delete("unknown").unwrap_err()));
+    let size = want("there", 2, &[]).size;
+    assert!(refused(
+        &fixture.controller.expand(&id("there"), size).unwrap_err().reason
+    ));
+    assert!(refused(&fixture.controller.probe(false).unwrap_err().reason));
+    assert_eq!(fixture.book.entries.lock().unwrap().len(), 1);
+}
+
+#[test]
 fn a_controller_is_not_ready_before_it_has_seen_everything() {
     let registry = Arc::new(Registry::default());
-    let controller = Elected::new(Arc::<Paper>::default(), Arc::clone(&registry));
+    let controller = Elected::new(Arc::<Paper>::default(), Arc::clone(&registry), Arc::default());
     assert!(!controller.probe(false).unwrap());
     registry.retain_nodes(&BTreeSet::new());
     registry.retain_published(&BTreeSet::new());

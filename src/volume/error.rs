@@ -180,6 +180,9 @@ pub enum Reason {
     /// Its node says why it cannot be deleted.
     #[error("its node says: {0}")]
     InUse(String),
+    /// The controller that is asked must not act.
+    #[error("the controller that was asked is not one any more: {0}; another one answers as soon as it leads")]
+    Fenced(String),
     /// One or more pools are not what they should be.
     #[error("not ready: {0}")]
     NotReady(String),

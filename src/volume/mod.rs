@@ -16,6 +16,7 @@ pub mod control;
 mod driver;
 mod elected;
 mod error;
+mod fence;
 pub mod id;
 mod local;
 #[cfg(test)]
@@ -32,3 +33,4 @@ pub use control::{Control, Health, Parameters, Placement, Volume, Want};
 pub use driver::{Driver, Held, PoolFacts, PoolState, Publish};
 pub use elected::Elected;
 pub use error::{Error, Reason};
+pub use fence::Fence;

@@ -52,3 +52,13 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end -}}
 {{- $paths | uniq | toJson -}}
 {{- end }}
+
+{{- /* The Lease that external-provisioner elects its leader by (csi-lib-utils names it so). */ -}}
+{{- define "hostdir.lease" -}}
+{{ regexReplaceAll "[^a-zA-Z0-9-]" .Values.driverName "-" }}
+{{- end }}
+
+{{- /* The label selector of the controllers' pods. */ -}}
+{{- define "hostdir.controllers" -}}
+app.kubernetes.io/instance={{ .Release.Name }},app.kubernetes.io/component=controller
+{{- end }}

@@ -1,0 +1,343 @@
+//! Every controller's watch over the leader, and over itself. What it decides by is in [`crate::leader`].
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use futures::future::{BoxFuture, join_all};
+use k8s_openapi::api::apps::v1::ReplicaSet;
+use k8s_openapi::api::coordination::v1::Lease;
+use k8s_openapi::api::core::v1::{ObjectReference, Pod};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
+use kube::api::Api;
+use kube::runtime::events::{Event, EventType, Recorder, Reporter};
+use kube::{Client, Resource, ResourceExt};
+use tokio::time::{sleep, sleep_until, timeout};
+use tracing::{error, info, warn};
+
+use super::election::{Elections, Reading};
+use super::{Problem, Refusal, request_within};
+use crate::leader::{LeaseState, Obstacle, TakeOver, Verdict, Watchdog, identity};
+use crate::metrics::Metrics;
+use crate::volume::{Fence, Reason};
+
+/// How often it looks.
+const PERIOD: Duration = Duration::from_secs(2);
+/// When it looks again whose turn it is.
+const TURN: Duration = Duration::from_secs(1);
+/// How often it gives a sign of life.
+const BEAT: Duration = Duration::from_secs(5);
+/// How long whoever is asked whether it is well may take.
+const ANSWER: Duration = Duration::from_secs(2);
+/// What took longer to read than this shows the world as it was.
+const FRESH: Duration = Duration::from_secs(5);
+/// So many refusals, one after the other, are meant.
+const REFUSALS: usize = 2;
+
+/// Asks somebody whether it is well.
+pub type Check = Arc<dyn Fn() -> BoxFuture<'static, anyhow::Result<()>> + Send + Sync>;
+
+/// Whom it watches over.
+pub struct GuardConfig {
+    /// The namespace of the Leases and of the controllers.
+    pub namespace: String,
+    /// The name of this controller's Pod.
+    pub pod: String,
+    /// The label selector of the controllers' Pods.
+    pub controllers: String,
+    /// Whether the driver of this controller answers.
+    pub driver: Check,
+    /// Whether a sidecar of this controller answers, for each by the name of the Lease that it is elected by.
+    pub sidecars: BTreeMap<String, Check>,
+}
+
+/// The watch of a controller.
+pub struct Guard {
+    config: GuardConfig,
+    me: String,
+    elections: Elections,
+    client: Client,
+    recorder: Recorder,
+    fence: Arc<Fence>,
+    metrics: Arc<Metrics>,
+}
+
+impl Guard {
+    /// A watch that closes `fence` when it finds that its own controller is the ghost.
+    #[must_use]
+    pub fn new(config: GuardConfig, client: Client, fence: Arc<Fence>, metrics: Arc<Metrics>) -> Self {
+        let names = config.sidecars.keys().cloned().collect();
+        let elections = Elections::new(client.clone(), &config.namespace, names, config.controllers.clone());
+        let reporter = Reporter {
+            controller: "hostdir.csi".into(),
+            instance: Some(config.pod.clone()),
+        };
+        Self {
+            me: identity(&config.pod),
+            elections,
+            recorder: Recorder::new(client.clone(), reporter),
+            client,
+            config,
+            fence,
+            metrics,
+        }
+    }
+
+    /// Watches until this controller is a ghost: then it must end, and this says why.
+    pub async fn run(self) -> anyhow::Error {
+        let why = tokio::select! {
+            why = self.give_signs() => why,
+            why = self.watch() => why,
+        };
+        self.fence.close(&why);
+        let pod = &self.config.pod;
+        error!(pod, why, "this controller is a ghost: it refuses all work and ends");
+        anyhow::anyhow!("controller {pod} is a ghost: {why}")
+    }
+
+    /// Gives signs of life while there is life, until they are refused.
+    async fn give_signs(&self) -> String {
+        let mut last = None;
+        let mut failing = Failing::default();
+        loop {
+            match self.give_sign(last.take()).await {
+                Ok(lease) => {
+                    failing.ended("heartbeats are given again");
+                    last = Some(lease);
+                }
+                Err(Sign::Ill(why)) => {
+                    self.metrics.failed("heartbeat");
+                    failing.because(&why, "no heartbeat: this controller does not answer on its own socket");
+                }
+                Err(Sign::Problem(problem)) => {
+                    self.metrics.failed("heartbeat");
+                    if let Some(why) = failing.refused(problem, true) {
+                        return why;
+                    }
+                }
+            }
+            sleep(BEAT).await;
+        }
+    }
+
+    async fn give_sign(&self, last: Option<Lease>) -> Result<Lease, Sign> {
+        well(&self.config.driver).await.map_err(Sign::Ill)?;
+        let pods: Api<Pod> = Api::namespaced(self.client.clone(), &self.config.namespace);
+        let pod = &self.config.pod;
+        let uid = match &last {
+            Some(lease) => lease.owner_references().first().map(|owner| owner.uid.clone()),
+            None => request_within(FRESH, "read its own Pod", pods.get_metadata_opt(pod))
+                .await
+                .map_err(Sign::Problem)?
+                .and_then(|pod| pod.metadata.uid),
+        };
+        // Without a Pod there is nobody to give signs for: the watch sees that, too.
+        let uid = uid.ok_or(Sign::Problem(Problem::NotFound("read its own Pod")))?;
+        self.elections.beat(pod, &uid, last).await.map_err(Sign::Problem)
+    }
+
+    /// Looks at the elections, and takes over where that is due, until it finds that it must end.
+    async fn watch(&self) -> String {
+        let (start, mut dog) = (Instant::now(), Watchdog::new(self.me.clone()));
+        let (mut failing, mut told) = (Failing::default(), BTreeMap::new());
+        loop {
+            let began = tokio::time::Instant::now();
+            let (read, fit) = tokio::join!(timeout(FRESH, self.elections.read()), self.fit());
+            let mut pause = PERIOD;
+            match read {
+                Ok(Ok(reading)) => {
+                    failing.ended("the election can be watched again");
+                    match dog.look(start.elapsed(), &reading.view, &fit) {
+                        Verdict::Ghost(why) => return why,
+                        Verdict::Watching { take_overs, leases } => {
+                            self.tell(&leases, &mut told);
+                            if leases.values().any(|lease| lease.obstacle == Some(Obstacle::Turn)) {
+                                pause = TURN;
+                            }
+                            for due in take_overs {
+                                match self.take_over(&reading, &due).await {
+                                    Ok(()) => {}
+                                    // Decided anew, and at once: the ghost has renewed meanwhile, and will again.
+                                    Err(Problem::Conflict(_)) => pause = Duration::ZERO,
+                                    Err(problem) => {
+                                        if let Some(why) = failing.refused(problem, true) {
+                                            return why;
+                                        }
+                                    }
+                                }
+                            }
+                        }
+                    }
+                }
+                Ok(Err(problem)) => {
+                    self.metrics.failed("watch the election");
+                    if let Some(why) = failing.refused(problem, false) {
+                        return why;
+                    }
+                }
+                Err(_) => {
+                    self.metrics.failed("watch the election");
+                    failing.because("it did not answer in time", "cannot watch the election; trying again");
+                }
+            }
+            sleep_until(began + pause).await;
+        }
+    }
+
+    /// The Leases that this controller could lead by.
+    async fn fit(&self) -> BTreeSet<String> {
+        let sidecars = self
+            .config
+            .sidecars
+            .iter()
+            .map(|(lease, check)| async move { well(check).await.is_ok().then(|| lease.clone()) });
+        let (driver, sidecars) = tokio::join!(well(&self.config.driver), join_all(sidecars));
+        if driver.is_err() {
+            BTreeSet::new()
+        } else {
+            sidecars.into_iter().flatten().collect()
+        }
+    }
+
+    /// Says what is new about the elections, in the log and the metrics.
+    fn tell(&self, leases: &BTreeMap<String, LeaseState>, told: &mut BTreeMap<String, String>) {
+        self.metrics.clear_leaders();
+        for (lease, state) in leases {
+            self.metrics
+                .set_leader(lease, state.holder.as_deref(), state.silence, state.leaderless);
+            let news = match (&state.holder, &state.guilt, state.obstacle) {
+                (None, ..) => "nobody leads; the sidecars elect somebody".to_owned(),
+                (Some(holder), None, _) => format!("{holder} leads"),
+                (Some(holder), Some(guilt), Some(obstacle)) if obstacle != Obstacle::Turn => {
+                    format!(
+                        "{holder} leads and must not: {}. Not taking over: {obstacle}",
+                        guilt.reason()
+                    )
+                }
+                // It is told when it has happened.
+                (Some(_), Some(_), _) => continue,
+            };
+            if told.get(lease) != Some(&news) {
+                info!(lease, "{news}");
+                told.insert(lease.clone(), news);
+            }
+        }
+        told.retain(|lease, _| leases.contains_key(lease));
+    }
+
+    async fn take_over(&self, reading: &Reading, due: &TakeOver) -> Result<(), Problem> {
+        let TakeOver { lease, holder, guilt } = due;
+        let Some(read) = reading.leases.get(lease) else {
+            return Ok(());
+        };
+        let written = self.elections.hand_over(read, &self.me, guilt).await?;
+        self.metrics.handed_over(lease, guilt.reason());
+        let place = reading.view.controllers.get(holder);
+        let place = place.map_or_else(String::new, |one| format!(" on node {}", one.node));
+        let note = format!(
+            "{holder}{place} held Lease {lease}, and must not lead: {guilt}. {} has it now and leads within seconds",
+            self.me
+        );
+        warn!(lease, from = holder, reason = guilt.reason(), "{note}");
+        self.write_events(&written, &note).await;
+        Ok(())
+    }
+
+    /// Says it where people look: on the Lease and on the Deployment.
+    async fn write_events(&self, lease: &Lease, note: &str) {
+        let event = Event {
+            type_: EventType::Warning,
+            reason: "LeaderReplaced".into(),
+            // The API server takes 1 kB.
+            note: Some(note.chars().take(1000).collect()),
+            action: "HandOver".into(),
+            secondary: None,
+        };
+        for reference in [Some(lease.object_ref(&())), self.deployment().await]
+            .into_iter()
+            .flatten()
+        {
+            let write = self.recorder.publish(&event, &reference);
+            if let Err(problem) = request_within(FRESH, "write an event", write).await {
+                warn!(why = %Reason::from(problem), "no event is written");
+            }
+        }
+    }
+
+    /// The Deployment that this controller's Pod belongs to, by way of its ReplicaSet.
+    async fn deployment(&self) -> Option<ObjectReference> {
+        let namespace = &self.config.namespace;
+        let pods: Api<Pod> = Api::namespaced(self.client.clone(), namespace);
+        let sets: Api<ReplicaSet> = Api::namespaced(self.client.clone(), namespace);
+        let pod = request_within(FRESH, "read its own Pod", pods.get_metadata(&self.config.pod));
+        let set = controller(pod.await.ok()?.owner_references(), "ReplicaSet")?;
+        let set = request_within(FRESH, "read its ReplicaSet", sets.get_metadata(&set.name));
+        let owner = controller(set.await.ok()?.owner_references(), "Deployment")?;
+        Some(ObjectReference {
+            api_version: Some(owner.api_version),
+            kind: Some(owner.kind),
+            namespace: Some(namespace.clone()),
+            name: Some(owner.name),
+            uid: Some(owner.uid),
+            ..ObjectReference::default()
+        })
+    }
+}
+
+fn controller(owners: &[OwnerReference], kind: &str) -> Option<OwnerReference> {
+    owners.iter().find(|owner| owner.kind == kind).cloned()
+}
+
+/// Why no sign of life was given.
+enum Sign {
+    Ill(String),
+    Problem(Problem),
+}
+
+async fn well(check: &Check) -> Result<(), String> {
+    match timeout(ANSWER, check()).await {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(error)) => Err(format!("{error:#}")),
+        Err(_) => Err(format!("no answer within {} s", ANSWER.as_secs())),
+    }
+}
+
+/// Something that is tried again and again, and said once when it begins to fail.
+#[derive(Default)]
+struct Failing {
+    why: Option<String>,
+    refusals: usize,
+}
+
+impl Failing {
+    fn ended(&mut self, what: &str) {
+        self.refusals = 0;
+        if self.why.take().is_some() {
+            info!("{what}");
+        }
+    }
+
+    fn because(&mut self, why: &str, what: &str) {
+        if self.why.as_deref() != Some(why) {
+            warn!(why, "{what}");
+            self.why = Some(why.to_owned());
+        }
+    }
+
+    /// Why this process must end, if that follows from a problem. A token that is refused is that of a Pod that is gone.
+    /// Where only we may write (`ours`), so is one that may not.
+    fn refused(&mut self, problem: Problem, ours: bool) -> Option<String> {
+        let meant = match &problem {
+            Problem::Refused(Refusal::Unauthorized, _) => true,
+            Problem::Refused(Refusal::Forbidden, _) => ours,
+            _ => false,
+        };
+        let why = Reason::from(problem).to_string();
+        self.refusals = if meant { self.refusals + 1 } else { 0 };
+        if self.refusals >= REFUSALS {
+            return Some(format!("the API server refuses it: {why}"));
+        }
+        self.because(&why, "cannot take part in the election; trying again");
+        None
+    }
+}

@@ -1,0 +1,450 @@
+//! Who is guilty, who may take over, and when.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::fmt;
+use std::time::Duration;
+
+use super::view::{Controller, Election, NodeState, View};
+
+/// The longest time that may pass for seen between two looks: what was not seen does not count against anybody.
+const SEEN: Duration = Duration::from_secs(5);
+/// How long a Node may be without its kubelet. A kubelet restarts in less.
+const NODE_NOT_READY: Duration = Duration::from_mins(1);
+/// How long a Pod may be not ready, or in the act of ending (its grace period).
+const POD_NOT_READY: Duration = Duration::from_secs(30);
+/// How long a heartbeat may stay away: four are due in that time.
+const SILENT: Duration = Duration::from_secs(20);
+/// What each waits for those before it.
+const RANK: Duration = Duration::from_secs(1);
+/// How long after a hand-over nobody makes another: the term of a Lease, the time until a new leader knows, and the time until
+/// an old one gives up.
+const QUIET: Duration = Duration::from_secs(45);
+/// So many hand-overs in [`STORM_WINDOW`] are a storm.
+const STORM: usize = 3;
+/// See [`STORM`].
+const STORM_WINDOW: Duration = Duration::from_mins(10);
+/// How long after the last hand-over of a storm nobody makes another.
+const STORM_QUIET: Duration = Duration::from_mins(5);
+
+/// Why a holder must not lead.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Guilt {
+    /// It has no Pod.
+    PodGone,
+    /// Its Node is gone.
+    NodeGone(String),
+    /// Its Node's kubelet does not report.
+    NodeNotReady(String, Duration),
+    /// Its Pod was deleted, and does not end.
+    PodEnding(Duration),
+    /// Its Pod is not ready.
+    PodNotReady(Duration),
+    /// Its driver does not answer on its own socket, or does not reach the API server.
+    Silent(Duration),
+}
+
+impl Guilt {
+    /// Why a controller could not lead, as far as that can be told without having watched it: of what must last for a while
+    /// it is only known that it has begun. `silence` is how long ago its last heartbeat was, if it ever gave one.
+    #[must_use]
+    pub fn at_first_sight(controller: Option<&Controller>, silence: Option<Duration>) -> Option<Self> {
+        let node = || controller.map(|one| one.node.clone()).unwrap_or_default();
+        match Standing::of(controller) {
+            Standing::PodGone => Some(Self::PodGone),
+            Standing::NodeGone => Some(Self::NodeGone(node())),
+            Standing::PodEnding => Some(Self::PodEnding(Duration::ZERO)),
+            Standing::NodeNotReady => Some(Self::NodeNotReady(node(), Duration::ZERO)),
+            Standing::PodNotReady => Some(Self::PodNotReady(Duration::ZERO)),
+            Standing::Good => {
+                let silence = silence.unwrap_or(Duration::MAX);
+                (silence >= SILENT).then_some(Self::Silent(silence))
+            }
+        }
+    }
+
+    /// The reason as one word, for Events and metrics.
+    #[must_use]
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::PodGone => "PodGone",
+            Self::NodeGone(_) => "NodeGone",
+            Self::NodeNotReady(..) => "NodeNotReady",
+            Self::PodEnding(_) => "PodEnding",
+            Self::PodNotReady(_) => "PodNotReady",
+            Self::Silent(_) => "DriverSilent",
+        }
+    }
+}
+
+impl fmt::Display for Guilt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::PodGone => f.write_str("its Pod does not exist"),
+            Self::NodeGone(node) => write!(f, "its Node {node} does not exist"),
+            Self::NodeNotReady(node, age) => write!(f, "its Node {node} is not Ready{}", For(*age)),
+            Self::PodEnding(age) => write!(f, "its Pod was deleted and has not ended{}", For(*age)),
+            Self::PodNotReady(age) => write!(f, "its Pod is not Ready{}", For(*age)),
+            Self::Silent(Duration::MAX) => f.write_str("its driver has never given a heartbeat"),
+            Self::Silent(age) => write!(f, "its driver gives no heartbeat{}", For(*age)),
+        }
+    }
+}
+
+/// `, for … s`, if it has been for some time.
+struct For(Duration);
+
+impl fmt::Display for For {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0.as_secs() {
+            0 => Ok(()),
+            seconds => write!(f, ", for {seconds} s"),
+        }
+    }
+}
+
+/// What is known of a controller, the worst first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Standing {
+    PodGone,
+    NodeGone,
+    PodEnding,
+    /// What the API server says of the Pod is not known to be true any more.
+    NodeNotReady,
+    PodNotReady,
+    Good,
+}
+
+impl Standing {
+    fn of(controller: Option<&Controller>) -> Self {
+        let Some(Controller {
+            ready,
+            ending,
+            node_state,
+            ..
+        }) = controller
+        else {
+            return Self::PodGone;
+        };
+        match node_state {
+            NodeState::Gone => Self::NodeGone,
+            _ if *ending => Self::PodEnding,
+            NodeState::NotReady => Self::NodeNotReady,
+            NodeState::Ready if !ready => Self::PodNotReady,
+            NodeState::Ready => Self::Good,
+        }
+    }
+}
+
+/// A value, and for how long it has been seen to be that.
+#[derive(Clone, Debug)]
+struct Seen<T> {
+    value: T,
+    age: Duration,
+}
+
+impl<T: PartialEq> Seen<T> {
+    /// Takes note of a value, `elapsed` after the last time; whether it is another one.
+    fn note(slot: &mut Option<Self>, value: T, elapsed: Duration) -> bool {
+        match slot {
+            Some(seen) if seen.value == value => {
+                seen.age += elapsed;
+                false
+            }
+            Some(_) | None => slot
+                .replace(Self {
+                    value,
+                    age: Duration::ZERO,
+                })
+                .is_some(),
+        }
+    }
+}
+
+/// What is known of one who leads or may lead.
+#[derive(Debug, Default)]
+struct Suspect {
+    standing: Option<Seen<Standing>>,
+    heartbeat: Option<Seen<Option<String>>>,
+}
+
+impl Suspect {
+    fn guilt(&self, controller: Option<&Controller>) -> Option<Guilt> {
+        let standing = self.standing.as_ref()?;
+        let (age, node) = (standing.age, || {
+            controller.map(|one| one.node.clone()).unwrap_or_default()
+        });
+        let by_standing = match standing.value {
+            Standing::PodGone => Some(Guilt::PodGone),
+            Standing::NodeGone => Some(Guilt::NodeGone(node())),
+            Standing::PodEnding => (age >= POD_NOT_READY).then_some(Guilt::PodEnding(age)),
+            Standing::NodeNotReady => (age >= NODE_NOT_READY).then(|| Guilt::NodeNotReady(node(), age)),
+            Standing::PodNotReady => (age >= POD_NOT_READY).then_some(Guilt::PodNotReady(age)),
+            Standing::Good => None,
+        };
+        by_standing.or_else(|| {
+            let silence = self.heartbeat.as_ref()?.age;
+            (silence >= SILENT).then_some(Guilt::Silent(silence))
+        })
+    }
+
+    /// Whether it may lead.
+    fn may_lead(&self) -> bool {
+        let good = |seen: &Seen<Standing>| seen.value == Standing::Good;
+        let beats = |seen: &Seen<Option<String>>| seen.value.is_some() && seen.age < SILENT;
+        self.standing.as_ref().is_some_and(good) && self.heartbeat.as_ref().is_some_and(beats)
+    }
+}
+
+/// One Lease, over time.
+#[derive(Debug, Default)]
+struct Watch {
+    holder: Option<Seen<String>>,
+    renewal: Option<Seen<String>>,
+    handed_over: Option<Seen<Option<String>>>,
+    /// How long ago hand-overs were seen, the latest first.
+    hand_overs: VecDeque<Duration>,
+    /// For how long this holder has been guilty; nothing before it was.
+    guilty: Option<Duration>,
+}
+
+impl Watch {
+    fn note(&mut self, election: &Election, elapsed: Duration) {
+        if Seen::note(&mut self.holder, election.holder.clone(), elapsed) {
+            self.guilty = None;
+        }
+        Seen::note(&mut self.renewal, election.renewal.clone(), elapsed);
+        for age in &mut self.hand_overs {
+            *age += elapsed;
+        }
+        self.hand_overs.retain(|age| *age < STORM_WINDOW);
+        if Seen::note(&mut self.handed_over, election.handed_over.clone(), elapsed) {
+            self.hand_overs.push_front(Duration::ZERO);
+        }
+    }
+
+    fn is_expired(&self, election: &Election) -> bool {
+        let term = Duration::from_secs(election.term);
+        self.renewal.as_ref().is_some_and(|renewal| renewal.age >= term)
+    }
+
+    fn is_quiet(&self) -> bool {
+        let quiet = if self.hand_overs.len() >= STORM {
+            STORM_QUIET
+        } else {
+            QUIET
+        };
+        self.hand_overs.front().is_some_and(|last| *last < quiet)
+    }
+}
+
+/// A hand-over that is due: write the own name into this Lease, at the version that was just read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TakeOver {
+    /// The Lease.
+    pub lease: String,
+    /// Who holds it.
+    pub holder: String,
+    /// Why it must not.
+    pub guilt: Guilt,
+}
+
+/// Why a controller leaves a guilty holder alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Obstacle {
+    /// It is the holder itself.
+    Itself,
+    /// Its driver or its sidecar does not answer.
+    Unfit,
+    /// Its own Pod, Node or heartbeat is not what it should be.
+    Standing,
+    /// There was a hand-over a short while ago.
+    Quiet,
+    /// Others may come first, or the holder has been guilty for one look only.
+    Turn,
+}
+
+impl fmt::Display for Obstacle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Itself => "it is this controller itself",
+            Self::Unfit => "the driver or the sidecar of this controller does not answer",
+            Self::Standing => "the Pod, the Node or the heartbeat of this controller is not well",
+            Self::Quiet => "there was a hand-over a short while ago, and another would be a storm",
+            Self::Turn => "this controller waits for its turn",
+        })
+    }
+}
+
+/// What is known of one election.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LeaseState {
+    /// Who holds the Lease; nobody if it is empty or has expired.
+    pub holder: Option<String>,
+    /// For how long its holder has given no heartbeat.
+    pub silence: Duration,
+    /// Why the holder must not lead.
+    pub guilt: Option<Guilt>,
+    /// For how long it was seen that nobody led who may, since the last look.
+    pub leaderless: Duration,
+    /// Why this controller leaves a guilty holder alone.
+    pub obstacle: Option<Obstacle>,
+}
+
+/// What follows from a look.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// The one who looks is itself the ghost, and must end: why.
+    Ghost(String),
+    /// The world is well, or not.
+    Watching {
+        /// What is to be done about it.
+        take_overs: Vec<TakeOver>,
+        /// The elections, by the names of their Leases.
+        leases: BTreeMap<String, LeaseState>,
+    },
+}
+
+/// One who looks, and remembers.
+#[derive(Debug)]
+pub struct Watchdog {
+    /// The own identity.
+    me: String,
+    /// The UID of the own Pod, once it was seen.
+    uid: Option<String>,
+    last: Option<Duration>,
+    suspects: BTreeMap<String, Suspect>,
+    watches: BTreeMap<String, Watch>,
+}
+
+impl Watchdog {
+    /// One who looks for the controller of this [`identity`](super::identity).
+    #[must_use]
+    pub fn new(me: String) -> Self {
+        Self {
+            me,
+            uid: None,
+            last: None,
+            suspects: BTreeMap::new(),
+            watches: BTreeMap::new(),
+        }
+    }
+
+    /// Takes in what was seen at `now`, a time by a clock of one's own that never goes back. A view must be fresh: whatever
+    /// took longer than five seconds to read is not one.
+    ///
+    /// `fit` are the Leases that this controller could lead by: it answers, and so does the sidecar that holds such a Lease.
+    pub fn look(&mut self, now: Duration, view: &View, fit: &BTreeSet<String>) -> Verdict {
+        let elapsed = self
+            .last
+            .map_or(Duration::ZERO, |last| now.saturating_sub(last).min(SEEN));
+        self.last = Some(now);
+        self.note(view, elapsed);
+        if let Some(why) = self.am_ghost(view) {
+            return Verdict::Ghost(why);
+        }
+        let mut take_overs = Vec::new();
+        let mut leases = BTreeMap::new();
+        for (lease, election) in &view.elections {
+            let state = self.judge(lease, election, view, elapsed, fit.contains(lease));
+            if let (Some(guilt), None) = (&state.guilt, state.obstacle) {
+                take_overs.push(TakeOver {
+                    lease: lease.clone(),
+                    holder: election.holder.clone(),
+                    guilt: guilt.clone(),
+                });
+            }
+            leases.insert(lease.clone(), state);
+        }
+        Verdict::Watching { take_overs, leases }
+    }
+
+    fn note(&mut self, view: &View, elapsed: Duration) {
+        let holders = view.elections.values().map(|election| &election.holder);
+        let named: BTreeSet<&String> = view.controllers.keys().chain(holders).chain([&self.me]).collect();
+        self.suspects.retain(|name, _| named.contains(name));
+        for name in named {
+            let suspect = self.suspects.entry(name.clone()).or_default();
+            Seen::note(&mut suspect.standing, Standing::of(view.controllers.get(name)), elapsed);
+            Seen::note(&mut suspect.heartbeat, view.heartbeats.get(name).cloned(), elapsed);
+        }
+        self.watches.retain(|lease, _| view.elections.contains_key(lease));
+        for (lease, election) in &view.elections {
+            self.watches.entry(lease.clone()).or_default().note(election, elapsed);
+        }
+        if self.uid.is_none() {
+            self.uid = view.controllers.get(&self.me).map(|pod| pod.uid.clone());
+        }
+    }
+
+    /// One look can be wrong about what is not there, if an old copy was read. Two are not.
+    fn am_ghost(&self, view: &View) -> Option<String> {
+        let me = view.controllers.get(&self.me);
+        if let (Some(pod), Some(uid)) = (me, &self.uid)
+            && pod.uid != *uid
+        {
+            return Some("its Pod is gone, and another has its name".into());
+        }
+        let standing = self.suspects.get(&self.me)?.standing.as_ref()?;
+        if standing.age.is_zero() {
+            return None;
+        }
+        match standing.value {
+            Standing::PodGone => Some("its Pod does not exist any more".into()),
+            Standing::NodeGone => me.map(|pod| format!("its Node {} does not exist any more", pod.node)),
+            _ => None,
+        }
+    }
+
+    fn judge(&mut self, lease: &str, election: &Election, view: &View, elapsed: Duration, fit: bool) -> LeaseState {
+        let rank = self.rank(&election.holder);
+        let is_mine = election.holder == self.me;
+        let suspect = &self.suspects[&election.holder];
+        let silence = suspect.heartbeat.as_ref().map_or(Duration::ZERO, |seen| seen.age);
+        let watch = self.watches.get_mut(lease).expect("noted just now");
+        let vacant = election.holder.is_empty() || watch.is_expired(election);
+        let guilt = suspect
+            .guilt(view.controllers.get(&election.holder))
+            .filter(|_| !vacant);
+        match (&guilt, watch.guilty) {
+            (None, _) => watch.guilty = None,
+            (Some(_), None) => watch.guilty = Some(Duration::ZERO),
+            (Some(_), Some(age)) => watch.guilty = Some(age + elapsed),
+        }
+        let obstacle = guilt.as_ref().and_then(|_| {
+            let waited = watch.guilty.unwrap_or_default();
+            match rank {
+                _ if is_mine => Some(Obstacle::Itself),
+                _ if !fit => Some(Obstacle::Unfit),
+                None => Some(Obstacle::Standing),
+                _ if watch.is_quiet() => Some(Obstacle::Quiet),
+                // One more: one look can be wrong about what is not there.
+                Some(rank) => (waited < RANK * (rank + 1)).then_some(Obstacle::Turn),
+            }
+        });
+        LeaseState {
+            holder: (!vacant).then(|| election.holder.clone()),
+            silence,
+            leaderless: if vacant || guilt.is_some() {
+                elapsed
+            } else {
+                Duration::ZERO
+            },
+            guilt,
+            obstacle,
+        }
+    }
+
+    /// How many may lead, and come before this controller; nothing if it may not.
+    fn rank(&self, holder: &str) -> Option<u32> {
+        let others = self
+            .suspects
+            .iter()
+            .filter(|(name, one)| *name != holder && one.may_lead());
+        let position = others.map(|(name, _)| name).position(|name| *name == self.me)?;
+        u32::try_from(position).ok()
+    }
+}
+
+#[cfg(test)]
+#[path = "watchdog_tests.rs"]
+mod tests;

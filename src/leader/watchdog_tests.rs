@@ -1,0 +1,294 @@
+//! Cases, one by one. A world of three controllers, of which `a` leads and `b` looks.
+
+use super::*;
+
+const LEASE: &str = "hostdir-csi";
+
+struct World {
+    view: View,
+    fit: BTreeSet<String>,
+    dog: Watchdog,
+    now: Duration,
+    /// Who still beats and renews.
+    beating: BTreeSet<&'static str>,
+    renewing: bool,
+    beats: u64,
+}
+
+impl World {
+    fn new() -> Self {
+        let controller = |name: &str| Controller {
+            uid: format!("uid-{name}"),
+            ready: true,
+            ending: false,
+            node: format!("node-{name}"),
+            node_state: NodeState::Ready,
+        };
+        let names = ["a", "b", "c"];
+        let election = Election {
+            holder: "a".into(),
+            term: 10,
+            renewal: String::new(),
+            handed_over: None,
+        };
+        let mut world = Self {
+            view: View {
+                elections: [(LEASE.to_owned(), election)].into(),
+                controllers: names.map(|name| (name.to_owned(), controller(name))).into(),
+                heartbeats: names.map(|name| (name.to_owned(), String::new())).into(),
+            },
+            fit: [LEASE.to_owned()].into(),
+            dog: Watchdog::new("b".into()),
+            now: Duration::from_hours(1),
+            beating: names.into(),
+            renewing: true,
+            beats: 0,
+        };
+        assert_eq!(world.until(60), None);
+        world
+    }
+
+    fn pod(&mut self, name: &str) -> &mut Controller {
+        self.view.controllers.get_mut(name).unwrap()
+    }
+
+    fn election(&mut self) -> &mut Election {
+        self.view.elections.get_mut(LEASE).unwrap()
+    }
+
+    /// What a look shows after some seconds more.
+    fn look(&mut self, seconds: u64) -> Verdict {
+        self.now += Duration::from_secs(seconds);
+        self.beats += 1;
+        for name in &self.beating {
+            self.view.heartbeats.insert((*name).to_owned(), self.beats.to_string());
+        }
+        if self.renewing {
+            self.election().renewal = self.beats.to_string();
+        }
+        self.dog.look(self.now, &self.view, &self.fit)
+    }
+
+    fn obstacle(&mut self) -> Option<Obstacle> {
+        match self.look(2) {
+            Verdict::Watching { leases, .. } => leases[LEASE].obstacle,
+            Verdict::Ghost(why) => panic!("a ghost: {why}"),
+        }
+    }
+
+    /// After how many seconds of looking each second it takes over, and why; nothing if it does not within so many.
+    fn until(&mut self, seconds: u64) -> Option<(u64, Guilt)> {
+        (1..=seconds).find_map(|second| match self.look(1) {
+            Verdict::Watching { mut take_overs, .. } => take_overs.pop().map(|due| (second, due.guilt)),
+            Verdict::Ghost(why) => panic!("a ghost: {why}"),
+        })
+    }
+
+    /// As [`World::until`], but for the time in the reason.
+    fn reason(&mut self) -> Option<(u64, &'static str)> {
+        self.until(120).map(|(after, guilt)| (after, guilt.reason()))
+    }
+}
+
+#[test]
+fn a_holder_in_good_standing_is_left_alone_for_ever() {
+    assert_eq!(World::new().until(10_000), None);
+}
+
+#[test]
+fn who_is_guilty_and_after_how_long() {
+    let mut world = World::new();
+    world.view.controllers.remove("a");
+    assert_eq!(world.reason(), Some((2, "PodGone")));
+
+    let mut world = World::new();
+    world.pod("a").node_state = NodeState::Gone;
+    assert_eq!(world.reason(), Some((2, "NodeGone")));
+
+    let mut world = World::new();
+    world.pod("a").node_state = NodeState::NotReady;
+    // What its Pod is said to be is nobody's word any more.
+    world.pod("a").ready = false;
+    assert_eq!(world.reason(), Some((62, "NodeNotReady")));
+
+    let mut world = World::new();
+    world.pod("a").ready = false;
+    assert_eq!(world.reason(), Some((32, "PodNotReady")));
+
+    let mut world = World::new();
+    world.pod("a").ending = true;
+    assert_eq!(world.reason(), Some((32, "PodEnding")));
+
+    let mut world = World::new();
+    world.beating.remove("a");
+    assert_eq!(world.reason(), Some((21, "DriverSilent")));
+
+    // One that never had a heartbeat, as of a version that knows none; `a` comes before `b`.
+    let mut world = World::new();
+    world.election().holder = "c".into();
+    world.beating.remove("c");
+    world.view.heartbeats.remove("c");
+    assert_eq!(world.reason(), Some((23, "DriverSilent")));
+}
+
+#[test]
+fn who_recovers_in_time_is_forgiven() {
+    let mut world = World::new();
+    for _ in 0..10 {
+        world.beating.remove("a");
+        assert_eq!(world.until(19), None);
+        world.beating.insert("a");
+        world.pod("a").ready = false;
+        assert_eq!(world.until(29), None);
+        world.pod("a").ready = true;
+        world.pod("a").node_state = NodeState::NotReady;
+        assert_eq!(world.until(59), None);
+        world.pod("a").node_state = NodeState::Ready;
+    }
+}
+
+#[test]
+fn a_lease_that_nobody_renews_is_left_to_expire() {
+    let mut world = World::new();
+    world.renewing = false;
+    world.beating.remove("a");
+    assert_eq!(world.until(120), None);
+    let Verdict::Watching { leases, .. } = world.look(2) else {
+        panic!("a ghost")
+    };
+    assert_eq!(
+        (&leases[LEASE].holder, leases[LEASE].leaderless),
+        (&None, Duration::from_secs(2))
+    );
+
+    let mut world = World::new();
+    world.election().holder = String::new();
+    assert_eq!(world.until(120), None);
+}
+
+#[test]
+fn time_in_which_nothing_was_seen_does_not_count() {
+    let mut world = World::new();
+    world.beating.remove("a");
+    world.pod("a").ready = false;
+    assert_eq!(world.until(10), None);
+    // The API server hangs, or this process does, for an hour.
+    let Verdict::Watching { take_overs, .. } = world.look(3600) else {
+        panic!("a ghost")
+    };
+    assert_eq!(take_overs, []);
+    assert_eq!(world.until(4), None);
+    assert_eq!(world.reason(), Some((2, "DriverSilent")));
+}
+
+#[test]
+fn who_is_not_fit_does_not_take_over() {
+    let mut world = World::new();
+    world.view.controllers.remove("a");
+    world.fit.clear();
+    assert_eq!((world.obstacle(), world.until(60)), (Some(Obstacle::Unfit), None));
+    world.fit.insert(LEASE.into());
+    assert!(world.until(1).is_some());
+
+    let mut world = World::new();
+    world.view.controllers.remove("a");
+    world.pod("b").ready = false;
+    assert_eq!((world.obstacle(), world.until(60)), (Some(Obstacle::Standing), None));
+
+    let mut world = World::new();
+    world.view.controllers.remove("a");
+    world.beating.remove("b");
+    world.look(1);
+    world.look(1);
+    assert_eq!(
+        world.until(15).map(|(second, _)| second),
+        Some(1),
+        "a heartbeat may be late"
+    );
+    for _ in 0..10 {
+        world.look(2);
+    }
+    assert_eq!(world.obstacle(), Some(Obstacle::Standing));
+
+    let mut world = World::new();
+    world.election().holder = "b".into();
+    world.pod("b").ready = false;
+    for _ in 0..20 {
+        world.look(2);
+    }
+    assert_eq!(world.obstacle(), Some(Obstacle::Itself));
+}
+
+#[test]
+fn those_that_come_first_have_a_second_each() {
+    for (holder, after) in [("a", 2), ("c", 3)] {
+        let mut world = World::new();
+        world.election().holder = holder.into();
+        world.look(1);
+        world.view.controllers.remove(holder);
+        assert_eq!(world.reason(), Some((after, "PodGone")), "{holder}");
+    }
+    // Who may not lead does not come first.
+    let mut world = World::new();
+    world.election().holder = "c".into();
+    world.look(1);
+    world.view.controllers.remove("c");
+    world.pod("a").ready = false;
+    assert_eq!(world.reason(), Some((2, "PodGone")));
+}
+
+#[test]
+fn after_a_hand_over_there_is_quiet_and_after_a_storm_more() {
+    let mut world = World::new();
+    for (number, quiet) in [45, 45, 300].into_iter().enumerate() {
+        world.election().handed_over = Some(number.to_string());
+        world.pod("a").node_state = NodeState::Gone;
+        // The look that shows the hand-over, and the first that shows no quiet.
+        assert_eq!(
+            world.until(400).map(|(second, _)| second),
+            Some(quiet + 1),
+            "hand-over {number}"
+        );
+    }
+    // The first two are forgotten ten minutes after they were.
+    world.pod("a").node_state = NodeState::Ready;
+    assert_eq!(world.until(300), None);
+    world.election().handed_over = Some("last".into());
+    world.pod("a").node_state = NodeState::Gone;
+    assert_eq!(world.until(400).map(|(second, _)| second), Some(46));
+}
+
+#[test]
+fn another_holder_begins_anew() {
+    let mut world = World::new();
+    world.view.controllers.remove("a");
+    world.look(1);
+    // Meanwhile the Lease has gone to `c`, which is well, and then back to the ghost.
+    world.election().holder = "c".into();
+    assert_eq!(world.until(30), None);
+    world.election().holder = "a".into();
+    assert_eq!(world.reason(), Some((2, "PodGone")));
+}
+
+#[test]
+fn who_is_gone_itself_is_the_ghost() {
+    let is_ghost = |world: &mut World| {
+        let first = world.look(1);
+        assert!(!matches!(first, Verdict::Ghost(_)), "after one look");
+        matches!(world.look(1), Verdict::Ghost(_))
+    };
+    let mut world = World::new();
+    world.view.controllers.remove("b");
+    assert!(is_ghost(&mut world));
+    let mut world = World::new();
+    world.pod("b").node_state = NodeState::Gone;
+    assert!(is_ghost(&mut world));
+    // A node without its kubelet may come back, and a Pod that ends is still there.
+    let mut world = World::new();
+    world.pod("b").node_state = NodeState::NotReady;
+    world.pod("b").ending = true;
+    assert!(!is_ghost(&mut world));
+    let mut world = World::new();
+    world.pod("b").uid = "another".into();
+    assert!(matches!(world.look(1), Verdict::Ghost(_)));
+}
