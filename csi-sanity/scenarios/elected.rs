@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 
 use hostdir::k8s::api::{HostNode, HostVolume};
 use hostdir_cluster::cluster::NAMESPACE;
-use kube::api::{Api, Patch, PatchParams};
+use k8s_openapi::api::coordination::v1::Lease;
+use kube::api::{Api, Patch, PatchParams, PostParams};
 use serde_json::{Value, json};
 
 use crate::lab::{Lab, Mode, lab, report};
@@ -608,7 +609,7 @@ fn a_claim_that_nobody_ever_used_is_swept_and_others_are_not() {
 }
 
 /// A token of a service account, bound to a pod if one is named.
-fn token(lab: &Lab, account: &str, pod: Option<&str>) -> String {
+pub(crate) fn token(lab: &Lab, account: &str, pod: Option<&str>) -> String {
     let mut args = vec!["create", "token", account, "-n", NAMESPACE];
     if let Some(pod) = pod {
         args.extend(["--bound-object-kind=Pod", "--bound-object-name", pod]);
@@ -629,13 +630,13 @@ fn with_token(lab: &Lab, token: &str, args: &[&str]) -> anyhow::Result<String> {
 }
 
 /// A client with a token: kubectl reads what it changes, and for that nodes have no right.
-struct Holder {
+pub(crate) struct Holder {
     client: kube::Client,
     runtime: tokio::runtime::Runtime,
 }
 
 impl Holder {
-    fn of(token: String) -> Self {
+    pub(crate) fn of(token: String) -> Self {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
@@ -658,6 +659,14 @@ impl Holder {
             };
             patched.map(drop)
         })
+    }
+
+    pub(crate) fn put_lease(&self, lease: &Lease) -> kube::Result<()> {
+        let leases: Api<Lease> = Api::namespaced(self.client.clone(), NAMESPACE);
+        let name = lease.metadata.name.as_deref().unwrap_or_default();
+        let params = PostParams::default();
+        let put = leases.replace(name, &params, lease);
+        self.runtime.block_on(put).map(drop)
     }
 
     fn patch_node(&self, name: &str, patch: &Value) -> kube::Result<()> {

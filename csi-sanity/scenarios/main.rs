@@ -6,6 +6,7 @@
 
 mod chart;
 mod elected;
+mod ghosts;
 mod lab;
 mod objects;
 mod pods;

@@ -184,7 +184,9 @@ pub fn root() -> PathBuf {
         .to_owned()
 }
 
-fn target_dir() -> PathBuf {
+/// Where cargo builds to.
+#[must_use]
+pub fn target_dir() -> PathBuf {
     std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from)
 }
 

@@ -1,0 +1,910 @@
+//! The story that hostdir was made for, re-enacted: leaders that are dead, hung, orphaned, cut off or on a removed node.
+//!
+//! Each prints its timeline. What is measured begins when the evidence is in the API (or with the fault, where it shows
+//! nowhere) and ends when a new claim is bound.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use hostdir_cluster::cluster::NAMESPACE;
+use hostdir_cluster::tools;
+use k8s_openapi::api::coordination::v1::Lease;
+use serde_json::{Value, json};
+
+use crate::elected::{Holder, token};
+use crate::lab::{Lab, Mode, lab, report};
+use crate::objects::{claim_of, class, on_node, pod};
+use crate::scale::SetOnDrop;
+
+const LEASE: &str = "hostdir-csi";
+const POLICY: &str = "hostdir-leases";
+
+/// A test's claims are bound at once: no pod has to be waited for.
+const CLASS: &str = "at-once";
+
+/// What is told, and when.
+struct Story {
+    lab: Lab,
+    start: Instant,
+    claims: std::cell::Cell<u32>,
+}
+
+impl Story {
+    /// A story that begins with controllers that have seen no hand-over yet, one of which leads, and a volume in use.
+    fn begin(name: &str, title: &str) -> Option<Self> {
+        let lab = lab(Mode::Elected, name, title)?;
+        let mut now = class(Mode::Elected.driver(), CLASS, &json!({}), "Delete", &[]);
+        now["volumeBindingMode"] = "Immediate".into();
+        lab.apply(&[now]);
+        let story = Self {
+            lab,
+            start: Instant::now(),
+            claims: 0.into(),
+        };
+        story.renew_controllers();
+        let (_, node) = story.leader();
+        let other = &story.lab.nodes[(node + 1) % 3].name;
+        story
+            .lab
+            .apply(&[story.lab.claim("live", "10Mi"), on_node(pod("live", "live"), other)]);
+        story.lab.running("live");
+        Some(story)
+    }
+
+    /// New controllers, that all run, and a leader among them.
+    fn renew_controllers(&self) {
+        let kubectl = self.lab.kubectl();
+        let selector = "app.kubernetes.io/instance=hostdir,app.kubernetes.io/component=controller";
+        let old: BTreeSet<String> = self.lab.controllers().iter().map(name_of).collect();
+        kubectl
+            .run(&[
+                "delete",
+                "pods",
+                "-n",
+                NAMESPACE,
+                "-l",
+                selector,
+                "--wait",
+                "--timeout=120s",
+            ])
+            .unwrap();
+        self.lab.wait("two new controllers are ready, and one leads", || {
+            let pods = self.lab.controllers();
+            let new = pods
+                .iter()
+                .filter(|pod| is_ready(pod) && !old.contains(&name_of(pod)))
+                .count();
+            let leader = self.lab.leader();
+            Ok(pods.len() == 2 && new == 2 && leader.is_some_and(|(leader, _)| !old.contains(&leader)))
+        });
+    }
+
+    fn tell(&self, what: &str) {
+        report(&format!("  {:>6.1} s  {what}", self.start.elapsed().as_secs_f64()));
+    }
+
+    /// The leader, and its node by number.
+    fn leader(&self) -> (String, usize) {
+        let (leader, node) = self.lab.leader().expect("somebody leads");
+        let number = self.lab.nodes.iter().position(|other| other.name == node).unwrap();
+        (leader, number)
+    }
+
+    fn lease(&self) -> Value {
+        self.lab.kubectl().get(&["lease", LEASE, "-n", NAMESPACE]).unwrap()
+    }
+
+    fn holder(&self) -> String {
+        self.lease()["spec"]["holderIdentity"]
+            .as_str()
+            .unwrap_or_default()
+            .to_owned()
+    }
+
+    fn transitions(&self) -> i64 {
+        self.lease()["spec"]["leaseTransitions"].as_i64().unwrap_or_default()
+    }
+
+    /// How the Lease came to its holder, if by a hand-over.
+    fn hand_over(&self) -> String {
+        let note = &self.lease()["metadata"]["annotations"]["hostdir.csi/hand-over"];
+        note.as_str().unwrap_or_default().to_owned()
+    }
+
+    /// Makes a claim.
+    fn claim(&self) -> String {
+        let number = self.claims.get();
+        self.claims.set(number + 1);
+        let name = format!("claim-{number}");
+        self.lab.apply(&[claim_of(&name, "1Mi", CLASS, "ReadWriteOnce")]);
+        name
+    }
+
+    fn is_bound(&self, claim: &str) -> Result<bool> {
+        Ok(self.lab.get("pvc", claim)?["status"]["phase"] == "Bound")
+    }
+
+    /// Makes a claim, and sees it bound within so many seconds of `since`.
+    fn binds_within(&self, since: Instant, seconds: u64, of: &str) {
+        let claim = self.claim();
+        self.lab.wait("a new claim is bound", || self.is_bound(&claim));
+        let after = since.elapsed();
+        self.tell(&format!(
+            "a new claim is bound, {:.1} s after {of}; {} leads",
+            after.as_secs_f64(),
+            self.holder()
+        ));
+        assert!(
+            after < Duration::from_secs(seconds),
+            "bound {after:?} after {of}, and not within {seconds} s"
+        );
+    }
+
+    /// Signals a container's process of a controller: `hostdir controller` or `csi-provisioner`.
+    fn signal(&self, node: usize, pod: &str, program: &str, signal: &str) {
+        let script = format!(
+            "for p in /proc/[0-9]*; do
+                tr '\\0' '\\n' < $p/environ 2>/dev/null | grep -qx 'HOSTNAME={pod}' || continue
+                case \"$(tr '\\0' ' ' < $p/cmdline 2>/dev/null)\" in
+                '/{program} '*) kill -{signal} ${{p#/proc/}} || : ;;
+                esac
+            done"
+        );
+        self.lab.nodes[node].sh(&script).unwrap();
+    }
+
+    /// Whether a process of a controller runs.
+    fn runs(&self, node: usize, pod: &str, program: &str) -> bool {
+        let script = format!(
+            "for p in /proc/[0-9]*; do
+                tr '\\0' '\\n' < $p/environ 2>/dev/null | grep -qx 'HOSTNAME={pod}' || continue
+                case \"$(tr '\\0' ' ' < $p/cmdline 2>/dev/null)\" in
+                '/{program} '*) echo yes ;;
+                esac
+            done"
+        );
+        !self.lab.nodes[node].sh(&script).unwrap().is_empty()
+    }
+
+    /// What the driver of a controller has logged, from its node's disk.
+    fn log_of(&self, node: usize, pod: &str) -> String {
+        let script = format!("cat /var/log/pods/{NAMESPACE}_{pod}_*/hostdir/*.log");
+        self.lab.nodes[node].sh(&script).unwrap_or_default()
+    }
+
+    /// Every volume is in both books alike, no node has deleted one twice, and what is deleted leaves nothing.
+    fn end(self) {
+        let lab = &self.lab;
+        lab.wait("all claims are bound", || {
+            let claims = lab.kubectl().list(&["pvc", "-n", &lab.namespace])?;
+            Ok(claims.iter().all(|claim| claim["status"]["phase"] == "Bound"))
+        });
+        assert_eq!(
+            self.promised(),
+            self.bound(),
+            "HostVolumes and PersistentVolumes differ"
+        );
+        let args = [
+            "delete",
+            "pods,pvc",
+            "--all",
+            "-n",
+            &lab.namespace,
+            "--wait",
+            "--timeout=180s",
+        ];
+        lab.kubectl().run(&args).unwrap();
+        lab.nothing_is_left();
+        let mut deleted = BTreeMap::<String, usize>::new();
+        for node in &lab.nodes {
+            let driver = lab.driver_on(&node.name);
+            let args = ["logs", "-n", NAMESPACE, &name_of(&driver), "-c", "hostdir"];
+            let log = lab.kubectl().run(&args).unwrap();
+            for line in log.lines().filter(|line| line.contains("volume let go of")) {
+                *deleted
+                    .entry(line.split_once("volume.id=").unwrap().1.to_owned())
+                    .or_default() += 1;
+            }
+        }
+        assert!(deleted.values().all(|times| *times == 1), "deleted twice: {deleted:?}");
+        lab.kubectl().run(&["delete", "storageclass", CLASS]).unwrap();
+    }
+
+    /// Where each volume is, by the HostVolumes.
+    fn promised(&self) -> BTreeMap<String, String> {
+        let volumes = self.lab.kubectl().list(&["hostvolumes"]).unwrap();
+        volumes
+            .iter()
+            .map(|volume| (name_of(volume), volume["spec"]["node"].as_str().unwrap().to_owned()))
+            .collect()
+    }
+
+    /// Where each volume is, by the PersistentVolumes.
+    fn bound(&self) -> BTreeMap<String, String> {
+        let volumes = self.lab.kubectl().list(&["pv"]).unwrap();
+        let node = |volume: &Value| {
+            let term = &volume["spec"]["nodeAffinity"]["required"]["nodeSelectorTerms"][0]["matchExpressions"][0];
+            term["values"][0].as_str().unwrap().to_owned()
+        };
+        volumes.iter().map(|volume| (name_of(volume), node(volume))).collect()
+    }
+}
+
+fn name_of(object: &Value) -> String {
+    object["metadata"]["name"].as_str().unwrap().to_owned()
+}
+
+fn is_ready(pod: &Value) -> bool {
+    let conditions = pod["status"]["conditions"].as_array().cloned().unwrap_or_default();
+    conditions
+        .iter()
+        .any(|one| one["type"] == "Ready" && one["status"] == "True")
+}
+
+/// A node on which something is wrong, until this is dropped.
+struct Haunted<'a> {
+    story: &'a Story,
+    node: usize,
+    kubelet: std::cell::Cell<bool>,
+}
+
+impl<'a> Haunted<'a> {
+    fn new(story: &'a Story, node: usize) -> Self {
+        let kubelet = true.into();
+        Self { story, node, kubelet }
+    }
+
+    fn name(&self) -> &str {
+        &self.story.lab.nodes[self.node].name
+    }
+
+    fn stop_kubelet(&self) {
+        self.story.lab.nodes[self.node].kill_kubelet().unwrap();
+        self.kubelet.set(false);
+        self.story.tell(&format!("the kubelet of {} is dead", self.name()));
+    }
+
+    fn delete_node(&self) -> Instant {
+        self.story.lab.kubectl().run(&["delete", "node", self.name()]).unwrap();
+        self.story.tell(&format!("Node {} is deleted", self.name()));
+        Instant::now()
+    }
+
+    fn recover(&self) -> Result<()> {
+        let lab = &self.story.lab;
+        let node = &lab.nodes[self.node];
+        node.sh("for p in /proc/[0-9]*; do kill -CONT ${p#/proc/} 2>/dev/null || :; done")?;
+        if !self.kubelet.get() {
+            node.start_kubelet()?;
+        }
+        lab.wait_ready(3)?;
+        lab.kubectl()
+            .wait(crate::lab::PATIENCE, "both drivers are registered", || {
+                let drivers = lab.kubectl().get(&["csinode", self.name()])?["spec"]["drivers"].clone();
+                Ok(drivers.as_array().is_some_and(|drivers| drivers.len() == 2))
+            })
+    }
+}
+
+impl Drop for Haunted<'_> {
+    fn drop(&mut self) {
+        let recovered = self.recover();
+        if !std::thread::panicking() {
+            recovered.expect("the node recovers");
+        }
+    }
+}
+
+/// A sidecar that a machine runs outside of Kubernetes, under the name of a pod and with a token: the ghost itself. It is
+/// started again whenever it ends, until this is dropped.
+struct Ghost<'a> {
+    story: &'a Story,
+    node: usize,
+}
+
+impl<'a> Ghost<'a> {
+    const DIR: &'static str = "/run/ghost";
+
+    fn rise(story: &'a Story, node: usize, pod: &str, uid: &str, token: &str) -> Self {
+        let ghost = Self { story, node };
+        let config = json!({
+            "apiVersion": "v1", "kind": "Config", "current-context": "c",
+            "clusters": [{"name": "c", "cluster": {"server": "https://10.42.0.1:443", "insecure-skip-tls-verify": true}}],
+            "users": [{"name": "c", "user": {"token": token}}],
+            "contexts": [{"name": "c", "context": {"cluster": "c", "user": "c"}}],
+        });
+        let provisioner = tools::target_dir().join("lab/bin/csi-provisioner");
+        let socket = format!("/var/lib/kubelet/pods/{uid}/volumes/kubernetes.io~empty-dir/socket/csi.sock");
+        let script = format!(
+            "mkdir -p {dir}; echo '{config}' > {dir}/kubeconfig; : > {dir}/starts
+             exec 0<&- >{dir}/log 2>&1
+             setsid unshare --uts sh -c 'hostname {pod}; echo $$ > {dir}/pid
+                while :; do
+                    echo start >> {dir}/starts
+                    {provisioner} --kubeconfig={dir}/kubeconfig --csi-address={socket} --feature-gates=Topology=true \\
+                        --leader-election --leader-election-namespace={NAMESPACE} --leader-election-lease-duration=10s \\
+                        --leader-election-renew-deadline=7s --leader-election-retry-period=2s --strict-topology \\
+                        --immediate-topology=false --extra-create-metadata --timeout=10s
+                    sleep 1
+                done' &",
+            dir = Self::DIR,
+            provisioner = provisioner.display(),
+        );
+        ghost.sh(&script);
+        ghost
+    }
+
+    fn sh(&self, script: &str) -> String {
+        self.story.lab.nodes[self.node].sh(script).unwrap()
+    }
+
+    /// How often it has risen.
+    fn risings(&self) -> usize {
+        self.sh(&format!("cat {}/starts", Self::DIR)).lines().count()
+    }
+
+    fn log(&self) -> String {
+        self.sh(&format!("tail -n 20 {}/log", Self::DIR))
+    }
+}
+
+impl Drop for Ghost<'_> {
+    fn drop(&mut self) {
+        // The session is that of the shell.
+        let script = format!("kill -9 -- -$(cat {0}/pid); rm -rf {0}", Self::DIR);
+        let _ = self.story.lab.nodes[self.node].sh(&script);
+    }
+}
+
+/// A node is removed the wrong way: its kubelet is dead, its Node deleted, its containers live on.
+#[test]
+fn ghost_1_a_removed_node_whose_containers_live_on() {
+    let Some(story) = Story::begin("ghost-1", "ghost 1. the story itself: a removed node") else {
+        return;
+    };
+    let (ghost, node) = story.leader();
+    story.tell(&format!("{ghost} leads"));
+    {
+        let haunted = Haunted::new(&story, node);
+        haunted.stop_kubelet();
+        let deleted = haunted.delete_node();
+        story.binds_within(deleted, 25, "the Node was deleted");
+        assert_ne!(story.holder(), ghost);
+        story.lab.wait(
+            "the ghost has ended itself",
+            || Ok(!story.runs(node, &ghost, "hostdir")),
+        );
+        let log = story.log_of(node, &ghost);
+        assert!(
+            log.contains("this controller is a ghost") && log.contains("does not exist any more"),
+            "{log}"
+        );
+        let gone = || Ok(story.lab.kubectl().get(&["pod", &ghost, "-n", NAMESPACE]).is_err());
+        story.lab.wait("its Pod is gone", gone);
+        story.tell("the ghost's Pod object is gone");
+        story.binds_within(Instant::now(), 15, "its Pod's end");
+        assert_ne!(story.holder(), ghost);
+    }
+    story.end();
+}
+
+/// The worst of all: its driver hangs, so that it cannot end itself, its token is bound to no Pod and never expires, and no
+/// policy keeps it from renewing.
+#[test]
+fn ghost_1_the_worst_of_all() {
+    let Some(story) = Story::begin("ghost-worst", "ghost 1. again, with an unbound token and no policy") else {
+        return;
+    };
+    let kubectl = story.lab.kubectl();
+    let (name, node) = story.leader();
+    let pod = kubectl.get(&["pod", &name, "-n", NAMESPACE]).unwrap();
+    let uid = pod["metadata"]["uid"].as_str().unwrap();
+    let delete_policy = ["delete", "validatingadmissionpolicybinding", POLICY];
+    kubectl.run(&delete_policy).unwrap();
+    let token = story.token(None);
+    {
+        let haunted = Haunted::new(&story, node);
+        haunted.stop_kubelet();
+        // Its own sidecar makes room for one of the same name with the other token, which goes on at once.
+        story.signal(node, &name, "csi-provisioner", "KILL");
+        let ghost = Ghost::rise(&story, node, &name, uid, &token);
+        let renewed = story.renewed();
+        story.lab.wait("the ghost renews", || {
+            ensure!(story.renewed() != renewed, "{}", ghost.log());
+            Ok(true)
+        });
+        story.signal(node, &name, "hostdir", "STOP");
+        assert_eq!(story.holder(), name);
+        story.tell("its driver hangs; its sidecar renews with a token that is bound to no Pod");
+        haunted.delete_node();
+        let args = ["delete", "pod", &name, "-n", NAMESPACE, "--force", "--grace-period=0"];
+        kubectl.run(&args).unwrap();
+        story.tell("its Pod object is gone");
+        story.binds_within(Instant::now(), 15, "its Pod's end");
+        assert!(story.hand_over().contains(&name), "{}", story.hand_over());
+        let new = story.holder();
+        story
+            .lab
+            .wait("the ghost has lost and begins anew", || Ok(ghost.risings() > 1));
+        story.tell("the ghost's sidecar has ended, and was started again");
+        assert_eq!(story.holder(), new);
+        story.says_who_led(&name);
+    }
+    story.lab.install(&[]);
+    kubectl.get(&["validatingadmissionpolicybinding", POLICY]).unwrap();
+    story.end();
+}
+
+/// The kubelet is dead, the Node stays, and the leader works: that is no reason to do anything soon.
+#[test]
+fn ghost_2_a_node_without_its_kubelet() {
+    let Some(story) = Story::begin("ghost-2", "ghost 2. a dead kubelet, and a leader that works") else {
+        return;
+    };
+    let (leader, node) = story.leader();
+    let transitions = story.transitions();
+    {
+        let haunted = Haunted::new(&story, node);
+        haunted.stop_kubelet();
+        story.lab.wait("the Node is not ready", || {
+            Ok(!is_ready(&story.lab.kubectl().get(&["node", haunted.name()])?))
+        });
+        let noticed = Instant::now();
+        story.tell("the Node is not Ready any more");
+        while noticed.elapsed() < Duration::from_secs(55) {
+            assert_eq!(story.holder(), leader, "deposed after {:?}", noticed.elapsed());
+            std::thread::sleep(Duration::from_millis(500));
+        }
+        story.binds_within(Instant::now(), 15, "a claim was made of the leader that works");
+        story.lab.wait("another leads", || Ok(story.holder() != leader));
+        let after = noticed.elapsed();
+        story.tell(&format!(
+            "another leads, {:.1} s after the Node was not Ready",
+            after.as_secs_f64()
+        ));
+        assert!(
+            after > Duration::from_mins(1) && after < Duration::from_secs(75),
+            "{after:?}"
+        );
+        assert!(
+            story.hand_over().contains("is not Ready, for 6"),
+            "{}",
+            story.hand_over()
+        );
+        story.binds_within(Instant::now(), 15, "the hand-over");
+    }
+    assert_eq!(story.transitions(), transitions + 1, "one hand-over, and one only");
+    story.end();
+}
+
+/// One part of the leader hangs or dies, with everything around it well.
+#[test]
+fn ghost_3_a_leader_of_which_a_part_is_dead() {
+    let Some(story) = Story::begin("ghost-3", "ghost 3. driver hung, driver dead, sidecar hung") else {
+        return;
+    };
+    let (leader, node) = story.leader();
+    {
+        let _haunted = Haunted::new(&story, node);
+        story.signal(node, &leader, "hostdir", "STOP");
+        story.tell("the leader's driver hangs, its sidecar renews");
+        story.binds_within(Instant::now(), 40, "the driver hung");
+        assert_ne!(story.holder(), leader);
+        assert!(
+            story.hand_over().contains("gives no heartbeat"),
+            "{}",
+            story.hand_over()
+        );
+    }
+    story.renew_controllers();
+    let (leader, node) = story.leader();
+    {
+        let haunted = Haunted::new(&story, node);
+        haunted.stop_kubelet();
+        story.signal(node, &leader, "hostdir", "KILL");
+        story.tell("the leader's driver is dead, and nobody starts it again");
+        story.binds_within(Instant::now(), 40, "the driver died");
+        assert_ne!(story.holder(), leader);
+    }
+    story.renew_controllers();
+    let (leader, node) = story.leader();
+    {
+        let _haunted = Haunted::new(&story, node);
+        story.signal(node, &leader, "csi-provisioner", "STOP");
+        story.tell("the leader's sidecar hangs");
+        // 10 s, and 4.4 until the next one looks.
+        story.binds_within(Instant::now(), 20, "the sidecar hung");
+        assert_ne!(story.holder(), leader);
+        assert_eq!(story.hand_over(), "", "it expires, and nobody hurries it");
+    }
+    story.end();
+}
+
+#[test]
+fn ghost_4_a_leader_that_is_cut_off_and_comes_back() {
+    let Some(story) = Story::begin("ghost-4", "ghost 4. the network of the leader's node is cut") else {
+        return;
+    };
+    let (leader, node) = story.leader();
+    story.lab.cut_network(node, true).unwrap();
+    let cut = CutOff { story: &story, node };
+    story.tell("the leader's node has no network");
+    story.binds_within(Instant::now(), 25, "the network was cut");
+    let new = story.holder();
+    assert_ne!(new, leader);
+    drop(cut);
+    story.tell("the network is back");
+    let back = Instant::now();
+    while back.elapsed() < Duration::from_secs(20) {
+        assert_eq!(story.holder(), new, "it is not the old one's turn");
+        std::thread::sleep(Duration::from_millis(500));
+    }
+    story.binds_within(Instant::now(), 15, "a claim was made after it came back");
+    story.end();
+}
+
+struct CutOff<'a> {
+    story: &'a Story,
+    node: usize,
+}
+
+impl Drop for CutOff<'_> {
+    fn drop(&mut self) {
+        let _ = self.story.lab.cut_network(self.node, false);
+    }
+}
+
+/// Both processes of the leader stand still in the middle of their work, and then go on as if nothing had been.
+#[test]
+fn ghost_5_a_leader_that_is_paused_in_the_middle_of_its_work() {
+    let Some(story) = Story::begin("ghost-5", "ghost 5. a pause of 40 s in the middle of 50 creates") else {
+        return;
+    };
+    let (leader, node) = story.leader();
+    let before = story.promised().len();
+    {
+        let _haunted = Haunted::new(&story, node);
+        let claims: Vec<Value> = (0..50)
+            .map(|number| claim_of(&format!("paused-{number}"), "1Mi", CLASS, "ReadWriteOnce"))
+            .collect();
+        story.lab.apply(&claims);
+        story
+            .lab
+            .wait("some of fifty are made", || Ok(story.promised().len() > before + 5));
+        for program in ["hostdir", "csi-provisioner"] {
+            story.signal(node, &leader, program, "STOP");
+        }
+        let paused = Instant::now();
+        story.tell(&format!(
+            "the leader stands still; {} volumes are made",
+            story.promised().len() - before
+        ));
+        story.lab.wait("another leads", || Ok(story.holder() != leader));
+        story.tell("another leads");
+        std::thread::sleep(Duration::from_secs(40).saturating_sub(paused.elapsed()));
+        for program in ["hostdir", "csi-provisioner"] {
+            story.signal(node, &leader, program, "CONT");
+        }
+        story.tell("the old leader goes on");
+    }
+    story
+        .lab
+        .wait("all fifty are bound", || Ok(story.bound().len() == before + 50));
+    story.binds_within(Instant::now(), 15, "a claim was made after that");
+    assert_eq!(story.promised().len(), before + 51, "as many as were asked for");
+    story.end();
+}
+
+#[test]
+fn ghost_6_the_node_is_made_again_under_the_same_name() {
+    let Some(story) = Story::begin("ghost-6", "ghost 6. Node deleted and made again, the ghost lives") else {
+        return;
+    };
+    let (ghost, node) = story.leader();
+    {
+        let haunted = Haunted::new(&story, node);
+        haunted.stop_kubelet();
+        // It cannot see that its Node is another: its driver hangs, and its sidecar renews.
+        story.signal(node, &ghost, "hostdir", "STOP");
+        haunted.delete_node();
+        let anew = json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": haunted.name()}});
+        story.lab.kubectl().apply(&anew.to_string()).unwrap();
+        story.tell("a Node of the same name is made");
+        story.binds_within(Instant::now(), 40, "the new Node");
+        assert_ne!(story.holder(), ghost);
+        // And it stays so when the ghost is heard of again.
+        story.signal(node, &ghost, "hostdir", "CONT");
+        let new = story.holder();
+        let awake = Instant::now();
+        while awake.elapsed() < Duration::from_secs(15) {
+            assert_eq!(story.holder(), new);
+            std::thread::sleep(Duration::from_millis(500));
+        }
+    }
+    story.end();
+}
+
+#[test]
+fn ghost_7_nobody_is_fit_and_then_one_is() {
+    let Some(story) = Story::begin("ghost-7", "ghost 7. all controllers hang, then one recovers") else {
+        return;
+    };
+    let (leader, _) = story.leader();
+    let transitions = story.transitions();
+    let all: Vec<(String, usize)> = story.lab.controllers().iter().map(|pod| story.place_of(pod)).collect();
+    {
+        let _haunted: Vec<Haunted<'_>> = all.iter().map(|(_, node)| Haunted::new(&story, *node)).collect();
+        for (name, node) in &all {
+            story.signal(*node, name, "hostdir", "STOP");
+        }
+        story.tell("the drivers of all controllers hang");
+        let hung = Instant::now();
+        while hung.elapsed() < Duration::from_secs(40) {
+            assert_eq!(
+                (story.holder(), story.transitions()),
+                (leader.clone(), transitions),
+                "a storm"
+            );
+            std::thread::sleep(Duration::from_secs(1));
+        }
+        let (other, node) = all.iter().find(|(name, _)| *name != leader).unwrap();
+        story.signal(*node, other, "hostdir", "CONT");
+        story.tell("one that does not lead recovers");
+        story.binds_within(Instant::now(), 15, "it recovered");
+        assert_eq!((&story.holder(), story.transitions()), (other, transitions + 1));
+    }
+    story.end();
+}
+
+#[test]
+fn ghost_8_a_leader_that_is_well_is_left_alone() {
+    let Some(story) = Story::begin("ghost-8", "ghost 8. API server slow, and frozen ten times for 8 s") else {
+        return;
+    };
+    let (leader, _) = story.leader();
+    let transitions = story.transitions();
+    let thaw = Thaw(&story);
+    let freeze = |seconds: f64, then: f64| {
+        story.lab.freeze_api_server(true).unwrap();
+        std::thread::sleep(Duration::from_secs_f64(seconds));
+        story.lab.freeze_api_server(false).unwrap();
+        std::thread::sleep(Duration::from_secs_f64(then));
+    };
+    for round in 0..10 {
+        let claim = story.claim();
+        freeze(8.0, 5.0);
+        story
+            .lab
+            .wait("a claim is bound between two frosts", || story.is_bound(&claim));
+        assert_eq!(story.holder(), leader, "round {round}");
+    }
+    story.tell("frozen ten times for 8 s");
+    // Two seconds for whatever is asked.
+    let claim = story.claim();
+    for _ in 0..12 {
+        freeze(1.9, 0.1);
+    }
+    story.tell("slow for 24 s");
+    story.lab.wait("a claim is bound", || story.is_bound(&claim));
+    assert_eq!((story.holder(), story.transitions()), (leader, transitions));
+    assert_eq!(story.hand_over(), "", "somebody was deposed");
+    drop(thaw);
+    story.end();
+}
+
+struct Thaw<'a>(&'a Story);
+
+impl Drop for Thaw<'_> {
+    fn drop(&mut self) {
+        let _ = self.0.lab.freeze_api_server(false);
+    }
+}
+
+/// Two processes under one name, one of which outlives the Pod with the Pod's token, and rises whenever it ends.
+#[test]
+fn ghost_9_a_ghost_that_rises_again_and_again() {
+    let Some(story) = Story::begin("ghost-9", "ghost 9. a ghost in a loop, with its old token") else {
+        return;
+    };
+    let kubectl = story.lab.kubectl();
+    let (name, node) = story.leader();
+    let pod = kubectl.get(&["pod", &name, "-n", NAMESPACE]).unwrap();
+    let uid = pod["metadata"]["uid"].as_str().unwrap();
+    let token = story.token(Some(&name));
+    {
+        let haunted = Haunted::new(&story, node);
+        haunted.stop_kubelet();
+        story.signal(node, &name, "csi-provisioner", "KILL");
+        let ghost = Ghost::rise(&story, node, &name, uid, &token);
+        let renewed = story.renewed();
+        story.lab.wait("the ghost renews", || {
+            ensure!(story.renewed() != renewed, "{}", ghost.log());
+            Ok(true)
+        });
+        let args = ["delete", "pod", &name, "-n", NAMESPACE, "--force", "--grace-period=0"];
+        kubectl.run(&args).unwrap();
+        let gone = Instant::now();
+        story.tell("its Pod is deleted; the ghost has its token, and rises whenever it ends");
+        story.binds_within(gone, 15, "its Pod's end");
+        let new = story.holder();
+        assert_ne!(new, name);
+        // The API server takes a token for ten seconds longer than it should.
+        while gone.elapsed() < Duration::from_secs(60) {
+            assert_eq!(story.holder(), new, "the ghost leads");
+            std::thread::sleep(Duration::from_millis(200));
+        }
+        story.binds_within(Instant::now(), 15, "a claim was made");
+        story.tell(&format!("it has risen {} times, and never led", ghost.risings()));
+        assert!(ghost.risings() > 1);
+    }
+    story.end();
+}
+
+/// What the chart can be updated by without anybody noticing.
+#[test]
+fn ghost_10_a_rolling_update_under_load() {
+    let Some(story) = Story::begin("ghost-10", "ghost 10. a rolling update of the controllers under load") else {
+        return;
+    };
+    let kubectl = story.lab.kubectl();
+    let deployment = "deployment/hostdir-controller";
+    let done = AtomicBool::new(false);
+    let mut longest = Duration::ZERO;
+    let mut count = 0;
+    std::thread::scope(|scope| {
+        let update = scope.spawn(|| {
+            let _done = SetOnDrop(&done);
+            kubectl
+                .run(&["rollout", "restart", deployment, "-n", NAMESPACE])
+                .unwrap();
+            kubectl
+                .run(&["rollout", "status", deployment, "-n", NAMESPACE, "--timeout=180s"])
+                .unwrap();
+            // The last of the old ones ends after that.
+            std::thread::sleep(Duration::from_secs(10));
+        });
+        // Each claim is made when the one before is bound: what one waits is how long nobody made volumes.
+        while !done.load(Ordering::Relaxed) {
+            let (claim, made) = (story.claim(), Instant::now());
+            story.lab.wait("a claim is bound", || story.is_bound(&claim));
+            longest = longest.max(made.elapsed());
+            count += 1;
+        }
+        update.join().unwrap();
+    });
+    story.tell(&format!(
+        "{count} claims, one after the other; the longest wait was {:.1} s",
+        longest.as_secs_f64()
+    ));
+    assert!(longest < Duration::from_secs(10), "nobody led for {longest:?}");
+    assert_eq!(story.hand_over(), "", "nobody had to be deposed");
+    story.end();
+}
+
+/// Who may write the Leases: a token that is bound to a living Pod, in that Pod's name.
+#[test]
+fn nobody_holds_a_lease_in_anothers_name() {
+    let Some(story) = Story::begin("ghost-policy", "who may write the Leases, and who says who leads") else {
+        return;
+    };
+    story.lab.connect_this_machine().unwrap();
+    let (leader, _) = story.leader();
+    let other = story
+        .lab
+        .controllers()
+        .iter()
+        .map(name_of)
+        .find(|name| *name != leader)
+        .unwrap();
+    let hold = |token: &str, lease: &str, holder: &str| story.hold(token, lease, holder);
+    let (unbound, bound) = (story.token(None), story.token(Some(&other)));
+    for (what, refused) in [
+        ("without a pod", hold(&unbound, LEASE, &other)),
+        ("in the leader's name", hold(&bound, LEASE, &leader)),
+        ("empty, of another", hold(&bound, LEASE, "")),
+        ("another's heartbeat", hold(&bound, &leader, &other)),
+        ("a heartbeat without a pod", hold(&unbound, &other, &other)),
+    ] {
+        let error = refused.expect_err(what).to_string();
+        assert!(error.contains(POLICY), "{what}: {error}");
+    }
+    // An administrator cannot either, by a slip; but can delete it.
+    let patch = r#"{"spec":{"holderIdentity":"me"}}"#;
+    let slip = story
+        .lab
+        .kubectl()
+        .run(&["patch", "lease", LEASE, "-n", NAMESPACE, "--type=merge", "-p", patch]);
+    assert!(format!("{:#}", slip.unwrap_err()).contains("only a controller of hostdir"));
+    hold(&bound, &other, &other).expect("its own heartbeat");
+
+    let report = story.ask_who_leads(&leader).unwrap();
+    for line in [
+        &format!("holder           {leader}"),
+        "verdict          it leads",
+        &format!("stands by        {other}"),
+    ] {
+        assert!(report.contains(line), "{line:?} is not in\n{report}");
+    }
+    let metrics = story.lab.http(&story.lab.controllers()[0], "metrics").unwrap();
+    let line = format!("hostdir_leader{{lease=\"{LEASE}\",holder=\"{leader}\"}} 1");
+    assert!(metrics.contains(&line), "{line} is not in\n{metrics}");
+    story.end();
+}
+
+impl Story {
+    /// A token of the controllers' service account, bound to a pod if one is named.
+    fn token(&self, pod: Option<&str>) -> String {
+        token(&self.lab, "hostdir-controller", pod)
+    }
+
+    fn renewed(&self) -> Value {
+        self.lease()["spec"]["renewTime"].clone()
+    }
+
+    fn place_of(&self, pod: &Value) -> (String, usize) {
+        let node = &pod["spec"]["nodeName"];
+        let number = self
+            .lab
+            .nodes
+            .iter()
+            .position(|other| *node == other.name.as_str())
+            .unwrap();
+        (name_of(pod), number)
+    }
+
+    /// Writes a holder into a Lease, with a token.
+    fn hold(&self, token: &str, lease: &str, holder: &str) -> kube::Result<()> {
+        let writer = Holder::of(token.to_owned());
+        loop {
+            let object = self.lab.kubectl().get(&["lease", lease, "-n", NAMESPACE]).unwrap();
+            let mut object: Lease = serde_json::from_value(object).unwrap();
+            object.spec.as_mut().unwrap().holder_identity = Some(holder.to_owned());
+            match writer.put_lease(&object) {
+                // Its holder has renewed meanwhile.
+                Err(kube::Error::Api(status)) if status.code == 409 => {}
+                other => return other,
+            }
+        }
+    }
+
+    /// What `hostdir leader` prints in a controller's container.
+    fn ask_who_leads(&self, controller: &str) -> Result<String> {
+        let args = [
+            "exec", "-n", NAMESPACE, controller, "-c", "hostdir", "--", "/hostdir", "leader",
+        ];
+        self.lab.kubectl().run(&args)
+    }
+
+    /// People are told that a ghost led, who has it now, and why: by Events, the log and a metric.
+    fn says_who_led(&self, ghost: &str) {
+        let kubectl = self.lab.kubectl();
+        for (kind, name) in [("lease", LEASE), ("deployment", "hostdir-controller")] {
+            self.lab.wait(&format!("an Event is on the {kind}"), || {
+                let text = kubectl.run(&["describe", kind, name, "-n", NAMESPACE])?;
+                Ok(text.contains("LeaderReplaced") && text.contains(ghost))
+            });
+        }
+        let new = self.holder();
+        let args = ["logs", "-n", NAMESPACE, &new, "-c", "hostdir"];
+        let log = kubectl.run(&args).unwrap();
+        assert!(
+            log.contains(&format!("{ghost} on node")) && log.contains("must not lead"),
+            "{log}"
+        );
+        let pods = self.lab.controllers();
+        let pod = pods
+            .iter()
+            .find(|pod| name_of(pod) == new)
+            .context("the new leader")
+            .unwrap();
+        let metrics = self.lab.http(pod, "metrics").unwrap();
+        assert!(
+            metrics.contains("hostdir_hand_overs_total{lease=\"hostdir-csi\",reason="),
+            "{metrics}"
+        );
+        let report = self.ask_who_leads(&new).unwrap();
+        assert!(report.contains("last hand-over") && report.contains(ghost), "{report}");
+    }
+}
