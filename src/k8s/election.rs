@@ -59,7 +59,7 @@ impl Elections {
         });
         let heartbeats = leases.iter().filter_map(|(name, lease)| {
             let beat = lease.spec.as_ref()?.renew_time.as_ref()?;
-            Some((identity(name), beat.0.to_string()))
+            Some((identity(name), beat.0))
         });
         let view = View {
             elections: elections.collect(),
@@ -178,7 +178,7 @@ pub(super) fn election(lease: &Lease) -> Election {
             .lease_duration_seconds
             .and_then(|term| u64::try_from(term).ok())
             .unwrap_or(15),
-        renewal: spec.renew_time.map(|time| time.0.to_string()).unwrap_or_default(),
+        renewal: spec.renew_time.map_or(Timestamp::UNIX_EPOCH, |time| time.0),
         handed_over: lease.annotations().get(HAND_OVER).cloned(),
     }
 }

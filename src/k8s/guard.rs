@@ -27,6 +27,8 @@ const PERIOD: Duration = Duration::from_secs(2);
 const TURN: Duration = Duration::from_secs(1);
 /// How often it gives a sign of life.
 const BEAT: Duration = Duration::from_secs(5);
+/// When it is tried again to give one: others do not wait for long.
+const RETRY: Duration = Duration::from_secs(1);
 /// How long whoever is asked whether it is well may take.
 const ANSWER: Duration = Duration::from_secs(2);
 /// What took longer to read than this shows the world as it was.
@@ -100,10 +102,12 @@ impl Guard {
         let mut last = None;
         let mut failing = Failing::default();
         loop {
+            let mut pause = RETRY;
             match self.give_sign(last.take()).await {
                 Ok(lease) => {
                     failing.ended("heartbeats are given again");
                     last = Some(lease);
+                    pause = BEAT;
                 }
                 Err(Sign::Ill(why)) => {
                     self.metrics.failed("heartbeat");
@@ -116,7 +120,7 @@ impl Guard {
                     }
                 }
             }
-            sleep(BEAT).await;
+            sleep(pause).await;
         }
     }
 

@@ -8,6 +8,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use fastrand::Rng;
+use jiff::Timestamp;
 
 use super::*;
 
@@ -79,9 +80,16 @@ struct Process {
     /// A view on its way: when it was asked for, when it arrives.
     reading: Option<(f64, f64, View, u64)>,
     next_beat: f64,
-    beats: u64,
+    /// How many seconds its clock is ahead.
+    ahead: f64,
     /// Since when it is fit.
     fit: Option<f64>,
+}
+
+impl Process {
+    fn clock(&self, now: f64) -> Timestamp {
+        Timestamp::UNIX_EPOCH + Duration::from_secs_f64(now * self.rate + self.ahead)
+    }
 }
 
 struct World {
@@ -95,7 +103,7 @@ struct World {
     election: Election,
     renewals: u64,
     version: u64,
-    beats: Vec<(String, u64)>,
+    beats: Vec<(String, Timestamp)>,
     /// The API server answers nobody before then, and slowly before then.
     frozen: f64,
     slow: f64,
@@ -120,7 +128,7 @@ impl World {
             election: Election {
                 holder: String::new(),
                 term: 10,
-                renewal: String::new(),
+                renewal: Timestamp::UNIX_EPOCH,
                 handed_over: None,
             },
             renewals: 0,
@@ -165,18 +173,16 @@ impl World {
         View {
             elections: [(LEASE.to_owned(), self.election.clone())].into(),
             controllers: controllers.collect(),
-            heartbeats: self
-                .beats
-                .iter()
-                .map(|(name, beat)| (name.clone(), beat.to_string()))
-                .collect(),
+            heartbeats: self.beats.iter().cloned().collect(),
         }
     }
 
     fn hold(&mut self, name: &str) {
         name.clone_into(&mut self.election.holder);
+        if let Some(process) = self.processes.iter().find(|process| process.name == name) {
+            self.election.renewal = process.clock(self.now);
+        }
         self.renewals += 1;
-        self.election.renewal = self.renewals.to_string();
         self.version += 1;
     }
 
@@ -201,6 +207,7 @@ impl World {
             // Names are not in the order of time.
             let name = format!("{:02}-{}", self.rng.u8(..), self.names);
             let (start, rate) = (self.now + self.between(1.0, 4.0), self.between(0.9, 1.1));
+            let ahead = self.between(0.0, 1000.0);
             self.processes.push(Process {
                 dog: Watchdog::new(name.clone()),
                 name,
@@ -217,7 +224,7 @@ impl World {
                 next_look: 0.0,
                 reading: None,
                 next_beat: 0.0,
-                beats: 0,
+                ahead,
                 fit: None,
             });
         }
@@ -376,12 +383,13 @@ impl World {
         }
         if now >= process.next_beat && reaches {
             process.next_beat = now + (5.0 + slow) / process.rate;
-            process.beats += 1;
-            let beat = (process.name.clone(), process.beats);
+            let beat = (process.name.clone(), process.clock(now));
             if process.exists {
                 self.beats.retain(|(name, _)| *name != beat.0);
                 self.beats.push(beat);
             }
+        } else if now >= process.next_beat {
+            process.next_beat = now + 1.0 / process.rate;
         }
         if let Some((asked, arrives, ..)) = &process.reading
             && now >= *arrives
@@ -408,8 +416,8 @@ impl World {
         let process = &mut self.processes[number];
         let answers = process.sidecar == Health::Well && process.elector.seen.is_some();
         let fit: BTreeSet<String> = answers.then(|| LEASE.to_owned()).into_iter().collect();
-        let clock = Duration::from_secs_f64(now * process.rate);
-        match process.dog.look(clock, view, &fit) {
+        let monotonic = Duration::from_secs_f64(now * process.rate);
+        match process.dog.look(monotonic, view, &fit) {
             Verdict::Ghost(_) => process.driver = Health::Dead(now + 1.0),
             Verdict::Watching { take_overs, leases } => {
                 if leases.values().any(|lease| lease.obstacle == Some(Obstacle::Turn)) {

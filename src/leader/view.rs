@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use jiff::Timestamp;
+
 /// The holder identity of a pod's sidecar: its host name, which is the pod's name, with what csi-lib-utils does to it
 /// (leaderelection/leader_election.go, `sanitizeName`).
 #[must_use]
@@ -17,8 +19,8 @@ pub struct Election {
     pub holder: String,
     /// Seconds after which a Lease that is not renewed is anybody's.
     pub term: u64,
-    /// Changes with every renewal.
-    pub renewal: String,
+    /// When it was renewed last, by the clock of the holder.
+    pub renewal: Timestamp,
     /// Changes with every hand-over.
     pub handed_over: Option<String>,
 }
@@ -56,6 +58,6 @@ pub struct View {
     pub elections: BTreeMap<String, Election>,
     /// The controllers, by [`identity`].
     pub controllers: BTreeMap<String, Controller>,
-    /// What changes with every heartbeat of a controller, by [`identity`].
-    pub heartbeats: BTreeMap<String, String>,
+    /// The last heartbeat of a controller, by its own clock, by [`identity`].
+    pub heartbeats: BTreeMap<String, Timestamp>,
 }

@@ -4,6 +4,8 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt;
 use std::time::Duration;
 
+use jiff::Timestamp;
+
 use super::view::{Controller, Election, NodeState, View};
 
 /// The longest time that may pass for seen between two looks: what was not seen does not count against anybody.
@@ -14,6 +16,11 @@ const NODE_NOT_READY: Duration = Duration::from_mins(1);
 const POD_NOT_READY: Duration = Duration::from_secs(30);
 /// How long a heartbeat may stay away: four are due in that time.
 const SILENT: Duration = Duration::from_secs(20);
+/// How long a heartbeat must have been waited for by somebody who has just begun to look, if the holder's sidecar has renewed
+/// after [`SILENT`] without one. One is due in that time.
+const WAITED: Duration = Duration::from_secs(6);
+/// Who looks less often than this does not look all the time.
+const GLANCE: Duration = Duration::from_secs(3);
 /// What each waits for those before it.
 const RANK: Duration = Duration::from_secs(1);
 /// How long after a hand-over nobody makes another: the term of a Lease, the time until a new leader knows, and the time until
@@ -164,11 +171,38 @@ impl<T: PartialEq> Seen<T> {
 #[derive(Debug, Default)]
 struct Suspect {
     standing: Option<Seen<Standing>>,
-    heartbeat: Option<Seen<Option<String>>>,
+    heartbeat: Option<Seen<Option<Timestamp>>>,
+    /// For how long that heartbeat was the last, with no look missing in between.
+    waited: Duration,
 }
 
 impl Suspect {
-    fn guilt(&self, controller: Option<&Controller>) -> Option<Guilt> {
+    fn note(&mut self, standing: Standing, heartbeat: Option<Timestamp>, elapsed: Duration) {
+        Seen::note(&mut self.standing, standing, elapsed);
+        let beats = Seen::note(&mut self.heartbeat, heartbeat, elapsed);
+        self.waited = if beats || elapsed > GLANCE {
+            Duration::ZERO
+        } else {
+            self.waited + elapsed
+        };
+    }
+
+    /// For how long it has been silent: as seen from here, or by its own clock, which is that of its sidecar, too.
+    fn silence(&self, renewal: Timestamp) -> Duration {
+        let Some(heartbeat) = &self.heartbeat else {
+            return Duration::ZERO;
+        };
+        let by_its_clock = heartbeat.value.map_or(Duration::ZERO, |last| {
+            renewal.duration_since(last).try_into().unwrap_or_default()
+        });
+        if self.waited >= WAITED {
+            heartbeat.age.max(by_its_clock)
+        } else {
+            heartbeat.age
+        }
+    }
+
+    fn guilt(&self, controller: Option<&Controller>, renewal: Timestamp) -> Option<Guilt> {
         let standing = self.standing.as_ref()?;
         let (age, node) = (standing.age, || {
             controller.map(|one| one.node.clone()).unwrap_or_default()
@@ -182,7 +216,7 @@ impl Suspect {
             Standing::Good => None,
         };
         by_standing.or_else(|| {
-            let silence = self.heartbeat.as_ref()?.age;
+            let silence = self.silence(renewal);
             (silence >= SILENT).then_some(Guilt::Silent(silence))
         })
     }
@@ -190,7 +224,7 @@ impl Suspect {
     /// Whether it may lead.
     fn may_lead(&self) -> bool {
         let good = |seen: &Seen<Standing>| seen.value == Standing::Good;
-        let beats = |seen: &Seen<Option<String>>| seen.value.is_some() && seen.age < SILENT;
+        let beats = |seen: &Seen<Option<Timestamp>>| seen.value.is_some() && seen.age < SILENT;
         self.standing.as_ref().is_some_and(good) && self.heartbeat.as_ref().is_some_and(beats)
     }
 }
@@ -199,7 +233,7 @@ impl Suspect {
 #[derive(Debug, Default)]
 struct Watch {
     holder: Option<Seen<String>>,
-    renewal: Option<Seen<String>>,
+    renewal: Option<Seen<Timestamp>>,
     handed_over: Option<Seen<Option<String>>>,
     /// How long ago hand-overs were seen, the latest first.
     hand_overs: VecDeque<Duration>,
@@ -212,7 +246,7 @@ impl Watch {
         if Seen::note(&mut self.holder, election.holder.clone(), elapsed) {
             self.guilty = None;
         }
-        Seen::note(&mut self.renewal, election.renewal.clone(), elapsed);
+        Seen::note(&mut self.renewal, election.renewal, elapsed);
         for age in &mut self.hand_overs {
             *age += elapsed;
         }
@@ -364,8 +398,8 @@ impl Watchdog {
         self.suspects.retain(|name, _| named.contains(name));
         for name in named {
             let suspect = self.suspects.entry(name.clone()).or_default();
-            Seen::note(&mut suspect.standing, Standing::of(view.controllers.get(name)), elapsed);
-            Seen::note(&mut suspect.heartbeat, view.heartbeats.get(name).cloned(), elapsed);
+            let standing = Standing::of(view.controllers.get(name));
+            suspect.note(standing, view.heartbeats.get(name).copied(), elapsed);
         }
         self.watches.retain(|lease, _| view.elections.contains_key(lease));
         for (lease, election) in &view.elections {
@@ -399,11 +433,11 @@ impl Watchdog {
         let rank = self.rank(&election.holder);
         let is_mine = election.holder == self.me;
         let suspect = &self.suspects[&election.holder];
-        let silence = suspect.heartbeat.as_ref().map_or(Duration::ZERO, |seen| seen.age);
+        let silence = suspect.silence(election.renewal);
         let watch = self.watches.get_mut(lease).expect("noted just now");
         let vacant = election.holder.is_empty() || watch.is_expired(election);
         let guilt = suspect
-            .guilt(view.controllers.get(&election.holder))
+            .guilt(view.controllers.get(&election.holder), election.renewal)
             .filter(|_| !vacant);
         match (&guilt, watch.guilty) {
             (None, _) => watch.guilty = None,

@@ -12,7 +12,6 @@ struct World {
     /// Who still beats and renews.
     beating: BTreeSet<&'static str>,
     renewing: bool,
-    beats: u64,
 }
 
 impl World {
@@ -28,21 +27,20 @@ impl World {
         let election = Election {
             holder: "a".into(),
             term: 10,
-            renewal: String::new(),
+            renewal: Timestamp::UNIX_EPOCH,
             handed_over: None,
         };
         let mut world = Self {
             view: View {
                 elections: [(LEASE.to_owned(), election)].into(),
                 controllers: names.map(|name| (name.to_owned(), controller(name))).into(),
-                heartbeats: names.map(|name| (name.to_owned(), String::new())).into(),
+                heartbeats: names.map(|name| (name.to_owned(), Timestamp::UNIX_EPOCH)).into(),
             },
             fit: [LEASE.to_owned()].into(),
             dog: Watchdog::new("b".into()),
             now: Duration::from_hours(1),
             beating: names.into(),
             renewing: true,
-            beats: 0,
         };
         assert_eq!(world.until(60), None);
         world
@@ -59,12 +57,12 @@ impl World {
     /// What a look shows after some seconds more.
     fn look(&mut self, seconds: u64) -> Verdict {
         self.now += Duration::from_secs(seconds);
-        self.beats += 1;
+        let clock = Timestamp::UNIX_EPOCH + self.now;
         for name in &self.beating {
-            self.view.heartbeats.insert((*name).to_owned(), self.beats.to_string());
+            self.view.heartbeats.insert((*name).to_owned(), clock);
         }
         if self.renewing {
-            self.election().renewal = self.beats.to_string();
+            self.election().renewal = clock;
         }
         self.dog.look(self.now, &self.view, &self.fit)
     }
@@ -173,12 +171,31 @@ fn time_in_which_nothing_was_seen_does_not_count() {
     world.pod("a").ready = false;
     assert_eq!(world.until(10), None);
     // The API server hangs, or this process does, for an hour.
+    world.renewing = false;
+    world.election().term = 10_000;
     let Verdict::Watching { take_overs, .. } = world.look(3600) else {
         panic!("a ghost")
     };
     assert_eq!(take_overs, []);
     assert_eq!(world.until(4), None);
     assert_eq!(world.reason(), Some((2, "DriverSilent")));
+}
+
+#[test]
+fn one_that_has_just_begun_to_look_goes_by_the_clock_of_the_holder() {
+    let mut world = World::new();
+    world.beating.remove("a");
+    // This controller hangs for a minute, in which the sidecar renews.
+    world.look(60);
+    assert_eq!(world.reason(), Some((7, "DriverSilent")));
+
+    // If it does not renew for longer than that, it may be the API server that hangs.
+    let mut world = World::new();
+    world.beating.remove("a");
+    world.look(60);
+    assert_eq!(world.until(4), None);
+    world.beating.insert("a");
+    assert_eq!(world.until(60), None);
 }
 
 #[test]
