@@ -12,7 +12,7 @@ use kube::api::{Api, ListParams, PostParams};
 use kube::{Client, ResourceExt};
 
 use super::{Problem, request_within};
-use crate::leader::{Controller, Election, Guilt, NodeState, View, identity};
+use crate::leader::{Controller, Election, NodeState, View, identity};
 
 /// What is asked of the API server for the election is of no use later.
 const LIMIT: Duration = Duration::from_secs(4);
@@ -106,22 +106,26 @@ impl Elections {
         }
     }
 
-    /// Makes `me` the holder of a Lease, unless it has changed since it was read.
-    pub(super) async fn hand_over(&self, lease: &Lease, me: &str, guilt: &Guilt) -> Result<Lease, Problem> {
-        let now = Timestamp::now();
-        let mut lease = lease.clone();
+    /// Makes `me` the holder of a Lease that is still held by whom it was held by, and at the version it has: it is read once
+    /// more, because a ghost that renews every two seconds changes it while the rest is read from a slow API server. `note`
+    /// says on it why.
+    pub(super) async fn hand_over(&self, seen: &Lease, me: &str, note: &str) -> Result<Lease, Problem> {
+        let (name, verb) = (seen.name_any(), "hand over a Lease");
+        let mut lease = request_within(LIMIT, verb, self.leases.get(&name)).await?;
+        let (then, now) = (election(seen), election(&lease));
+        if (then.holder, then.handed_over) != (now.holder, now.handed_over) {
+            return Err(Problem::Conflict(verb));
+        }
+        let now = MicroTime(Timestamp::now());
         let spec = lease.spec.get_or_insert_default();
-        let from = spec.holder_identity.replace(me.to_owned()).unwrap_or_default();
-        spec.acquire_time = Some(MicroTime(now));
-        spec.renew_time = Some(MicroTime(now));
+        spec.holder_identity = Some(me.to_owned());
+        spec.acquire_time = Some(now.clone());
+        spec.renew_time = Some(now);
         // The duration stays: whoever sees the Lease goes by what it says (client-go, leaderelection.go).
         spec.lease_transitions = Some(spec.lease_transitions.unwrap_or(0).saturating_add(1));
-        let note = format!("{now}: from {from} to {me}, because {guilt}");
-        lease.annotations_mut().insert(HAND_OVER.into(), note);
+        lease.annotations_mut().insert(HAND_OVER.into(), note.to_owned());
         let params = PostParams::default();
-        let name = lease.name_any();
-        let write = self.leases.replace(&name, &params, &lease);
-        request_within(LIMIT, "hand over a Lease", write).await
+        request_within(LIMIT, verb, self.leases.replace(&name, &params, &lease)).await
     }
 
     /// Writes a heartbeat of a Pod; `last` is the one before, as it was answered. The Lease goes when the Pod does.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::future::{BoxFuture, join_all};
+use jiff::Timestamp;
 use k8s_openapi::api::apps::v1::ReplicaSet;
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{ObjectReference, Pod};
@@ -12,10 +13,10 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::api::Api;
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use kube::{Client, Resource, ResourceExt};
-use tokio::time::{sleep, sleep_until, timeout};
+use tokio::time::{sleep, timeout};
 use tracing::{error, info, warn};
 
-use super::election::{Elections, Reading};
+use super::election::{Elections, HAND_OVER, Reading};
 use super::{Problem, Refusal, request_within};
 use crate::leader::{LeaseState, Obstacle, TakeOver, Verdict, Watchdog, identity};
 use crate::metrics::Metrics;
@@ -33,8 +34,9 @@ const RETRY: Duration = Duration::from_secs(1);
 const ANSWER: Duration = Duration::from_secs(2);
 /// What took longer to read than this shows the world as it was.
 const FRESH: Duration = Duration::from_secs(5);
-/// So many refusals, one after the other, are meant.
-const REFUSALS: usize = 2;
+/// An API server that starts refuses what it takes a moment later (it answers before it knows all Pods and rights). One that
+/// has refused everything for so long means it.
+const REFUSED: Duration = Duration::from_secs(15);
 
 /// Asks somebody whether it is well.
 pub type Check = Arc<dyn Fn() -> BoxFuture<'static, anyhow::Result<()>> + Send + Sync>;
@@ -59,7 +61,7 @@ pub struct Guard {
     me: String,
     elections: Elections,
     client: Client,
-    recorder: Recorder,
+    herald: Herald,
     fence: Arc<Fence>,
     metrics: Arc<Metrics>,
 }
@@ -77,7 +79,12 @@ impl Guard {
         Self {
             me: identity(&config.pod),
             elections,
-            recorder: Recorder::new(client.clone(), reporter),
+            herald: Herald {
+                client: client.clone(),
+                recorder: Recorder::new(client.clone(), reporter),
+                namespace: config.namespace.clone(),
+                pod: config.pod.clone(),
+            },
             client,
             config,
             fence,
@@ -101,6 +108,7 @@ impl Guard {
     async fn give_signs(&self) -> String {
         let mut last = None;
         let mut failing = Failing::default();
+        let mut begun = false;
         loop {
             let mut pause = RETRY;
             match self.give_sign(last.take()).await {
@@ -108,14 +116,17 @@ impl Guard {
                     failing.ended("heartbeats are given again");
                     last = Some(lease);
                     pause = BEAT;
+                    begun = true;
                 }
+                // It has to see all volumes and nodes first.
+                Err(Sign::Ill(_)) if !begun => {}
                 Err(Sign::Ill(why)) => {
                     self.metrics.failed("heartbeat");
                     failing.because(&why, "no heartbeat: this controller does not answer on its own socket");
                 }
                 Err(Sign::Problem(problem)) => {
                     self.metrics.failed("heartbeat");
-                    if let Some(why) = failing.refused(problem, true) {
+                    if let Some(why) = failing.refused(problem, true, Instant::now()) {
                         return why;
                     }
                 }
@@ -143,15 +154,23 @@ impl Guard {
     /// Looks at the elections, and takes over where that is due, until it finds that it must end.
     async fn watch(&self) -> String {
         let (start, mut dog) = (Instant::now(), Watchdog::new(self.me.clone()));
-        let (mut failing, mut told) = (Failing::default(), BTreeMap::new());
+        let (mut reading, mut writing) = (Failing::default(), Failing::default());
+        let mut told = BTreeMap::new();
+        let mut claims = BTreeMap::new();
         loop {
-            let began = tokio::time::Instant::now();
+            let began = Instant::now();
             let (read, fit) = tokio::join!(timeout(FRESH, self.elections.read()), self.fit());
             let mut pause = PERIOD;
             match read {
-                Ok(Ok(reading)) => {
-                    failing.ended("the election can be watched again");
-                    match dog.look(start.elapsed(), &reading.view, &fit) {
+                // This process may have stood still with the answer at hand.
+                Ok(_) | Err(_) if began.elapsed() > FRESH => {
+                    self.metrics.failed("watch the election");
+                    reading.because("it did not answer in time", "cannot watch the election; trying again");
+                }
+                Ok(Ok(seen)) => {
+                    reading.ended("the election can be watched again");
+                    self.note_claims(&seen, &mut claims);
+                    match dog.look(start.elapsed(), &seen.view, &fit) {
                         Verdict::Ghost(why) => return why,
                         Verdict::Watching { take_overs, leases } => {
                             self.tell(&leases, &mut told);
@@ -159,12 +178,13 @@ impl Guard {
                                 pause = TURN;
                             }
                             for due in take_overs {
-                                match self.take_over(&reading, &due).await {
-                                    Ok(()) => {}
+                                match self.take_over(&seen, due, &mut claims).await {
+                                    Ok(()) => writing.ended("the Lease can be written again"),
                                     // Decided anew, and at once: the ghost has renewed meanwhile, and will again.
                                     Err(Problem::Conflict(_)) => pause = Duration::ZERO,
                                     Err(problem) => {
-                                        if let Some(why) = failing.refused(problem, true) {
+                                        self.metrics.failed("hand over");
+                                        if let Some(why) = writing.refused(problem, true, Instant::now()) {
                                             return why;
                                         }
                                     }
@@ -175,16 +195,14 @@ impl Guard {
                 }
                 Ok(Err(problem)) => {
                     self.metrics.failed("watch the election");
-                    if let Some(why) = failing.refused(problem, false) {
+                    if let Some(why) = reading.refused(problem, false, Instant::now()) {
                         return why;
                     }
                 }
-                Err(_) => {
-                    self.metrics.failed("watch the election");
-                    failing.because("it did not answer in time", "cannot watch the election; trying again");
-                }
+                // It took longer than `FRESH`, see above.
+                Err(_) => {}
             }
-            sleep_until(began + pause).await;
+            sleep(pause.saturating_sub(began.elapsed())).await;
         }
     }
 
@@ -229,26 +247,77 @@ impl Guard {
         told.retain(|lease, _| leases.contains_key(lease));
     }
 
-    async fn take_over(&self, reading: &Reading, due: &TakeOver) -> Result<(), Problem> {
-        let TakeOver { lease, holder, guilt } = due;
-        let Some(read) = reading.leases.get(lease) else {
+    async fn take_over(&self, seen: &Reading, due: TakeOver, claims: &mut Claims) -> Result<(), Problem> {
+        let Some(lease) = seen.leases.get(&due.lease) else {
             return Ok(());
         };
-        let written = self.elections.hand_over(read, &self.me, guilt).await?;
-        self.metrics.handed_over(lease, guilt.reason());
-        let place = reading.view.controllers.get(holder);
-        let place = place.map_or_else(String::new, |one| format!(" on node {}", one.node));
         let note = format!(
-            "{holder}{place} held Lease {lease}, and must not lead: {guilt}. {} has it now and leads within seconds",
-            self.me
+            "{}: from {} to {}, because {}",
+            Timestamp::now(),
+            due.holder,
+            self.me,
+            due.guilt
         );
-        warn!(lease, from = holder, reason = guilt.reason(), "{note}");
-        self.write_events(&written, &note).await;
+        let name = due.lease.clone();
+        // Before it is known whether it took effect: an answer may be lost.
+        claims.insert(name.clone(), (note.clone(), due));
+        let written = self.elections.hand_over(lease, &self.me, &note).await?;
+        if let Some((_, due)) = claims.remove(&name) {
+            self.announce(&due, &written);
+        }
         Ok(())
     }
 
-    /// Says it where people look: on the Lease and on the Deployment.
-    async fn write_events(&self, lease: &Lease, note: &str) {
+    /// Finds the hand-overs that have taken effect though nobody said so.
+    fn note_claims(&self, seen: &Reading, claims: &mut Claims) {
+        claims.retain(|name, (note, due)| {
+            let Some(lease) = seen.leases.get(name) else {
+                return false;
+            };
+            let took_effect = lease.annotations().get(HAND_OVER) == Some(note);
+            if took_effect {
+                self.announce(due, lease);
+            }
+            !took_effect
+        });
+    }
+
+    /// Says that a Lease was taken from a ghost: in the log, the metrics, and where people look.
+    fn announce(&self, due: &TakeOver, lease: &Lease) {
+        let TakeOver {
+            lease: name,
+            holder,
+            node,
+            guilt,
+        } = due;
+        self.metrics.handed_over(name, guilt.reason());
+        let place = node
+            .as_ref()
+            .map_or_else(String::new, |node| format!(" on node {node}"));
+        let note = format!(
+            "{holder}{place} held Lease {name}, and must not lead: {guilt}. {} has it now and leads within seconds",
+            self.me
+        );
+        warn!(lease = name, from = holder, reason = guilt.reason(), "{note}");
+        tokio::spawn(self.herald.clone().write_events(lease.object_ref(&()), note));
+    }
+}
+
+/// Hand-overs that were asked for, by Lease, until it is known what became of them: what is then written on the Lease.
+type Claims = BTreeMap<String, (String, TakeOver)>;
+
+/// Who tells people.
+#[derive(Clone)]
+struct Herald {
+    client: Client,
+    recorder: Recorder,
+    namespace: String,
+    pod: String,
+}
+
+impl Herald {
+    /// Says it on the Lease and on the Deployment.
+    async fn write_events(self, lease: ObjectReference, note: String) {
         let event = Event {
             type_: EventType::Warning,
             reason: "LeaderReplaced".into(),
@@ -257,10 +326,7 @@ impl Guard {
             action: "HandOver".into(),
             secondary: None,
         };
-        for reference in [Some(lease.object_ref(&())), self.deployment().await]
-            .into_iter()
-            .flatten()
-        {
+        for reference in [Some(lease), self.deployment().await].into_iter().flatten() {
             let write = self.recorder.publish(&event, &reference);
             if let Err(problem) = request_within(FRESH, "write an event", write).await {
                 warn!(why = %Reason::from(problem), "no event is written");
@@ -270,17 +336,16 @@ impl Guard {
 
     /// The Deployment that this controller's Pod belongs to, by way of its ReplicaSet.
     async fn deployment(&self) -> Option<ObjectReference> {
-        let namespace = &self.config.namespace;
-        let pods: Api<Pod> = Api::namespaced(self.client.clone(), namespace);
-        let sets: Api<ReplicaSet> = Api::namespaced(self.client.clone(), namespace);
-        let pod = request_within(FRESH, "read its own Pod", pods.get_metadata(&self.config.pod));
+        let pods: Api<Pod> = Api::namespaced(self.client.clone(), &self.namespace);
+        let sets: Api<ReplicaSet> = Api::namespaced(self.client.clone(), &self.namespace);
+        let pod = request_within(FRESH, "read its own Pod", pods.get_metadata(&self.pod));
         let set = controller(pod.await.ok()?.owner_references(), "ReplicaSet")?;
         let set = request_within(FRESH, "read its ReplicaSet", sets.get_metadata(&set.name));
         let owner = controller(set.await.ok()?.owner_references(), "Deployment")?;
         Some(ObjectReference {
             api_version: Some(owner.api_version),
             kind: Some(owner.kind),
-            namespace: Some(namespace.clone()),
+            namespace: Some(self.namespace.clone()),
             name: Some(owner.name),
             uid: Some(owner.uid),
             ..ObjectReference::default()
@@ -310,12 +375,12 @@ async fn well(check: &Check) -> Result<(), String> {
 #[derive(Default)]
 struct Failing {
     why: Option<String>,
-    refusals: usize,
+    refused: Option<Instant>,
 }
 
 impl Failing {
     fn ended(&mut self, what: &str) {
-        self.refusals = 0;
+        self.refused = None;
         if self.why.take().is_some() {
             info!("{what}");
         }
@@ -328,20 +393,64 @@ impl Failing {
         }
     }
 
-    /// Why this process must end, if that follows from a problem. A token that is refused is that of a Pod that is gone.
+    /// Why this process must end, if that follows from a problem: a token that is refused is that of a Pod that is gone.
     /// Where only we may write (`ours`), so is one that may not.
-    fn refused(&mut self, problem: Problem, ours: bool) -> Option<String> {
+    fn refused(&mut self, problem: Problem, ours: bool, now: Instant) -> Option<String> {
         let meant = match &problem {
             Problem::Refused(Refusal::Unauthorized, _) => true,
             Problem::Refused(Refusal::Forbidden, _) => ours,
             _ => false,
         };
         let why = Reason::from(problem).to_string();
-        self.refusals = if meant { self.refusals + 1 } else { 0 };
-        if self.refusals >= REFUSALS {
+        if !meant {
+            self.refused = None;
+        } else if now - *self.refused.get_or_insert(now) >= REFUSED {
             return Some(format!("the API server refuses it: {why}"));
         }
         self.because(&why, "cannot take part in the election; trying again");
         None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::k8s::api;
+
+    fn refused(how: Refusal) -> Problem {
+        Problem::Refused(how, api("try", "no".into()))
+    }
+
+    /// After how many seconds of a refusal each second it is meant.
+    fn until_meant(failing: &mut Failing, how: Refusal, ours: bool) -> Option<u64> {
+        let start = Instant::now();
+        (0..100).find(|second| {
+            let now = start + Duration::from_secs(*second);
+            failing.refused(refused(how), ours, now).is_some()
+        })
+    }
+
+    #[test]
+    fn only_a_refusal_that_lasts_is_meant() {
+        let meant = |how, ours| until_meant(&mut Failing::default(), how, ours);
+        assert_eq!(meant(Refusal::Unauthorized, false), Some(15));
+        assert_eq!(meant(Refusal::Unauthorized, true), Some(15));
+        assert_eq!(meant(Refusal::Forbidden, true), Some(15));
+        // A right that an administrator has taken away is no proof of anything.
+        assert_eq!(meant(Refusal::Forbidden, false), None);
+    }
+
+    #[test]
+    fn any_other_answer_in_between_begins_anew() {
+        let mut failing = Failing::default();
+        let start = Instant::now();
+        let at = |second| start + Duration::from_secs(second);
+        assert_eq!(failing.refused(refused(Refusal::Unauthorized), true, at(0)), None);
+        assert_eq!(failing.refused(Problem::Conflict("try"), true, at(14)), None);
+        assert_eq!(failing.refused(refused(Refusal::Unauthorized), true, at(15)), None);
+        failing.ended("it works again");
+        assert_eq!(failing.refused(refused(Refusal::Unauthorized), true, at(31)), None);
+        let why = failing.refused(refused(Refusal::Unauthorized), true, at(46)).unwrap();
+        assert!(why.contains("cannot try: no"), "{why}");
     }
 }

@@ -206,7 +206,14 @@ impl World {
             self.names += 1;
             // Names are not in the order of time.
             let name = format!("{:02}-{}", self.rng.u8(..), self.names);
-            let (start, rate) = (self.now + self.between(1.0, 4.0), self.between(0.9, 1.1));
+            // An image may have to be pulled.
+            let most = if self.now > 0.0 && self.rng.u8(0..4) == 0 {
+                60.0
+            } else {
+                4.0
+            };
+            let start = self.now + self.between(1.0, most);
+            let rate = self.between(0.9, 1.1);
             let ahead = self.between(0.0, 1000.0);
             self.processes.push(Process {
                 dog: Watchdog::new(name.clone()),

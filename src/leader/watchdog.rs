@@ -21,6 +21,8 @@ const SILENT: Duration = Duration::from_secs(20);
 const WAITED: Duration = Duration::from_secs(6);
 /// Who looks less often than this does not look all the time.
 const GLANCE: Duration = Duration::from_secs(3);
+/// How long a new leader may not be ready yet, or not have given a heartbeat.
+const BEGIN: Duration = Duration::from_secs(8);
 /// What each waits for those before it.
 const RANK: Duration = Duration::from_secs(1);
 /// How long after a hand-over nobody makes another: the term of a Lease, the time until a new leader knows, and the time until
@@ -174,11 +176,16 @@ struct Suspect {
     heartbeat: Option<Seen<Option<Timestamp>>>,
     /// For how long that heartbeat was the last, with no look missing in between.
     waited: Duration,
+    /// The Node it was on when it was seen last.
+    node: Option<String>,
 }
 
 impl Suspect {
-    fn note(&mut self, standing: Standing, heartbeat: Option<Timestamp>, elapsed: Duration) {
-        Seen::note(&mut self.standing, standing, elapsed);
+    fn note(&mut self, controller: Option<&Controller>, heartbeat: Option<Timestamp>, elapsed: Duration) {
+        if let Some(controller) = controller {
+            self.node = Some(controller.node.clone());
+        }
+        Seen::note(&mut self.standing, Standing::of(controller), elapsed);
         let beats = Seen::note(&mut self.heartbeat, heartbeat, elapsed);
         self.waited = if beats || elapsed > GLANCE {
             Duration::ZERO
@@ -202,22 +209,21 @@ impl Suspect {
         }
     }
 
-    fn guilt(&self, controller: Option<&Controller>, renewal: Timestamp) -> Option<Guilt> {
+    /// Why it must not lead. `held` is for how long it has held the Lease: what was before that counts for little.
+    fn guilt(&self, renewal: Timestamp, held: Duration) -> Option<Guilt> {
         let standing = self.standing.as_ref()?;
-        let (age, node) = (standing.age, || {
-            controller.map(|one| one.node.clone()).unwrap_or_default()
-        });
+        let (age, node) = (standing.age, || self.node.clone().unwrap_or_default());
         let by_standing = match standing.value {
             Standing::PodGone => Some(Guilt::PodGone),
             Standing::NodeGone => Some(Guilt::NodeGone(node())),
             Standing::PodEnding => (age >= POD_NOT_READY).then_some(Guilt::PodEnding(age)),
             Standing::NodeNotReady => (age >= NODE_NOT_READY).then(|| Guilt::NodeNotReady(node(), age)),
-            Standing::PodNotReady => (age >= POD_NOT_READY).then_some(Guilt::PodNotReady(age)),
+            Standing::PodNotReady => (age >= POD_NOT_READY && held >= BEGIN).then_some(Guilt::PodNotReady(age)),
             Standing::Good => None,
         };
         by_standing.or_else(|| {
             let silence = self.silence(renewal);
-            (silence >= SILENT).then_some(Guilt::Silent(silence))
+            (silence >= SILENT && held >= BEGIN).then_some(Guilt::Silent(silence))
         })
     }
 
@@ -278,6 +284,8 @@ pub struct TakeOver {
     pub lease: String,
     /// Who holds it.
     pub holder: String,
+    /// The Node it runs on, or ran on when its Pod was seen last.
+    pub node: Option<String>,
     /// Why it must not.
     pub guilt: Guilt,
 }
@@ -379,11 +387,12 @@ impl Watchdog {
         let mut take_overs = Vec::new();
         let mut leases = BTreeMap::new();
         for (lease, election) in &view.elections {
-            let state = self.judge(lease, election, view, elapsed, fit.contains(lease));
+            let state = self.judge(lease, election, elapsed, fit.contains(lease));
             if let (Some(guilt), None) = (&state.guilt, state.obstacle) {
                 take_overs.push(TakeOver {
                     lease: lease.clone(),
                     holder: election.holder.clone(),
+                    node: self.suspects[&election.holder].node.clone(),
                     guilt: guilt.clone(),
                 });
             }
@@ -398,8 +407,7 @@ impl Watchdog {
         self.suspects.retain(|name, _| named.contains(name));
         for name in named {
             let suspect = self.suspects.entry(name.clone()).or_default();
-            let standing = Standing::of(view.controllers.get(name));
-            suspect.note(standing, view.heartbeats.get(name).copied(), elapsed);
+            suspect.note(view.controllers.get(name), view.heartbeats.get(name).copied(), elapsed);
         }
         self.watches.retain(|lease, _| view.elections.contains_key(lease));
         for (lease, election) in &view.elections {
@@ -429,16 +437,15 @@ impl Watchdog {
         }
     }
 
-    fn judge(&mut self, lease: &str, election: &Election, view: &View, elapsed: Duration, fit: bool) -> LeaseState {
+    fn judge(&mut self, lease: &str, election: &Election, elapsed: Duration, fit: bool) -> LeaseState {
         let rank = self.rank(&election.holder);
         let is_mine = election.holder == self.me;
         let suspect = &self.suspects[&election.holder];
         let silence = suspect.silence(election.renewal);
         let watch = self.watches.get_mut(lease).expect("noted just now");
         let vacant = election.holder.is_empty() || watch.is_expired(election);
-        let guilt = suspect
-            .guilt(view.controllers.get(&election.holder), election.renewal)
-            .filter(|_| !vacant);
+        let held = watch.holder.as_ref().map_or(Duration::ZERO, |holder| holder.age);
+        let guilt = suspect.guilt(election.renewal, held).filter(|_| !vacant);
         match (&guilt, watch.guilty) {
             (None, _) => watch.guilty = None,
             (Some(_), None) => watch.guilty = Some(Duration::ZERO),

@@ -199,6 +199,29 @@ fn one_that_has_just_begun_to_look_goes_by_the_clock_of_the_holder() {
 }
 
 #[test]
+fn who_has_just_begun_to_lead_has_time_to_begin() {
+    let mut world = World::new();
+    world.pod("c").ready = false;
+    world.beating.remove("c");
+    assert_eq!(world.until(60), None);
+    world.election().holder = "c".into();
+    assert_eq!(world.until(7), None);
+    // It goes on not to be ready, and not to beat; `a` comes before `b`.
+    assert_eq!(world.reason(), Some((3, "PodNotReady")));
+}
+
+#[test]
+fn who_took_over_tells_where_the_ghost_was() {
+    let mut world = World::new();
+    world.view.controllers.remove("a");
+    world.look(1);
+    let Verdict::Watching { take_overs, .. } = world.look(2) else {
+        panic!("a ghost")
+    };
+    assert_eq!(take_overs[0].node.as_deref(), Some("node-a"));
+}
+
+#[test]
 fn who_is_not_fit_does_not_take_over() {
     let mut world = World::new();
     world.view.controllers.remove("a");

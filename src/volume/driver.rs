@@ -183,6 +183,7 @@ impl Driver {
                     phase: Phase::Ready,
                     ..record
                 })?;
+                info!(volume.id = %id, node = %self.node, pool = %pool.config.name, pool.id = %pool.id, "volume made");
             }
             Phase::Ready if pool.disk.data(id)?.is_none() => {
                 let here = format!(

@@ -219,11 +219,14 @@ impl Cluster {
         crate::machine::text_of(&output).with_context(|| format!("helm {}", args.join(" ")))
     }
 
-    /// A cable from this machine's own network to the cluster's. It vanishes with the cluster.
+    /// A cable from this machine's own network to the cluster's, if there is none yet. It vanishes with the cluster.
     ///
     /// # Errors
     /// The address is taken.
     pub fn connect_this_machine(&self) -> Result<()> {
+        if Path::new("/sys/class/net/hostdir-lab").exists() {
+            return Ok(());
+        }
         let hub = self.control_plane.machine.pid();
         let script = format!(
             "ip link add hostdir-lab type veth peer name lab0 netns {hub}

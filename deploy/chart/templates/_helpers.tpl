@@ -58,6 +58,11 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{ regexReplaceAll "[^a-zA-Z0-9-]" .Values.driverName "-" }}
 {{- end }}
 
+{{- /* The Leases of all sidecars that elect a leader, as a CEL list: external-resizer's is named after its driver, too. */ -}}
+{{- define "hostdir.leases" -}}
+["{{ include "hostdir.lease" . }}", "external-resizer-{{ include "hostdir.lease" . }}"]
+{{- end }}
+
 {{- /* The label selector of the controllers' pods. */ -}}
 {{- define "hostdir.controllers" -}}
 app.kubernetes.io/instance={{ .Release.Name }},app.kubernetes.io/component=controller
