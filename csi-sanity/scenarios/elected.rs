@@ -514,16 +514,7 @@ fn fresh(disks: &Disks<'_>, a: &str) {
     disks.restart();
     disks.start("two", "node-2");
     lab.described("pod", "two", &format!("it was made on pool {a}"));
-    let args = [
-        "delete",
-        "pods,pvc",
-        "--all",
-        "-n",
-        &lab.namespace,
-        "--wait",
-        "--timeout=180s",
-    ];
-    lab.kubectl().run(&args).unwrap();
+    lab.delete_all(180);
     lab.wait("the claims on the broken disk are gone", || {
         Ok(lab.kubectl().list(&["hostvolumes"])?.is_empty())
     });

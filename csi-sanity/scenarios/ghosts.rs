@@ -158,30 +158,34 @@ impl Story {
         );
     }
 
-    /// Signals a container's process of a controller: `hostdir controller` or `csi-provisioner`.
-    fn signal(&self, node: usize, pod: &str, program: &str, signal: &str) {
+    /// Runs a shell command for each process of a controller's container (`$p` is its directory in /proc): of `hostdir
+    /// controller` or `csi-provisioner`.
+    fn for_processes(&self, node: usize, pod: &str, program: &str, command: &str) -> String {
         let script = format!(
             "for p in /proc/[0-9]*; do
                 tr '\\0' '\\n' < $p/environ 2>/dev/null | grep -qx 'HOSTNAME={pod}' || continue
                 case \"$(tr '\\0' ' ' < $p/cmdline 2>/dev/null)\" in
-                '/{program} '*) kill -{signal} ${{p#/proc/}} || : ;;
+                '/{program} '*) {command} ;;
                 esac
             done"
         );
-        self.lab.nodes[node].sh(&script).unwrap();
+        self.lab.nodes[node].sh(&script).unwrap()
     }
 
-    /// Whether a process of a controller runs.
+    fn signal(&self, node: usize, pod: &str, program: &str, signal: &str) {
+        self.for_processes(node, pod, program, &format!("kill -{signal} ${{p#/proc/}} || :"));
+    }
+
     fn runs(&self, node: usize, pod: &str, program: &str) -> bool {
-        let script = format!(
-            "for p in /proc/[0-9]*; do
-                tr '\\0' '\\n' < $p/environ 2>/dev/null | grep -qx 'HOSTNAME={pod}' || continue
-                case \"$(tr '\\0' ' ' < $p/cmdline 2>/dev/null)\" in
-                '/{program} '*) echo yes ;;
-                esac
-            done"
-        );
-        !self.lab.nodes[node].sh(&script).unwrap().is_empty()
+        !self.for_processes(node, pod, program, "echo yes").is_empty()
+    }
+
+    /// Sees that nobody else takes the Lease until so many seconds after `since`.
+    fn keeps_the_lease(&self, holder: &str, since: Instant, seconds: u64) {
+        while since.elapsed() < Duration::from_secs(seconds) {
+            assert_eq!(self.holder(), holder, "after {:?}", since.elapsed());
+            std::thread::sleep(Duration::from_millis(300));
+        }
     }
 
     /// What the driver of a controller has logged, from its node's disk.
@@ -202,16 +206,7 @@ impl Story {
             self.bound(),
             "HostVolumes and PersistentVolumes differ"
         );
-        let args = [
-            "delete",
-            "pods,pvc",
-            "--all",
-            "-n",
-            &lab.namespace,
-            "--wait",
-            "--timeout=180s",
-        ];
-        lab.kubectl().run(&args).unwrap();
+        lab.delete_all(180);
         lab.nothing_is_left();
         for (done, words) in [("made", "volume made"), ("deleted", "volume deleted")] {
             let mut times = BTreeMap::<String, usize>::new();
@@ -400,7 +395,12 @@ fn ghost_1_a_removed_node_whose_containers_live_on() {
             "the ghost has ended itself",
             || Ok(!story.runs(node, &ghost, "hostdir")),
         );
-        story.tell("the ghost's driver has ended itself");
+        let socket = "/var/lib/kubelet/pods/*/volumes/kubernetes.io~empty-dir/socket/csi.sock";
+        let sockets = story.lab.nodes[node]
+            .sh(&format!("ls {socket} 2>/dev/null || :"))
+            .unwrap();
+        assert_eq!(sockets, "", "its socket is there");
+        story.tell("the ghost's driver has ended itself, and closed its socket");
         story.binds_within(deleted, 30, "the Node was deleted");
         assert_ne!(story.holder(), ghost);
         let log = story.log_of(node, &ghost);
@@ -504,10 +504,7 @@ fn ghost_2_a_node_without_its_kubelet() {
         });
         let noticed = Instant::now();
         story.tell("the Node is not Ready any more");
-        while noticed.elapsed() < Duration::from_secs(55) {
-            assert_eq!(story.holder(), leader, "deposed after {:?}", noticed.elapsed());
-            std::thread::sleep(Duration::from_millis(500));
-        }
+        story.keeps_the_lease(&leader, noticed, 55);
         story.binds_within(Instant::now(), 15, "a claim was made of the leader that works");
         story.lab.wait("another leads", || Ok(story.holder() != leader));
         let after = noticed.elapsed();
@@ -581,11 +578,7 @@ fn ghost_4_a_leader_that_is_cut_off_and_comes_back() {
     assert_ne!(new, leader);
     drop(cut);
     story.tell("the network is back");
-    let back = Instant::now();
-    while back.elapsed() < Duration::from_secs(20) {
-        assert_eq!(story.holder(), new, "it is not the old one's turn");
-        std::thread::sleep(Duration::from_millis(500));
-    }
+    story.keeps_the_lease(&new, Instant::now(), 20);
     story.binds_within(Instant::now(), 15, "a claim was made after it came back");
     story.end();
 }
@@ -669,11 +662,7 @@ fn ghost_6_the_node_is_made_again_under_the_same_name() {
         // And it stays so when the ghost is heard of again.
         story.signal(node, &ghost, "hostdir", "CONT");
         let new = story.holder();
-        let awake = Instant::now();
-        while awake.elapsed() < Duration::from_secs(15) {
-            assert_eq!(story.holder(), new);
-            std::thread::sleep(Duration::from_millis(500));
-        }
+        story.keeps_the_lease(&new, Instant::now(), 15);
     }
     story.end();
 }
@@ -689,25 +678,19 @@ fn ghost_7_nobody_is_fit_and_then_one_is() {
     let (other, beside) = places.iter().find(|(name, _)| *name != leader).unwrap();
     {
         let _haunted = [Haunted::new(&story, at), Haunted::new(&story, *beside)];
-        let nobody_takes_over = |seconds| {
-            let start = Instant::now();
-            while start.elapsed() < Duration::from_secs(seconds) {
-                assert_eq!((story.holder(), story.transitions()), (leader.clone(), transitions));
-                std::thread::sleep(Duration::from_millis(500));
-            }
-        };
         story.signal(at, &leader, "hostdir", "STOP");
         story.signal(*beside, other, "csi-provisioner", "STOP");
         story.tell("the leader's driver hangs; the other controller's sidecar does, its driver looks on");
-        nobody_takes_over(35);
-        let report = story.ask_who_leads(other).unwrap_err().to_string();
+        story.keeps_the_lease(&leader, Instant::now(), 35);
+        let report = format!("{:#}", story.ask_who_leads(other).unwrap_err());
         assert!(
             report.contains("it must not lead: its driver gives no heartbeat"),
             "{report}"
         );
         story.signal(*beside, other, "hostdir", "STOP");
         story.tell("the other's driver hangs, too");
-        nobody_takes_over(10);
+        story.keeps_the_lease(&leader, Instant::now(), 10);
+        assert_eq!(story.transitions(), transitions);
         for program in ["hostdir", "csi-provisioner"] {
             story.signal(*beside, other, program, "CONT");
         }
@@ -790,10 +773,7 @@ fn ghost_9_a_ghost_that_rises_again_and_again() {
         story.binds_within(gone, 15, "its Pod's end");
         let new = story.holder();
         // The API server takes a token for ten seconds longer than it should.
-        while gone.elapsed() < Duration::from_secs(15) {
-            assert_eq!(story.holder(), new, "the ghost leads");
-            std::thread::sleep(Duration::from_millis(200));
-        }
+        story.keeps_the_lease(&new, gone, 15);
         while gone.elapsed() < Duration::from_secs(45) {
             assert_eq!(story.holder(), new, "the ghost leads");
             let error = story

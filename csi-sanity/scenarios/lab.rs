@@ -208,6 +208,13 @@ impl Lab {
         self.kubectl().run(&args).unwrap();
     }
 
+    /// Deletes all pods and claims of the test's namespace, and waits until they are gone.
+    pub(crate) fn delete_all(&self, seconds: u32) {
+        let timeout = format!("--timeout={seconds}s");
+        let args = ["delete", "pods,pvc", "--all", "-n", &self.namespace, "--wait", &timeout];
+        self.kubectl().run(&args).unwrap();
+    }
+
     /// Waits until a pod runs and is ready; the node it is on.
     pub(crate) fn running(&self, pod: &str) -> String {
         let mut node = String::new();

@@ -69,17 +69,7 @@ pub(crate) fn many(lab: &Lab, count: usize, node: Option<&str>, meanwhile: impl 
         check_one_to_one(lab, count);
 
         let start = Instant::now();
-        lab.kubectl()
-            .run(&[
-                "delete",
-                "pods,pvc",
-                "--all",
-                "-n",
-                &lab.namespace,
-                "--wait",
-                "--timeout=480s",
-            ])
-            .unwrap();
+        lab.delete_all(480);
         lab.nothing_is_left();
         report(&format!("all gone in {:.1?}", start.elapsed()));
     });

@@ -16,7 +16,7 @@ const LEASE: &str = "hostdir-csi";
 const STEP: f64 = 0.2;
 /// Lease duration, renew deadline and retry period, as the chart has them.
 const TERM: f64 = 10.0;
-const DEADLINE: f64 = 7.0;
+const DEADLINE: f64 = 9.0;
 const RETRY: f64 = 2.0;
 /// How long the world is cruel, and how long it is kind after that.
 const CRUEL: f64 = 500.0;
@@ -553,13 +553,13 @@ fn live(seed: u64) {
     );
 }
 
-/// Runs something for each of many seeds, on two threads: of 200, in CI of 3,000, or those that `HOSTDIR_SEEDS=FROM..TO` names.
+/// Runs something for each of many seeds, on two threads: of 200, in CI of 2,000, or those that `HOSTDIR_SEEDS=FROM..TO` names.
 fn for_each_seed(run: impl Fn(u64) + Sync) {
     let named = std::env::var("HOSTDIR_SEEDS").ok().and_then(|text| {
         let (from, to) = text.split_once("..")?;
         Some(from.parse().ok()?..to.parse().ok()?)
     });
-    let many = if std::env::var_os("CI").is_some() { 3000 } else { 200 };
+    let many = if std::env::var_os("CI").is_some() { 2000 } else { 200 };
     let seeds = named.unwrap_or(0..many);
     let half = |odd: u64| seeds.clone().filter(|seed| seed % 2 == odd).for_each(&run);
     std::thread::scope(|scope| {

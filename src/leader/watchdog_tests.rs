@@ -207,7 +207,29 @@ fn who_has_just_begun_to_lead_has_time_to_begin() {
     world.election().holder = "c".into();
     assert_eq!(world.until(7), None);
     // It goes on not to be ready, and not to beat; `a` comes before `b`.
-    assert_eq!(world.reason(), Some((3, "PodNotReady")));
+    assert_eq!(world.reason(), Some((4, "PodNotReady")));
+}
+
+#[test]
+fn each_election_is_judged_by_itself() {
+    let mut world = World::new();
+    let other = Election {
+        holder: "c".into(),
+        ..world.election().clone()
+    };
+    world
+        .view
+        .elections
+        .insert("external-resizer-hostdir-csi".into(), other);
+    world.view.controllers.remove("c");
+    world.fit.insert("external-resizer-hostdir-csi".into());
+    world.look(1);
+    let Verdict::Watching { take_overs, leases } = world.look(2) else {
+        panic!("a ghost")
+    };
+    let due: Vec<&str> = take_overs.iter().map(|due| due.lease.as_str()).collect();
+    assert_eq!(due, ["external-resizer-hostdir-csi"]);
+    assert_eq!(leases[LEASE].guilt, None);
 }
 
 #[test]
