@@ -1,6 +1,7 @@
 //! Leases, Pods and Nodes, as the watch over the leader reads and writes them.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use futures::future::try_join_all;
@@ -37,6 +38,8 @@ pub(super) struct Elections {
     names: Vec<String>,
     /// Which Pods are controllers.
     selector: String,
+    /// The Nodes they were on when last looked at: asked about at once, lest a slow API server take twice as long.
+    known: Mutex<BTreeSet<String>>,
 }
 
 impl Elections {
@@ -47,6 +50,7 @@ impl Elections {
             nodes: Api::all(client),
             names,
             selector,
+            known: Mutex::default(),
         }
     }
 
@@ -76,13 +80,13 @@ impl Elections {
 
     async fn read_controllers(&self) -> Result<BTreeMap<String, Controller>, Problem> {
         let params = ListParams::default().labels(&self.selector);
-        let pods = request_within(LIMIT, "list the controllers' Pods", self.pods.list(&params)).await?;
+        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let pods = request_within(LIMIT, "list the controllers' Pods", self.pods.list(&params));
+        let (pods, mut states) = tokio::try_join!(pods, self.node_states(known))?;
         let nodes: BTreeSet<String> = pods.items.iter().filter_map(node_of).collect();
-        let states = try_join_all(nodes.into_iter().map(|node| async {
-            let state = self.node_state(&node).await?;
-            Ok::<_, Problem>((node, state))
-        }));
-        let states: BTreeMap<String, NodeState> = states.await?.into_iter().collect();
+        let others = nodes.iter().filter(|node| !states.contains_key(*node));
+        states.extend(self.node_states(others.cloned().collect()).await?);
+        *self.known.lock().unwrap_or_else(PoisonError::into_inner) = nodes;
         // One without a Node has not been scheduled, and has never led.
         let controllers = pods.into_iter().filter_map(|pod| {
             let node = node_of(&pod)?;
@@ -96,6 +100,14 @@ impl Elections {
             Some((identity(&pod.name_any()), controller))
         });
         Ok(controllers.collect())
+    }
+
+    async fn node_states(&self, nodes: BTreeSet<String>) -> Result<BTreeMap<String, NodeState>, Problem> {
+        let states = nodes.into_iter().map(|node| async {
+            let state = self.node_state(&node).await?;
+            Ok::<_, Problem>((node, state))
+        });
+        Ok(try_join_all(states).await?.into_iter().collect())
     }
 
     async fn node_state(&self, node: &str) -> Result<NodeState, Problem> {
@@ -182,6 +194,7 @@ pub(super) fn election(lease: &Lease) -> Election {
             .lease_duration_seconds
             .and_then(|term| u64::try_from(term).ok())
             .unwrap_or(15),
+        acquired: spec.acquire_time.map_or(Timestamp::UNIX_EPOCH, |time| time.0),
         renewal: spec.renew_time.map_or(Timestamp::UNIX_EPOCH, |time| time.0),
         handed_over: lease.annotations().get(HAND_OVER).cloned(),
     }

@@ -122,6 +122,7 @@ impl Guard {
                 Err(Sign::Ill(_)) if !begun => {}
                 Err(Sign::Ill(why)) => {
                     self.metrics.failed("heartbeat");
+                    failing.refused = None;
                     failing.because(&why, "no heartbeat: this controller does not answer on its own socket");
                 }
                 Err(Sign::Problem(problem)) => {
@@ -165,6 +166,7 @@ impl Guard {
                 // This process may have stood still with the answer at hand.
                 Ok(_) | Err(_) if began.elapsed() > FRESH => {
                     self.metrics.failed("watch the election");
+                    reading.refused = None;
                     reading.because("it did not answer in time", "cannot watch the election; trying again");
                 }
                 Ok(Ok(seen)) => {
@@ -177,11 +179,17 @@ impl Guard {
                             if leases.values().any(|lease| lease.obstacle == Some(Obstacle::Turn)) {
                                 pause = TURN;
                             }
+                            if take_overs.is_empty() {
+                                writing.ended("no Lease has to be taken over any more");
+                            }
                             for due in take_overs {
                                 match self.take_over(&seen, due, &mut claims).await {
                                     Ok(()) => writing.ended("the Lease can be written again"),
                                     // Decided anew, and at once: the ghost has renewed meanwhile, and will again.
-                                    Err(Problem::Conflict(_)) => pause = Duration::ZERO,
+                                    Err(Problem::Conflict(_)) => {
+                                        writing.refused = None;
+                                        pause = Duration::ZERO;
+                                    }
                                     Err(problem) => {
                                         self.metrics.failed("hand over");
                                         if let Some(why) = writing.refused(problem, true, Instant::now()) {
@@ -251,15 +259,10 @@ impl Guard {
         let Some(lease) = seen.leases.get(&due.lease) else {
             return Ok(());
         };
-        let note = format!(
-            "{}: from {} to {}, because {}",
-            Timestamp::now(),
-            due.holder,
-            self.me,
-            due.guilt
-        );
         let name = due.lease.clone();
-        // Before it is known whether it took effect: an answer may be lost.
+        // One whose answer was lost may take effect yet: what it wrote must be known again.
+        let undecided = claims.remove(&name).filter(|(_, before)| before.holder == due.holder);
+        let note = undecided.map_or_else(|| due.note(Timestamp::now(), &self.me), |(note, _)| note);
         claims.insert(name.clone(), (note.clone(), due));
         let written = self.elections.hand_over(lease, &self.me, &note).await?;
         if let Some((_, due)) = claims.remove(&name) {

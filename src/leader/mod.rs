@@ -24,7 +24,8 @@
 //!
 //! All of this is a function of what was seen and when, without clocks, tasks or an API: a simulation tries it against
 //! crashes, pauses, partitions, clocks that go wrong and reads that are late. Time is only counted while the API server
-//! answers: an age says for how long something was *seen* to be so, not how long ago it was so.
+//! answers (but for five seconds between two looks): an age says for how long something was *seen* to be so. Only whoever has
+//! just begun to look goes by a clock, that of the holder, which writes both its Lease and its heartbeat.
 
 mod view;
 mod watchdog;

@@ -128,6 +128,7 @@ impl World {
             election: Election {
                 holder: String::new(),
                 term: 10,
+                acquired: Timestamp::UNIX_EPOCH,
                 renewal: Timestamp::UNIX_EPOCH,
                 handed_over: None,
             },
@@ -178,9 +179,13 @@ impl World {
     }
 
     fn hold(&mut self, name: &str) {
+        let is_new = self.election.holder != name;
         name.clone_into(&mut self.election.holder);
         if let Some(process) = self.processes.iter().find(|process| process.name == name) {
             self.election.renewal = process.clock(self.now);
+            if is_new {
+                self.election.acquired = self.election.renewal;
+            }
         }
         self.renewals += 1;
         self.version += 1;
@@ -453,7 +458,7 @@ impl World {
             "seed {seed}, {now:.1} s: {due:?} was fit, and {name} deposes it"
         );
         self.hold(name);
-        self.election.handed_over = Some(format!("{now}"));
+        self.election.handed_over = Some(due.note(Timestamp::UNIX_EPOCH + Duration::from_secs_f64(now), name));
         self.hand_overs.push(now);
         let recent = self.hand_overs.iter().filter(|at| now - **at < 600.0).count();
         assert!(recent <= 8, "seed {seed}, {now:.1} s: a storm: {:?}", self.hand_overs);

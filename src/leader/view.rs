@@ -19,6 +19,8 @@ pub struct Election {
     pub holder: String,
     /// Seconds after which a Lease that is not renewed is anybody's.
     pub term: u64,
+    /// When the holder got it, by its own clock.
+    pub acquired: Timestamp,
     /// When it was renewed last, by the clock of the holder.
     pub renewal: Timestamp,
     /// Changes with every hand-over.

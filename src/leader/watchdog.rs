@@ -257,8 +257,17 @@ impl Watch {
             *age += elapsed;
         }
         self.hand_overs.retain(|age| *age < STORM_WINDOW);
-        if Seen::note(&mut self.handed_over, election.handed_over.clone(), elapsed) {
+        let first = self.handed_over.is_none();
+        let another = Seen::note(&mut self.handed_over, election.handed_over.clone(), elapsed);
+        if election.handed_over.is_none() {
+            return;
+        }
+        if another {
             self.hand_overs.push_front(Duration::ZERO);
+        } else if first && election.is_handed_over() {
+            // Whoever begins to look goes by the clock of the holder for how long ago it was.
+            let held = election.renewal.duration_since(election.acquired);
+            self.hand_overs.push_front(held.try_into().unwrap_or_default());
         }
     }
 
@@ -288,6 +297,22 @@ pub struct TakeOver {
     pub node: Option<String>,
     /// Why it must not.
     pub guilt: Guilt,
+}
+
+impl TakeOver {
+    /// What is written on the Lease: when it went from whom to whom (`me`), and why.
+    #[must_use]
+    pub fn note(&self, now: Timestamp, me: &str) -> String {
+        format!("{now}: from {} to {me}, because {}", self.holder, self.guilt)
+    }
+}
+
+impl Election {
+    /// Whether its holder has it by the last hand-over, as [`TakeOver::note`] says.
+    fn is_handed_over(&self) -> bool {
+        let to = format!(" to {}, because ", self.holder);
+        self.handed_over.as_ref().is_some_and(|note| note.contains(&to))
+    }
 }
 
 /// Why a controller leaves a guilty holder alone.

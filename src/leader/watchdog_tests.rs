@@ -27,6 +27,7 @@ impl World {
         let election = Election {
             holder: "a".into(),
             term: 10,
+            acquired: Timestamp::UNIX_EPOCH,
             renewal: Timestamp::UNIX_EPOCH,
             handed_over: None,
         };
@@ -318,6 +319,32 @@ fn after_a_hand_over_there_is_quiet_and_after_a_storm_more() {
     world.election().handed_over = Some("last".into());
     world.pod("a").node_state = NodeState::Gone;
     assert_eq!(world.until(400).map(|(second, _)| second), Some(46));
+}
+
+#[test]
+fn one_that_has_just_begun_to_look_keeps_the_quiet_too() {
+    let mut world = World::new();
+    world.election().handed_over = Some("from c to a, because its Pod does not exist".into());
+    world.election().acquired = Timestamp::UNIX_EPOCH + world.now - Duration::from_secs(20);
+    world.dog = Watchdog::new("b".into());
+    world.pod("a").node_state = NodeState::Gone;
+    assert_eq!(world.until(60).map(|(second, _)| second), Some(25));
+
+    // One that was elected since has nothing to do with it.
+    let mut world = World::new();
+    world.election().handed_over = Some("from a to c, because its Pod does not exist".into());
+    world.election().acquired = Timestamp::UNIX_EPOCH + world.now - Duration::from_secs(20);
+    world.dog = Watchdog::new("b".into());
+    world.pod("a").node_state = NodeState::Gone;
+    assert_eq!(world.until(60).map(|(second, _)| second), Some(2));
+
+    // Somebody who deletes the Lease, and a ghost that makes it again, are no hand-over.
+    let mut world = World::new();
+    world.election().handed_over = Some("to a".into());
+    world.until(60);
+    world.election().handed_over = None;
+    world.pod("a").node_state = NodeState::Gone;
+    assert_eq!(world.until(60).map(|(second, _)| second), Some(2));
 }
 
 #[test]
