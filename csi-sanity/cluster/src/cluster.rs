@@ -219,17 +219,19 @@ impl Cluster {
         crate::machine::text_of(&output).with_context(|| format!("helm {}", args.join(" ")))
     }
 
-    /// A cable from this machine's own network to the cluster's, if there is none yet. It vanishes with the cluster.
+    /// A cable from this machine's own network to the cluster's, if there is none yet. It vanishes after the cluster, when
+    /// the kernel has given up the last connections.
     ///
     /// # Errors
     /// The address is taken.
     pub fn connect_this_machine(&self) -> Result<()> {
-        if Path::new("/sys/class/net/hostdir-lab").exists() {
+        if self.control_plane.machine.sh("ip link show lab0").is_ok() {
             return Ok(());
         }
         let hub = self.control_plane.machine.pid();
         let script = format!(
-            "ip link add hostdir-lab type veth peer name lab0 netns {hub}
+            "ip link del hostdir-lab 2>/dev/null || :
+             ip link add hostdir-lab type veth peer name lab0 netns {hub}
              ip addr add 10.42.0.254/24 dev hostdir-lab
              ip link set hostdir-lab up"
         );
