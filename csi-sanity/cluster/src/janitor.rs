@@ -14,7 +14,7 @@ const CGROUPS: &str = "hostdir-lab";
 const SCRIPT: &str = r#"
 trap '' INT TERM HUP
 read -r _ || :
-for attempt in $(seq 100); do
+for attempt in $(seq 600); do
     for hierarchy in /sys/fs/cgroup/*/; do
         [ -d "$hierarchy$2" ] && find "$hierarchy$2" -depth -type d -exec rmdir {} + 2>/dev/null
     done
