@@ -15,7 +15,7 @@ use k8s_openapi::api::coordination::v1::Lease;
 use serde_json::{Value, json};
 
 use crate::elected::{Holder, token};
-use crate::lab::{Lab, Mode, lab, report};
+use crate::lab::{Lab, Mode, is_ready, lab, report};
 use crate::objects::{claim_of, class, on_node, pod};
 use crate::scale::SetOnDrop;
 
@@ -74,9 +74,9 @@ impl Story {
 
     fn replace_controllers(&self) {
         let old: BTreeSet<String> = self.lab.controllers().iter().map(name_of).collect();
-        let selector = "app.kubernetes.io/instance=hostdir,app.kubernetes.io/component=controller";
+        let labels = self.lab.controller_labels();
         // It would be killed after 30 s.
-        let args = ["delete", "pods", "-n", NAMESPACE, "-l", selector, "--grace-period=3"];
+        let args = ["delete", "pods", "-n", NAMESPACE, "-l", &labels, "--grace-period=3"];
         self.lab.kubectl().run(&args).unwrap();
         self.lab.wait("two new controllers are ready, and one leads", || {
             let pods = self.lab.controllers();
@@ -96,8 +96,11 @@ impl Story {
     /// The leader, and its node by number.
     fn leader(&self) -> (String, usize) {
         let (leader, node) = self.lab.leader().expect("somebody leads");
-        let number = self.lab.nodes.iter().position(|other| other.name == node).unwrap();
-        (leader, number)
+        (leader, self.number_of(&node))
+    }
+
+    fn number_of(&self, node: &str) -> usize {
+        self.lab.nodes.iter().position(|other| other.name == node).unwrap()
     }
 
     fn lease(&self) -> Value {
@@ -249,13 +252,6 @@ impl Story {
 
 fn name_of(object: &Value) -> String {
     object["metadata"]["name"].as_str().unwrap().to_owned()
-}
-
-fn is_ready(pod: &Value) -> bool {
-    let conditions = pod["status"]["conditions"].as_array().cloned().unwrap_or_default();
-    conditions
-        .iter()
-        .any(|one| one["type"] == "Ready" && one["status"] == "True")
 }
 
 /// A node on which something is wrong, until this is dropped.
@@ -916,14 +912,8 @@ impl Story {
     }
 
     fn place_of(&self, pod: &Value) -> (String, usize) {
-        let node = &pod["spec"]["nodeName"];
-        let number = self
-            .lab
-            .nodes
-            .iter()
-            .position(|other| *node == other.name.as_str())
-            .unwrap();
-        (name_of(pod), number)
+        let node = pod["spec"]["nodeName"].as_str().unwrap();
+        (name_of(pod), self.number_of(node))
     }
 
     /// Writes a holder into a Lease, with a token.

@@ -224,10 +224,7 @@ impl Lab {
                 .as_str()
                 .unwrap_or_default()
                 .clone_into(&mut node);
-            let conditions = pod["status"]["conditions"].as_array().cloned().unwrap_or_default();
-            Ok(conditions
-                .iter()
-                .any(|condition| condition["type"] == "Ready" && condition["status"] == "True"))
+            Ok(is_ready(&pod))
         });
         node
     }
@@ -332,12 +329,17 @@ impl Lab {
         self.kubectl().list(&args).unwrap().swap_remove(0)
     }
 
-    /// The controllers' pods.
-    pub(crate) fn controllers(&self) -> Vec<Value> {
-        let labels = format!(
+    /// The labels of the controllers' pods.
+    pub(crate) fn controller_labels(&self) -> String {
+        format!(
             "app.kubernetes.io/instance={},app.kubernetes.io/component=controller",
             self.mode.release()
-        );
+        )
+    }
+
+    /// The controllers' pods.
+    pub(crate) fn controllers(&self) -> Vec<Value> {
+        let labels = self.controller_labels();
         self.kubectl().list(&["pods", "-n", NAMESPACE, "-l", &labels]).unwrap()
     }
 
@@ -426,4 +428,12 @@ impl Drop for Lab {
             report(&format!("{error:#}"));
         }
     }
+}
+
+/// Whether a pod or a node is ready.
+pub(crate) fn is_ready(object: &Value) -> bool {
+    let conditions = object["status"]["conditions"].as_array().cloned().unwrap_or_default();
+    conditions
+        .iter()
+        .any(|one| one["type"] == "Ready" && one["status"] == "True")
 }

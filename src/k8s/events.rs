@@ -19,11 +19,7 @@ pub(super) struct Events {
 
 impl Events {
     pub(super) fn new(client: Client, instance: String, runtime: Handle) -> Self {
-        let reporter = Reporter {
-            controller: "hostdir.csi".into(),
-            instance: Some(instance),
-        };
-        let recorder = Recorder::new(client, reporter);
+        let recorder = recorder(client, instance);
         Self { recorder, runtime }
     }
 
@@ -38,14 +34,7 @@ impl Events {
     }
 
     fn write(&self, type_: EventType, promise: &Promise, reason: &str, note: &str) {
-        let event = Event {
-            type_,
-            reason: reason.into(),
-            // The API server takes 1 kB.
-            note: Some(note.chars().take(1000).collect()),
-            action: "Reconcile".into(),
-            secondary: None,
-        };
+        let event = event(type_, reason, "Reconcile", note);
         let volume = ObjectReference {
             api_version: Some(HostVolume::api_version(&()).into()),
             kind: Some(HostVolume::kind(&()).into()),
@@ -62,6 +51,27 @@ impl Events {
                 warn!(volume.id = %promise.id, why = %Reason::from(problem), "no event is written");
             }
         }
+    }
+}
+
+/// Who writes events in the name of this pod.
+pub(super) fn recorder(client: Client, pod: String) -> Recorder {
+    let reporter = Reporter {
+        controller: "hostdir.csi".into(),
+        instance: Some(pod),
+    };
+    Recorder::new(client, reporter)
+}
+
+/// Something that happened, and what was being done then.
+pub(super) fn event(type_: EventType, reason: &str, action: &str, note: &str) -> Event {
+    Event {
+        type_,
+        reason: reason.into(),
+        // The API server takes 1 kB.
+        note: Some(note.chars().take(1000).collect()),
+        action: action.into(),
+        secondary: None,
     }
 }
 

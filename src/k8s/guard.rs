@@ -11,13 +11,13 @@ use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{ObjectReference, Pod};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::api::Api;
-use kube::runtime::events::{Event, EventType, Recorder, Reporter};
+use kube::runtime::events::{EventType, Recorder};
 use kube::{Client, Resource, ResourceExt};
 use tokio::time::{sleep, timeout};
 use tracing::{error, info, warn};
 
 use super::election::{Elections, HAND_OVER, Reading};
-use super::{Problem, Refusal, request_within};
+use super::{Problem, Refusal, events, request_within};
 use crate::leader::{LeaseState, Obstacle, TakeOver, Verdict, Watchdog, identity};
 use crate::metrics::Metrics;
 use crate::volume::{Fence, Reason};
@@ -72,16 +72,12 @@ impl Guard {
     pub fn new(config: GuardConfig, client: Client, fence: Arc<Fence>, metrics: Arc<Metrics>) -> Self {
         let names = config.sidecars.keys().cloned().collect();
         let elections = Elections::new(client.clone(), &config.namespace, names, config.controllers.clone());
-        let reporter = Reporter {
-            controller: "hostdir.csi".into(),
-            instance: Some(config.pod.clone()),
-        };
         Self {
             me: identity(&config.pod),
             elections,
             herald: Herald {
                 client: client.clone(),
-                recorder: Recorder::new(client.clone(), reporter),
+                recorder: events::recorder(client.clone(), config.pod.clone()),
                 namespace: config.namespace.clone(),
                 pod: config.pod.clone(),
             },
@@ -321,14 +317,7 @@ struct Herald {
 impl Herald {
     /// Says it on the Lease and on the Deployment.
     async fn write_events(self, lease: ObjectReference, note: String) {
-        let event = Event {
-            type_: EventType::Warning,
-            reason: "LeaderReplaced".into(),
-            // The API server takes 1 kB.
-            note: Some(note.chars().take(1000).collect()),
-            action: "HandOver".into(),
-            secondary: None,
-        };
+        let event = events::event(EventType::Warning, "LeaderReplaced", "HandOver", &note);
         for reference in [Some(lease), self.deployment().await].into_iter().flatten() {
             let write = self.recorder.publish(&event, &reference);
             if let Err(problem) = request_within(FRESH, "write an event", write).await {

@@ -9,7 +9,7 @@ use k8s_openapi::api::coordination::v1::Lease;
 use kube::{Client, ResourceExt};
 
 use super::election::{Elections, HAND_OVER, Reading, election};
-use crate::leader::{Guilt, identity};
+use crate::leader::Guilt;
 use crate::volume::Reason;
 
 /// Says who holds each of these Leases, whether it should, and who stands by; and whether all are held as they should be.
@@ -55,7 +55,10 @@ pub async fn report(
 /// What is to be said of a Lease and its holder, and whether the one leads.
 fn holder(reading: &Reading, lease: &Lease) -> (String, bool) {
     let election = election(lease);
-    let renewed = age(lease);
+    let renewed = lease
+        .spec
+        .as_ref()
+        .and_then(|spec| Some(ago(spec.renew_time.as_ref()?.0)));
     let controller = reading.view.controllers.get(&election.holder);
     let silence = silence(reading, &election.holder);
     let mut text = format!("Lease            {}\n", lease.name_any());
@@ -92,12 +95,9 @@ fn holder(reading: &Reading, lease: &Lease) -> (String, bool) {
 
 /// For how long a controller has given no heartbeat; nothing if it never gave one.
 fn silence(reading: &Reading, controller: &str) -> Option<Duration> {
-    let beat = reading.leases.iter().find(|(name, _)| identity(name) == controller)?.1;
-    age(beat)
+    reading.view.heartbeats.get(controller).copied().map(ago)
 }
 
-/// How long ago a Lease was renewed.
-fn age(lease: &Lease) -> Option<Duration> {
-    let renewed = lease.spec.as_ref()?.renew_time.as_ref()?.0;
-    Some(Timestamp::now().duration_since(renewed).try_into().unwrap_or_default())
+fn ago(then: Timestamp) -> Duration {
+    Timestamp::now().duration_since(then).try_into().unwrap_or_default()
 }

@@ -57,18 +57,12 @@ impl Guilt {
     /// it is only known that it has begun. `silence` is how long ago its last heartbeat was, if it ever gave one.
     #[must_use]
     pub fn at_first_sight(controller: Option<&Controller>, silence: Option<Duration>) -> Option<Self> {
-        let node = || controller.map(|one| one.node.clone()).unwrap_or_default();
-        match Standing::of(controller) {
-            Standing::PodGone => Some(Self::PodGone),
-            Standing::NodeGone => Some(Self::NodeGone(node())),
-            Standing::PodEnding => Some(Self::PodEnding(Duration::ZERO)),
-            Standing::NodeNotReady => Some(Self::NodeNotReady(node(), Duration::ZERO)),
-            Standing::PodNotReady => Some(Self::PodNotReady(Duration::ZERO)),
-            Standing::Good => {
-                let silence = silence.unwrap_or(Duration::MAX);
-                (silence >= SILENT).then_some(Self::Silent(silence))
-            }
-        }
+        let node = controller.map(|one| one.node.as_str());
+        let by_standing = Standing::of(controller).guilt(node, Duration::ZERO);
+        by_standing.or_else(|| {
+            let silence = silence.unwrap_or(Duration::MAX);
+            (silence >= SILENT).then_some(Self::Silent(silence))
+        })
     }
 
     /// The reason as one word, for Events and metrics.
@@ -142,6 +136,28 @@ impl Standing {
             NodeState::Ready => Self::Good,
         }
     }
+
+    /// What it is guilty of that stands so, on this Node and for so long.
+    fn guilt(self, node: Option<&str>, age: Duration) -> Option<Guilt> {
+        let node = || node.unwrap_or_default().to_owned();
+        match self {
+            Self::PodGone => Some(Guilt::PodGone),
+            Self::NodeGone => Some(Guilt::NodeGone(node())),
+            Self::PodEnding => Some(Guilt::PodEnding(age)),
+            Self::NodeNotReady => Some(Guilt::NodeNotReady(node(), age)),
+            Self::PodNotReady => Some(Guilt::PodNotReady(age)),
+            Self::Good => None,
+        }
+    }
+
+    /// For how long a holder may stand so.
+    fn patience(self) -> Duration {
+        match self {
+            Self::PodGone | Self::NodeGone | Self::Good => Duration::ZERO,
+            Self::NodeNotReady => NODE_NOT_READY,
+            Self::PodEnding | Self::PodNotReady => POD_NOT_READY,
+        }
+    }
 }
 
 /// A value, and for how long it has been seen to be that.
@@ -211,19 +227,13 @@ impl Suspect {
 
     /// Why it must not lead. `held` is for how long it has held the Lease: what was before that counts for little.
     fn guilt(&self, renewal: Timestamp, held: Duration) -> Option<Guilt> {
-        let standing = self.standing.as_ref()?;
-        let (age, node) = (standing.age, || self.node.clone().unwrap_or_default());
-        let by_standing = match standing.value {
-            Standing::PodGone => Some(Guilt::PodGone),
-            Standing::NodeGone => Some(Guilt::NodeGone(node())),
-            Standing::PodEnding => (age >= POD_NOT_READY).then_some(Guilt::PodEnding(age)),
-            Standing::NodeNotReady => (age >= NODE_NOT_READY).then(|| Guilt::NodeNotReady(node(), age)),
-            Standing::PodNotReady => (age >= POD_NOT_READY && held >= BEGIN).then_some(Guilt::PodNotReady(age)),
-            Standing::Good => None,
-        };
+        let Seen { value, age } = self.standing.as_ref()?;
+        let has_begun = held >= BEGIN;
+        let counts = *age >= value.patience() && (has_begun || *value != Standing::PodNotReady);
+        let by_standing = value.guilt(self.node.as_deref(), *age).filter(|_| counts);
         by_standing.or_else(|| {
             let silence = self.silence(renewal);
-            (silence >= SILENT && held >= BEGIN).then_some(Guilt::Silent(silence))
+            (silence >= SILENT && has_begun).then_some(Guilt::Silent(silence))
         })
     }
 
