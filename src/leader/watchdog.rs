@@ -25,6 +25,8 @@ const GLANCE: Duration = Duration::from_secs(3);
 const BEGIN: Duration = Duration::from_secs(8);
 /// What each waits for those before it.
 const RANK: Duration = Duration::from_secs(1);
+/// So many more does a controller let go first that has never seen the holder's Pod.
+const STRANGER: usize = 3;
 /// How long after a hand-over nobody makes another: the term of a Lease, the time until a new leader knows, and the time until
 /// an old one gives up.
 const QUIET: Duration = Duration::from_secs(45);
@@ -192,15 +194,10 @@ struct Suspect {
     heartbeat: Option<Seen<Option<Timestamp>>>,
     /// For how long that heartbeat was the last, with no look missing in between.
     waited: Duration,
-    /// The Node it was on when it was seen last.
-    node: Option<String>,
 }
 
 impl Suspect {
     fn note(&mut self, controller: Option<&Controller>, heartbeat: Option<Timestamp>, elapsed: Duration) {
-        if let Some(controller) = controller {
-            self.node = Some(controller.node.clone());
-        }
         Seen::note(&mut self.standing, Standing::of(controller), elapsed);
         let beats = Seen::note(&mut self.heartbeat, heartbeat, elapsed);
         self.waited = if beats || elapsed > GLANCE {
@@ -225,12 +222,12 @@ impl Suspect {
         }
     }
 
-    /// Why it must not lead. `held` is for how long it has held the Lease: what was before that counts for little.
-    fn guilt(&self, renewal: Timestamp, held: Duration) -> Option<Guilt> {
+    /// Why it must not lead. `node` is where it is, as far as known, `held` for how long it has held the Lease: what was before that counts for little.
+    fn guilt(&self, node: Option<&str>, renewal: Timestamp, held: Duration) -> Option<Guilt> {
         let Seen { value, age } = self.standing.as_ref()?;
         let has_begun = held >= BEGIN;
         let counts = *age >= value.patience() && (has_begun || *value != Standing::PodNotReady);
-        let by_standing = value.guilt(self.node.as_deref(), *age).filter(|_| counts);
+        let by_standing = value.guilt(node, *age).filter(|_| counts);
         by_standing.or_else(|| {
             let silence = self.silence(renewal);
             (silence >= SILENT && has_begun).then_some(Guilt::Silent(silence))
@@ -390,6 +387,9 @@ pub struct Watchdog {
     uid: Option<String>,
     last: Option<Duration>,
     suspects: BTreeMap<String, Suspect>,
+    /// The Nodes that controllers were on when they were seen last, for as long as this one lives: with it go the others, at
+    /// the next update, so that there are never many.
+    places: BTreeMap<String, String>,
     watches: BTreeMap<String, Watch>,
 }
 
@@ -402,6 +402,7 @@ impl Watchdog {
             uid: None,
             last: None,
             suspects: BTreeMap::new(),
+            places: BTreeMap::new(),
             watches: BTreeMap::new(),
         }
     }
@@ -427,7 +428,7 @@ impl Watchdog {
                 take_overs.push(TakeOver {
                     lease: lease.clone(),
                     holder: election.holder.clone(),
-                    node: self.suspects[&election.holder].node.clone(),
+                    node: self.places.get(&election.holder).cloned(),
                     guilt: guilt.clone(),
                 });
             }
@@ -444,6 +445,9 @@ impl Watchdog {
             let suspect = self.suspects.entry(name.clone()).or_default();
             suspect.note(view.controllers.get(name), view.heartbeats.get(name).copied(), elapsed);
         }
+        let places = view.controllers.iter();
+        self.places
+            .extend(places.map(|(name, controller)| (name.clone(), controller.node.clone())));
         self.watches.retain(|lease, _| view.elections.contains_key(lease));
         for (lease, election) in &view.elections {
             self.watches.entry(lease.clone()).or_default().note(election, elapsed);
@@ -476,11 +480,12 @@ impl Watchdog {
         let rank = self.rank(&election.holder);
         let is_mine = election.holder == self.me;
         let suspect = &self.suspects[&election.holder];
+        let node = self.places.get(&election.holder).map(String::as_str);
         let silence = suspect.silence(election.renewal);
         let watch = self.watches.get_mut(lease).expect("noted just now");
         let vacant = election.holder.is_empty() || watch.is_expired(election);
         let held = watch.holder.as_ref().map_or(Duration::ZERO, |holder| holder.age);
-        let guilt = suspect.guilt(election.renewal, held).filter(|_| !vacant);
+        let guilt = suspect.guilt(node, election.renewal, held).filter(|_| !vacant);
         match (&guilt, watch.guilty) {
             (None, _) => watch.guilty = None,
             (Some(_), None) => watch.guilty = Some(Duration::ZERO),
@@ -510,14 +515,18 @@ impl Watchdog {
         }
     }
 
-    /// How many may lead, and come before this controller; nothing if it may not.
+    /// How many may come before this controller; nothing if it may not lead. Who has never seen the holder's Pod cannot say
+    /// where the ghost is, and comes after all who can.
     fn rank(&self, holder: &str) -> Option<u32> {
-        let others = self
-            .suspects
-            .iter()
-            .filter(|(name, one)| *name != holder && one.may_lead());
-        let position = others.map(|(name, _)| name).position(|name| *name == self.me)?;
-        u32::try_from(position).ok()
+        let may_lead = |(name, one): &(&String, &Suspect)| name.as_str() != holder && one.may_lead();
+        let others: Vec<&String> = self.suspects.iter().filter(may_lead).map(|(name, _)| name).collect();
+        let position = others.iter().position(|name| **name == self.me)?;
+        let behind = if self.places.contains_key(holder) {
+            0
+        } else {
+            others.len() + STRANGER
+        };
+        u32::try_from(position + behind).ok()
     }
 }
 

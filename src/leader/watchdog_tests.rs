@@ -301,6 +301,15 @@ fn those_that_come_first_have_a_second_each() {
 }
 
 #[test]
+fn who_has_never_seen_the_ghost_leaves_it_to_those_who_have() {
+    let mut world = World::new();
+    world.view.controllers.remove("a");
+    world.dog = Watchdog::new("b".into());
+    // The first look, two who may lead, and three more.
+    assert_eq!(world.reason(), Some((7, "PodGone")));
+}
+
+#[test]
 fn after_a_hand_over_there_is_quiet_and_after_a_storm_more() {
     let mut world = World::new();
     for (number, quiet) in [45, 45, 300].into_iter().enumerate() {
