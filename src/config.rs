@@ -13,6 +13,7 @@ use crate::csi::{DRIVER_NAME, Endpoint};
 use crate::leader::identity;
 use crate::volume::id::{NodeName, PoolName};
 use crate::volume::ports::PoolConfig;
+use crate::volume::quota::{Policy, Quotas};
 use crate::volume::record::PoolId;
 use crate::volume::room::{Limits, Reserve};
 
@@ -237,6 +238,11 @@ struct FilePool {
     #[serde(default)]
     require_mount: bool,
     pool_id: Option<PoolId>,
+    #[serde(default)]
+    quota: Policy,
+    project_ids: Option<String>,
+    #[serde(rename = "inodesPerGiB")]
+    inodes_per_gib: Option<u64>,
 }
 
 /// What `hostdir local` and `hostdir node` work with.
@@ -283,6 +289,7 @@ impl PoolArg {
             require_mount: false,
             expected: None,
             limits: Limits::default(),
+            quotas: Quotas::default(),
         }
     }
 }
@@ -296,6 +303,9 @@ impl FilePool {
             overcommit,
             require_mount,
             pool_id,
+            quota: policy,
+            project_ids,
+            inodes_per_gib,
         } = self;
         let default = Limits::default();
         let reserve: Reserve = match reserve {
@@ -307,12 +317,25 @@ impl FilePool {
             overcommit.is_finite() && overcommit > 0.0 && overcommit <= 1000.0,
             "pool {name}: overcommit {overcommit} must be above 0 and at most 1000"
         );
+        let projects = match project_ids {
+            None => Quotas::default().projects,
+            Some(text) => text.parse().with_context(|| format!("pool {name}: projectIds"))?,
+        };
+        ensure!(
+            inodes_per_gib != Some(0),
+            "pool {name}: inodesPerGiB 0 leaves none for the volume itself; leave it out for no limit"
+        );
         Ok(PoolConfig {
             name,
             path,
             require_mount,
             expected: pool_id,
             limits: Limits { reserve, overcommit },
+            quotas: Quotas {
+                policy,
+                projects,
+                inodes_per_gib,
+            },
         })
     }
 }

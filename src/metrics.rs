@@ -64,6 +64,8 @@ pub struct Metrics {
     pool_size: Family<Pool, Gauge>,
     pool_promised: Family<Pool, Gauge>,
     pool_room: Family<Pool, Gauge>,
+    pool_enforced: Family<Pool, Gauge>,
+    pool_unlimited: Family<Pool, Gauge>,
     deletes_pending: Gauge,
     oldest_delete: Gauge,
     orphans: Gauge,
@@ -93,6 +95,16 @@ impl Default for Metrics {
             pool_size: new(r, "pool_size_bytes", "What a pool can promise in all"),
             pool_promised: new(r, "pool_promised_bytes", "What a pool has promised"),
             pool_room: new(r, "pool_room_bytes", "The largest volume that a pool can still promise"),
+            pool_enforced: new(
+                r,
+                "pool_quota_enforced",
+                "Whether the kernel holds the volumes of a pool to their sizes: 1 or 0",
+            ),
+            pool_unlimited: new(
+                r,
+                "pool_volumes_unlimited",
+                "Volumes with data that are held to no size",
+            ),
             deletes_pending: new(r, "deletes_pending", "Volumes that are being deleted"),
             oldest_delete: new(
                 r,
@@ -165,6 +177,8 @@ impl Metrics {
         self.pool_size.clear();
         self.pool_promised.clear();
         self.pool_room.clear();
+        self.pool_enforced.clear();
+        self.pool_unlimited.clear();
     }
 
     /// Notes what a pool has, in bytes.
@@ -176,6 +190,16 @@ impl Metrics {
         self.pool_size.get_or_create(&labels).set(gauge(size));
         self.pool_promised.get_or_create(&labels).set(gauge(promised));
         self.pool_room.get_or_create(&labels).set(gauge(room));
+    }
+
+    /// Notes whether the volumes of a pool are held to their sizes, and how many are not.
+    pub fn set_quota(&self, node: &str, pool: &str, enforced: bool, unlimited: usize) {
+        let labels = Pool {
+            node: node.to_owned(),
+            pool: pool.to_owned(),
+        };
+        self.pool_enforced.get_or_create(&labels).set(i64::from(enforced));
+        self.pool_unlimited.get_or_create(&labels).set(gauge(unlimited as u64));
     }
 
     /// Notes how many deletes have not landed, and the age of the oldest.

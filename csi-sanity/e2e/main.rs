@@ -9,6 +9,7 @@ mod crash;
 mod faults;
 mod hostile;
 mod publish;
+mod quota;
 mod sanity;
 mod service;
 mod support;

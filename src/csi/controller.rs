@@ -15,7 +15,7 @@ use super::proto::{
     ListVolumesResponse, ValidateVolumeCapabilitiesRequest, ValidateVolumeCapabilitiesResponse, Volume as ProtoVolume,
     list_volumes_response,
 };
-use super::{Service, parse};
+use super::{Service, parse, signed};
 use crate::volume::id::{NodeName, VolumeId};
 use crate::volume::size::Bytes;
 use crate::volume::{Control, Volume, Want};
@@ -149,7 +149,7 @@ impl Controller for Service<dyn Control> {
             volume_capability,
         } = request.into_inner();
         let node = self.about.node.clone();
-        let bytes = self
+        let (bytes, node_expansion_required) = self
             .run("ControllerExpandVolume", move |control| {
                 let id = parse::volume_id(&volume_id)?;
                 let about = parse::about(&id, node.as_ref());
@@ -160,12 +160,12 @@ impl Controller for Service<dyn Control> {
                 if let Some(capability) = volume_capability {
                     parse::capability(capability, || None).map_err(&about)?;
                 }
-                Ok(control.expand(&id, size)?)
+                Ok((control.expand(&id, size)?, control.expands_on_node()))
             })
             .await?;
         Ok(Response::new(ControllerExpandVolumeResponse {
             capacity_bytes: signed(bytes),
-            node_expansion_required: false,
+            node_expansion_required,
         }))
     }
 
@@ -322,8 +322,4 @@ fn context(volume: &Volume) -> HashMap<String, String> {
         (None, None) => None,
     };
     std::iter::once(pool).chain(identity).collect()
-}
-
-fn signed(bytes: Bytes) -> i64 {
-    i64::try_from(bytes.0).unwrap_or(i64::MAX)
 }

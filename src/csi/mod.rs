@@ -103,3 +103,8 @@ impl<T: ?Sized + Send + Sync + 'static> Service<T> {
             .inspect_err(|status| warn!(call, code = ?status.code(), why = status.message(), "refused"))
     }
 }
+
+/// A size as the messages of CSI have it.
+fn signed(bytes: crate::volume::size::Bytes) -> i64 {
+    i64::try_from(bytes.0).unwrap_or(i64::MAX)
+}

@@ -8,11 +8,12 @@ use super::proto::node_service_capability::rpc::Type as RpcType;
 use super::proto::node_service_capability::{Rpc, Type};
 use super::proto::volume_usage::Unit;
 use super::proto::{
-    NodeGetCapabilitiesRequest, NodeGetCapabilitiesResponse, NodeGetInfoRequest, NodeGetInfoResponse,
-    NodeGetVolumeStatsRequest, NodeGetVolumeStatsResponse, NodePublishVolumeRequest, NodePublishVolumeResponse,
-    NodeServiceCapability, NodeUnpublishVolumeRequest, NodeUnpublishVolumeResponse, VolumeUsage,
+    NodeExpandVolumeRequest, NodeExpandVolumeResponse, NodeGetCapabilitiesRequest, NodeGetCapabilitiesResponse,
+    NodeGetInfoRequest, NodeGetInfoResponse, NodeGetVolumeStatsRequest, NodeGetVolumeStatsResponse,
+    NodePublishVolumeRequest, NodePublishVolumeResponse, NodeServiceCapability, NodeUnpublishVolumeRequest,
+    NodeUnpublishVolumeResponse, VolumeUsage,
 };
-use super::{Service, parse};
+use super::{Service, parse, signed};
 use crate::volume::access::MountOptions;
 use crate::volume::ports::Space;
 use crate::volume::size::Bytes;
@@ -68,6 +69,35 @@ impl Node for Service<Driver> {
         Ok(Response::new(NodeGetVolumeStatsResponse { usage: usage(space) }))
     }
 
+    async fn node_expand_volume(
+        &self,
+        request: Request<NodeExpandVolumeRequest>,
+    ) -> Result<Response<NodeExpandVolumeResponse>, Status> {
+        let NodeExpandVolumeRequest {
+            volume_id,
+            volume_path,
+            capacity_range,
+            staging_target_path: _,
+            volume_capability: _,
+            secrets: _,
+        } = request.into_inner();
+        let bytes = self
+            .run("NodeExpandVolume", move |driver| {
+                let id = parse::volume_id(&volume_id)?;
+                let about = parse::about(&id, Some(driver.node()));
+                // The size of a volume is that of its directory, wherever that is mounted.
+                if volume_path.is_empty() {
+                    return Err(about(Status::invalid_argument("volume_path is missing")));
+                }
+                let size = parse::size(capacity_range).map_err(&about)?;
+                Ok(driver.expand_here(&id, size)?)
+            })
+            .await?;
+        Ok(Response::new(NodeExpandVolumeResponse {
+            capacity_bytes: signed(bytes),
+        }))
+    }
+
     async fn node_get_capabilities(
         &self,
         _: Request<NodeGetCapabilitiesRequest>,
@@ -78,6 +108,7 @@ impl Node for Service<Driver> {
         Ok(Response::new(NodeGetCapabilitiesResponse {
             capabilities: vec![
                 capability(RpcType::GetVolumeStats),
+                capability(RpcType::ExpandVolume),
                 capability(RpcType::SingleNodeMultiWriter),
             ],
         }))
@@ -143,8 +174,9 @@ fn usage(space: Space) -> Vec<VolumeUsage> {
         used: Bytes(used),
         ..
     } = space;
-    vec![
-        usage(Unit::Bytes, total, available, used),
-        usage(Unit::Inodes, space.inodes, space.inodes_available, space.inodes_used),
-    ]
+    let bytes = usage(Unit::Bytes, total, available, used);
+    // Not every filesystem counts inodes.
+    let inodes =
+        (space.inodes > 0).then(|| usage(Unit::Inodes, space.inodes, space.inodes_available, space.inodes_used));
+    std::iter::once(bytes).chain(inodes).collect()
 }

@@ -29,7 +29,9 @@ fn code(reason: &Reason) -> Code {
         Reason::NoSuchVolume | Reason::NotMounted(_) => Code::NotFound,
         // Never right, whatever is tried; asked again until the PVC is gone.
         Reason::Exists(_) => Code::AlreadyExists,
-        Reason::EmptyRange(_) | Reason::Shrink { .. } | Reason::NoRoomToGrow { .. } => Code::OutOfRange,
+        Reason::EmptyRange(_) | Reason::Shrink { .. } | Reason::NoRoomToGrow { .. } | Reason::NotPromised { .. } => {
+            Code::OutOfRange
+        }
         // Nothing was recorded: the pod goes to another node.
         Reason::OtherNode | Reason::NoSuchPool { .. } | Reason::NoRoom { .. } | Reason::NoNode(_) => {
             Code::ResourceExhausted
@@ -45,6 +47,7 @@ fn code(reason: &Reason) -> Code {
         | Reason::Predecessor { .. }
         | Reason::Successor { .. }
         | Reason::Exclusive(_)
+        | Reason::Unlimited { .. }
         | Reason::NotReady(_) => Code::FailedPrecondition,
         Reason::Bind { source, .. } => bind_code(source),
         Reason::Disk(error) => disk_code(error.kind),

@@ -146,6 +146,10 @@ impl Ledger for Agent {
         }
     }
 
+    fn look_up(&self, id: &VolumeId) -> Result<Option<Promise>, Reason> {
+        self.book.look_up(id)
+    }
+
     fn keep(&self, record: &Record) -> Result<(), Reason> {
         let made_on = record.pool_id;
         let mut promise = self.promise(&record.id)?;

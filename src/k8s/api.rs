@@ -125,6 +125,7 @@ pub enum Phase {
     shortname = "hn",
     printcolumn(name = "Pools", type_ = "string", json_path = ".status.pools[*].name"),
     printcolumn(name = "Free", type_ = "string", json_path = ".status.pools[*].free"),
+    printcolumn(name = "Quota", type_ = "string", json_path = ".status.pools[*].quota"),
     printcolumn(name = "Version", type_ = "string", json_path = ".status.version"),
     printcolumn(name = "Orphans", type_ = "integer", json_path = ".status.orphanCount"),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
@@ -189,6 +190,17 @@ pub struct PoolStatus {
     pub reserve: String,
     /// How many times its size it may promise.
     pub overcommit: f64,
+    /// By what its volumes are held to their sizes: `project quotas`, `quota groups`, `simple quotas`, or `none`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 64))]
+    pub quota: Option<String>,
+    /// Why by nothing, and what to do about it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 4096))]
+    pub quota_message: Option<String>,
+    /// How many volumes with data are held to no size.
+    #[serde(default)]
+    pub unlimited: u32,
     /// Why it cannot be used.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 4096))]

@@ -72,7 +72,7 @@ impl Book for ApiBook {
         }
     }
 
-    fn expand(&self, promise: &Promise, bytes: Bytes) -> Result<bool, Reason> {
+    fn expand(&self, promise: &Promise, bytes: Bytes) -> Result<Option<Promise>, Reason> {
         let verb = "raise the capacity of its HostVolume";
         let patch = Patch::Merge(json!({
             "metadata": {"resourceVersion": promise.version},
@@ -81,8 +81,8 @@ impl Book for ApiBook {
         let params = PatchParams::default();
         let patched = self.volumes.patch(promise.id.as_str(), &params, &patch);
         match ask(&self.runtime, verb, patched) {
-            Ok(_) => Ok(true),
-            Err(Problem::Conflict(_)) => Ok(false),
+            Ok(object) => read(object).map(Some),
+            Err(Problem::Conflict(_)) => Ok(None),
             Err(Problem::NotFound(_)) => Err(Reason::NoSuchVolume),
             Err(problem) => Err(problem.into()),
         }

@@ -144,6 +144,12 @@ pub(super) fn pool_status(state: &PoolState, last: Option<&PoolStatus>) -> PoolS
         foreign: facts.map(|facts| facts.foreign.quantity()),
         reserve: config.limits.reserve.to_string(),
         overcommit: config.limits.overcommit,
+        quota: facts.map(|facts| {
+            let means = facts.enforcement.as_ref();
+            means.map_or_else(|_| "none".into(), ToString::to_string)
+        }),
+        quota_message: facts.and_then(|facts| facts.enforcement.clone().err()),
+        unlimited: facts.map_or(0, |facts| u32::try_from(facts.unlimited).unwrap_or(u32::MAX)),
         message,
     }
 }

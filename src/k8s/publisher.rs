@@ -114,5 +114,7 @@ fn measure(node: &NodeName, metrics: &Metrics, pools: &[PoolState]) {
             promised.0,
             room(promised),
         );
+        let enforced = facts.enforcement.is_ok();
+        metrics.set_quota(node.as_str(), config.name.as_str(), enforced, facts.unlimited);
     }
 }

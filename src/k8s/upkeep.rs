@@ -124,6 +124,7 @@ impl Rounds {
                 agent.metrics.failed("write a status");
                 warn!(node = %agent.node, why = %reason, "cannot write what has become of volumes; trying again");
             }
+            follow_expansions(agent, driver, &promises, &held);
             orphans = find_orphans(agent, driver, held);
         }
         agent.metrics.set_orphans(orphans.len());
@@ -209,6 +210,25 @@ fn mark(
         }
     }
     Ok(())
+}
+
+/// Lets volumes have what was promised to them while no pod used them, or this node was away.
+fn follow_expansions(agent: &Agent, driver: &Driver, promises: &[Promise], held: &[Held]) {
+    let known: HashMap<(&VolumeId, Uuid), &Promise> = promises
+        .iter()
+        .filter(|promise| !promise.deleting)
+        .map(|promise| ((&promise.id, promise.uid), promise))
+        .collect();
+    for record in held.iter().filter_map(|held| held.record.as_ref()) {
+        let promise = record.uid.and_then(|uid| known.get(&(&record.id, uid)));
+        let Some(promise) = promise.filter(|promise| promise.bytes > record.bytes) else {
+            continue;
+        };
+        if let Err(error) = driver.follow_promise(&promise.id, promise.uid, promise.bytes) {
+            agent.metrics.failed("expand a volume");
+            warn!(volume.id = %promise.id, node = %agent.node, why = %error.reason, "cannot expand a volume; trying again");
+        }
+    }
 }
 
 fn lost(

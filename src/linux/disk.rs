@@ -15,6 +15,7 @@
 use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use nix::errno::Errno;
@@ -26,16 +27,19 @@ use tracing::warn;
 
 use super::dir::{Dir, absent, failed};
 use super::eraser::Eraser;
+use super::quota::Quota;
+use super::survey::Survey;
 use super::{sys, target};
 use crate::volume::access::{MountOptions, TargetPath};
 use crate::volume::id::VolumeId;
-use crate::volume::ports::{BindError, Disk, DiskError, DiskErrorKind, Found, Inode, Space, Unusable};
+use crate::volume::ports::{BindError, Disk, DiskError, DiskErrorKind, Found, Inode, Space, Unusable, Usage};
+use crate::volume::quota::Means;
 use crate::volume::record::{Directory, Record};
 use crate::volume::size::Bytes;
 
 const RECORD: &CStr = c"volume.json";
 const NEW_RECORD: &CStr = c"volume.json.new";
-const DATA: &CStr = c"data";
+pub(super) const DATA: &CStr = c"data";
 
 /// One pool, opened and locked. Dropping it stops the eraser and gives the lock back.
 pub(super) struct PoolDisk {
@@ -46,6 +50,8 @@ pub(super) struct PoolDisk {
     pub(super) new: Dir,
     pub(super) volumes: Dir,
     pub(super) trash: Dir,
+    pub(super) quota: Arc<Quota>,
+    pub(super) survey: Survey,
     pub(super) eraser: Eraser,
     pub(super) counter: AtomicU64,
     /// Set when a rename took effect but could not be synced; the next call syncs first.
@@ -113,9 +119,9 @@ impl Disk for PoolDisk {
         self.settle_or(|| self.volumes.sync())
     }
 
-    fn prepare(&self, record: &Record) -> Result<(), DiskError> {
+    fn prepare(&self, record: &Record) -> Result<Record, DiskError> {
         let volume = self.open_volume(&record.id)?;
-        let data = volume.ensure_child(DATA)?;
+        let (data, record) = self.quota.make(&volume, DATA, record)?;
         let Directory { mode, uid, gid } = record.directory;
         fchown(&data, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))
             .and_then(|()| fchmod(&data, Mode::from_bits_truncate(mode)))
@@ -123,12 +129,33 @@ impl Disk for PoolDisk {
         data.sync()?;
         // The directory must be durable before the record says that it was ever there.
         volume.sync()?;
-        self.replace_record(&volume, record)
+        self.replace_record(&volume, &record)?;
+        Ok(record)
     }
 
     fn rewrite(&self, record: &Record) -> Result<(), DiskError> {
         let volume = self.open_volume(&record.id)?;
+        // First the limit: what is answered for holds, and a limit that is too large is put right when the pool is opened.
+        if let Some(data) = volume.find_child(DATA)? {
+            self.quota.resize(&data, record)?;
+        }
         self.replace_record(&volume, record)
+    }
+
+    fn enforcement(&self) -> Result<Means, String> {
+        self.quota.enforcement(&self.volumes)
+    }
+
+    fn loose(&self, id: &VolumeId) -> Option<String> {
+        self.quota.loose(id)
+    }
+
+    fn usage(&self, record: &Record) -> Result<Option<Usage>, DiskError> {
+        let data = self.open_data(&record.id)?;
+        match self.quota.usage(&data, record)? {
+            None => self.survey.usage(&record.id),
+            counted => Ok(counted),
+        }
     }
 
     fn data(&self, id: &VolumeId) -> Result<Option<Inode>, DiskError> {
@@ -157,6 +184,8 @@ impl Disk for PoolDisk {
             Ok(()) | Err(Errno::ENOENT) => {}
             Err(errno) => return Err(self.volumes.failed("move to the trash", &name, errno)),
         }
+        self.quota.forget(id);
+        self.survey.forget(id);
         self.settle_or(|| self.settle())?;
         self.eraser.wake();
         Ok(())
@@ -250,6 +279,13 @@ impl PoolDisk {
         self.settle_or(|| volume.sync())
     }
 
+    /// Brings limits and records together, as they were found.
+    pub(super) fn sort_out(&self, found: &mut [Found]) {
+        let data = |id: &VolumeId| absent(self.open_data(id));
+        let rewrite = |record: &Record| self.replace_record(&self.open_volume(&record.id)?, record);
+        self.quota.sort_out(found, data, rewrite);
+    }
+
     fn open_data(&self, id: &VolumeId) -> Result<Dir, DiskError> {
         self.volumes.child(&c_name(id))?.child(DATA)
     }
@@ -311,6 +347,6 @@ fn json(record: &Record) -> Result<Vec<u8>, DiskError> {
     Ok(bytes)
 }
 
-fn c_name(id: &VolumeId) -> CString {
+pub(super) fn c_name(id: &VolumeId) -> CString {
     CString::new(id.as_str()).expect("a volume id has no NUL")
 }

@@ -2,7 +2,7 @@
 //!
 //! What lies there was written by tenants: a million files in one directory, thousands of levels, immutable files, mounts.
 //! Directories in a volume are not walked down but moved up into the trash, one rename each: no tree is too deep, and
-//! whatever the power leaves is simply trash again.
+//! whatever the power leaves is simply trash again. (Subvolumes of btrfs are destroyed whole: nothing can be moved out of one.)
 
 use std::ffi::{CStr, CString};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -16,6 +16,8 @@ use nix::sys::stat::Mode;
 use tracing::{debug, error, warn};
 
 use super::dir::Dir;
+use super::disk::DATA;
+use super::quota::Quota;
 use super::sys;
 use crate::volume::id::PoolName;
 use crate::volume::ports::DiskError;
@@ -23,12 +25,17 @@ use crate::volume::ports::DiskError;
 /// What could not be erased is tried again so often: a mount below it may be gone then.
 const RETRY: Duration = Duration::from_mins(1);
 
+/// How soon it is looked again whether the last file of a project or subvolume is gone: the kernel cleans up behind it, XFS in
+/// moments, btrfs in half a minute.
+const COUNTED: Duration = Duration::from_secs(2);
+
 /// After so many removals the eraser rests for as long as they took: half of the disk's time stays with the tenants.
 const BATCH: u32 = 256;
 
 /// The thread that empties one trash.
 pub(super) struct Eraser {
     pool: PoolName,
+    quota: Arc<Quota>,
     signal: Arc<Signal>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
@@ -47,9 +54,10 @@ struct State {
 
 impl Eraser {
     /// An eraser that is not running yet.
-    pub(super) fn new(pool: PoolName) -> Self {
+    pub(super) fn new(pool: PoolName, quota: Arc<Quota>) -> Self {
         Self {
             pool,
+            quota,
             signal: Arc::default(),
             thread: Mutex::default(),
         }
@@ -58,12 +66,13 @@ impl Eraser {
     /// Starts it; it begins with what is in the trash already.
     pub(super) fn start(&self, trash: Dir) {
         self.wake();
-        let signal = Arc::clone(&self.signal);
+        let (signal, quota) = (Arc::clone(&self.signal), Arc::clone(&self.quota));
         let spawned = thread::Builder::new()
             .name(format!("erase {}", self.pool))
             .spawn(move || {
                 Work {
                     trash,
+                    quota: &quota,
                     signal: &signal,
                     moved: AtomicU64::new(0),
                 }
@@ -134,6 +143,7 @@ struct Stopped;
 /// One run through the trash.
 struct Work<'a> {
     trash: Dir,
+    quota: &'a Quota,
     signal: &'a Signal,
     moved: AtomicU64,
 }
@@ -152,7 +162,10 @@ impl Work<'_> {
         let mut limit = None;
         while self.signal.wait(limit) {
             match self.empty() {
-                Ok(left) => limit = left.then_some(RETRY),
+                Ok(left) => {
+                    let leaving = self.quota.give_back(&self.trash);
+                    limit = if left { Some(RETRY) } else { leaving.then_some(COUNTED) };
+                }
                 Err(Stopped) => return,
             }
         }
@@ -187,14 +200,23 @@ impl Work<'_> {
     fn erase(&self, name: &CStr, pace: &mut Pace) -> Result<Result<Outcome, Stopped>, DiskError> {
         match remove(&self.trash, name) {
             Ok(()) => return Ok(Ok(Outcome::Gone)),
+            Err(Errno::ENOTEMPTY) if self.quota.destroy(&self.trash, name)? => return Ok(Ok(Outcome::Gone)),
             Err(Errno::ENOTEMPTY) => {}
             Err(errno) => return Ok(Ok(stuck(&self.trash, name, errno))),
         }
         let dir = self.trash.child(name)?;
+        self.quota.leaves(&dir);
         let mut outcome = Outcome::Gone;
+        // The directory of a volume: seen before it is gone. What cannot be opened is stuck, below.
+        if let Ok(Some(data)) = dir.find_child(DATA) {
+            self.quota.leaves(&data);
+            drop(data);
+            self.quota.destroy(&dir, DATA)?;
+        }
         for entry in dir.names()? {
             let entry = entry?;
             let removed = match remove(&dir, &entry) {
+                Err(Errno::ENOTEMPTY) if self.quota.destroy(&dir, &entry)? => Ok(()),
                 Err(Errno::ENOTEMPTY) => {
                     if matches!(outcome, Outcome::Gone) {
                         outcome = Outcome::Shrunk;

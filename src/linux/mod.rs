@@ -1,7 +1,8 @@
 //! This machine: pools on its disks, and bind mounts. The Linux edge of hostdir, answering [`crate::volume::ports`].
 //!
-//! What needs a kernel lives here and nowhere else. Linux 5.12 is the oldest that has every call: openat2(2) 5.6,
-//! statx(2) with `STATX_ATTR_MOUNT_ROOT` 5.8, mount_setattr(2) 5.12.
+//! What needs a kernel lives here and nowhere else. Linux 5.12 is the oldest that has every call that volumes need: openat2(2)
+//! 5.6, statx(2) with `STATX_ATTR_MOUNT_ROOT` 5.8, mount_setattr(2) 5.12. Quotas need more: quotactl_fd(2) 5.14 on XFS and
+//! ext4.
 
 mod dir;
 mod disk;
@@ -9,6 +10,8 @@ mod eraser;
 mod mountinfo;
 mod open;
 mod privileges;
+mod quota;
+mod survey;
 mod sys;
 mod target;
 

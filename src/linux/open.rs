@@ -4,6 +4,7 @@ use std::ffi::CStr;
 use std::fs::File;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use jiff::Timestamp;
@@ -17,10 +18,13 @@ use tracing::{info, warn};
 use super::dir::{Dir, failed};
 use super::disk::{PoolDisk, space};
 use super::eraser::Eraser;
+use super::quota::Quota;
+use super::survey::Survey;
 use super::{mountinfo, target};
 use crate::volume::access::TargetPath;
 use crate::volume::id::VolumeId;
 use crate::volume::ports::{Disk, DiskError, Opened, PoolConfig, Unusable};
+use crate::volume::quota::Policy;
 use crate::volume::record::PoolId;
 use crate::volume::size::Bytes;
 
@@ -66,7 +70,10 @@ pub(super) fn open(config: &PoolConfig) -> Result<Opened, Unusable> {
         .stat(c"")
         .map_err(|errno| failed("stat", config.path.clone(), errno))?
         .inode;
-    let eraser = Eraser::new(config.name.clone());
+    let quota = Arc::new(Quota::find(config.quotas, &volumes, &mount)?);
+    quota.ready_trash(&trash)?;
+    let survey = Survey::new(config.name.clone(), root.child(c"volumes")?);
+    let eraser = Eraser::new(config.name.clone(), Arc::clone(&quota));
     let (path, counter, unsettled) = (config.path.clone(), AtomicU64::new(0), AtomicBool::new(false));
     let disk = PoolDisk {
         path,
@@ -75,6 +82,8 @@ pub(super) fn open(config: &PoolConfig) -> Result<Opened, Unusable> {
         new,
         volumes,
         trash,
+        quota,
+        survey,
         eraser,
         counter,
         unsettled,
@@ -84,7 +93,10 @@ pub(super) fn open(config: &PoolConfig) -> Result<Opened, Unusable> {
     // An earlier process may have died between a change and its sync. From here on all that is found is answered for, so
     // all of it has to be durable first.
     syncfs(&root).map_err(|errno| failed("sync the filesystem of", config.path.clone(), errno))?;
-    let volumes = disk.load()?;
+    let mut volumes = disk.load()?;
+    disk.sort_out(&mut volumes);
+    disk.quota.sweep(&disk.volumes);
+    say_enforcement(config, &disk);
     let targets = targets(&disk)?;
     disk.eraser.start(root.child(c"trash")?);
     Ok(Opened {
@@ -95,6 +107,15 @@ pub(super) fn open(config: &PoolConfig) -> Result<Opened, Unusable> {
         targets,
         disk: Box::new(disk),
     })
+}
+
+fn say_enforcement(config: &PoolConfig, disk: &PoolDisk) {
+    let pool = &config.name;
+    match disk.enforcement() {
+        Ok(means) => info!(%pool, %means, "volumes are held to their sizes"),
+        Err(why) if config.quotas.policy == Policy::Off => info!(%pool, why, "volumes are held to no size"),
+        Err(why) => warn!(%pool, why, "volumes are held to no size"),
+    }
 }
 
 fn open_root(config: &PoolConfig) -> Result<Dir, Unusable> {

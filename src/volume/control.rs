@@ -113,6 +113,9 @@ pub trait Control: Send + Sync {
     /// There is no room for more, it would have to shrink, there is no such volume, or it cannot be told.
     fn expand(&self, id: &VolumeId, size: SizeRange) -> Result<Bytes, Error>;
 
+    /// Whether the node of a volume has to do its part of an expansion, too, before the volume can be filled.
+    fn expands_on_node(&self) -> bool;
+
     /// A volume.
     ///
     /// # Errors

@@ -13,6 +13,7 @@ use super::id::{NodeName, PoolName, VolumeId};
 use super::operations::Operations;
 use super::pool::{Entry, Mount, OpenPool, Pool};
 use super::ports::{BindError, Host, Ledger, PoolConfig, Promise, Space, Unusable};
+use super::quota::Means;
 use super::record::{Phase, PoolId, Record};
 use super::size::Bytes;
 
@@ -66,13 +67,17 @@ pub struct PoolFacts {
     pub foreign: Bytes,
     /// Sum of what it has promised.
     pub promised: Bytes,
+    /// By what its volumes are held to their sizes, or why by nothing.
+    pub enforcement: Result<Means, String>,
+    /// How many volumes with data are held to no size.
+    pub unlimited: usize,
 }
 
 /// The pools of this node and what is done with them. All verbs block; different volumes in parallel.
 pub struct Driver {
     pub(super) node: NodeName,
     pub(super) host: Arc<dyn Host>,
-    ledger: Arc<dyn Ledger>,
+    pub(super) ledger: Arc<dyn Ledger>,
     pub(super) pools: Vec<Pool>,
     pub(super) operations: Operations,
 }
@@ -178,11 +183,10 @@ impl Driver {
         }
         match record.phase {
             Phase::Claimed => {
+                pool.require_limit(id)?;
                 self.ledger.keep(&record)?;
-                pool.prepare(Record {
-                    phase: Phase::Ready,
-                    ..record
-                })?;
+                let phase = Phase::Ready;
+                pool.prepare(&Record { phase, ..record })?;
                 info!(volume.id = %id, node = %self.node, pool = %pool.config.name, pool.id = %pool.id, "volume made");
             }
             Phase::Ready if pool.disk.data(id)?.is_none() => {
@@ -195,7 +199,7 @@ impl Driver {
                     here,
                 });
             }
-            Phase::Ready => {}
+            Phase::Ready => pool.require_limit(id)?,
         }
         let options = MountOptions {
             read_only: options.read_only || mode.is_read_only(),
@@ -240,26 +244,6 @@ impl Driver {
         Ok(())
     }
 
-    /// Size and use of a volume that is mounted at `path`: those of the filesystem it shares.
-    ///
-    /// # Errors
-    /// [`Reason::NotMounted`], or as of [`Control::get`](super::control::Control::get).
-    pub fn stats(&self, id: &VolumeId, path: &str) -> Result<Space, Error> {
-        self.try_stats(id, path).map_err(|reason| self.error(Some(id), reason))
-    }
-
-    fn try_stats(&self, id: &VolumeId, path: &str) -> Result<Space, Reason> {
-        let (pool, _) = self.require(id)?;
-        let not_mounted = || Reason::NotMounted(path.to_owned());
-        let target = TargetPath::parse(path).map_err(|_| not_mounted())?;
-        // Looked at, and nothing noted: this holds no operation on the volume.
-        let there = self.host.mounted(&target).map_err(|_| not_mounted())?;
-        if there.is_none() || there != pool.disk.data(id)? {
-            return Err(not_mounted());
-        }
-        Ok(pool.disk.space()?)
-    }
-
     /// All volumes on the pools that can be used, and the pools that cannot.
     #[must_use]
     pub fn inventory(&self) -> (Vec<Held>, HashMap<PoolName, Unusable>) {
@@ -286,6 +270,8 @@ impl Driver {
                 space: open.disk.space()?,
                 foreign: open.foreign,
                 promised: open.promised(),
+                enforcement: open.disk.enforcement(),
+                unlimited: open.unlimited(),
             })
         };
         self.pools
@@ -364,6 +350,7 @@ impl Driver {
             name: promise.name,
             claim: promise.claim,
             bytes: promise.bytes,
+            project: None,
             directory: promise.directory,
             pool_id: pool.id,
             phase: Phase::Claimed,

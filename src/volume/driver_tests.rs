@@ -3,6 +3,7 @@
 use super::super::control::{Control, Health, Parameters, Placement, Want};
 use super::super::memory::Memory;
 use super::super::ports::{DiskErrorKind, OnDisk, Stage};
+use super::super::quota::Quotas;
 use super::super::record::Directory;
 use super::super::room::Limits;
 use super::super::size::SizeRange;
@@ -66,6 +67,7 @@ impl Fixture {
             require_mount: false,
             expected: None,
             limits: Limits::default(),
+            quotas: Quotas::default(),
         };
         let node = NodeName::parse("node-a").unwrap();
         let driver = Driver::new(
@@ -340,6 +342,10 @@ impl Promises {
 impl Ledger for Promises {
     fn promise(&self, id: &VolumeId) -> Result<Option<Promise>, Reason> {
         Ok(self.0.lock().unwrap().get(id).cloned())
+    }
+
+    fn look_up(&self, id: &VolumeId) -> Result<Option<Promise>, Reason> {
+        self.promise(id)
     }
 
     fn keep(&self, record: &Record) -> Result<(), Reason> {

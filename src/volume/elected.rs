@@ -134,15 +134,18 @@ impl Elected {
             Some(None) => return Ok(promise.bytes),
             Some(Some(bytes)) => bytes,
         };
-        let left = self.registry.room(pool, Some(&node.segment())).unwrap_or_default();
+        // Not zero where it cannot be told: that would be a final refusal.
+        let left = self.registry.left(node, pool)?;
         let room = promise.bytes.plus(left);
         if wanted > room {
             let pool = pool.clone();
             return Err(Reason::NoRoomToGrow { pool, wanted, room });
         }
-        if !self.book.expand(promise, wanted)? {
+        let Some(grown) = self.book.expand(promise, wanted)? else {
             return Err(Reason::Running("this volume".into()));
-        }
+        };
+        // The next one must not be promised the same room before the watch has shown this.
+        self.registry.raise(&grown);
         info!(volume.id = %id, node = %node, pool = %pool, size = %wanted, "volume expanded");
         Ok(wanted)
     }
@@ -189,6 +192,10 @@ impl Control for Elected {
         self.check(id)?;
         self.try_expand(id, size)
             .map_err(|(node, reason)| error(id, node, reason))
+    }
+
+    fn expands_on_node(&self) -> bool {
+        true
     }
 
     fn get(&self, id: &VolumeId) -> Result<Volume, Error> {

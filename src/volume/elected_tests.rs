@@ -82,15 +82,15 @@ impl Book for Paper {
         self.answer(Some(entry.clone()))
     }
 
-    fn expand(&self, promise: &Promise, bytes: Bytes) -> Result<bool, Reason> {
+    fn expand(&self, promise: &Promise, bytes: Bytes) -> Result<Option<Promise>, Reason> {
         let mut entries = self.entries.lock().unwrap();
         let entry = entries.get_mut(&promise.id).ok_or(Reason::NoSuchVolume)?;
         if entry.version != promise.version {
-            return self.answer(false);
+            return self.answer(None);
         }
         entry.bytes = bytes;
         entry.version.push('+');
-        self.answer(true)
+        self.answer(Some(entry.clone()))
     }
 
     fn release(&self, promise: &Promise) -> Result<bool, Reason> {

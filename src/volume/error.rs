@@ -64,6 +64,24 @@ pub enum Reason {
         /// The size it could have.
         room: Bytes,
     },
+    /// It is to be held to its size, and nothing does.
+    #[error("quotas are required of pool {pool}, and nothing holds this volume to its size: {why}")]
+    Unlimited {
+        /// Its pool.
+        pool: PoolName,
+        /// Why, and what to do.
+        why: String,
+    },
+    /// A node is asked to let it have more than was promised.
+    #[error(
+        "it is promised {promised}, and this node is asked to let it have {wanted}; expand it at the controller first"
+    )]
+    NotPromised {
+        /// What is promised.
+        promised: Bytes,
+        /// What is asked for.
+        wanted: Bytes,
+    },
     /// The topology names other nodes only.
     #[error("the topology asked for does not include this node; a volume made here is reachable from here alone")]
     OtherNode,

@@ -87,6 +87,11 @@ impl Control for Driver {
         Ok(volumes)
     }
 
+    /// A driver that keeps the record also sets the limit.
+    fn expands_on_node(&self) -> bool {
+        false
+    }
+
     fn room(&self, pool: &PoolName, segment: Option<&str>) -> Option<Bytes> {
         if segment.is_some_and(|segment| segment != self.node.segment()) {
             return Some(Bytes(0));
@@ -127,6 +132,7 @@ impl Driver {
             name: want.name.clone(),
             claim: want.claim.clone(),
             bytes: want.size.choose(),
+            project: None,
             directory: want.parameters.directory,
             pool_id: pool.id,
             phase: Phase::Claimed,
@@ -137,7 +143,7 @@ impl Driver {
         Ok(self.volume(record, &pool))
     }
 
-    fn try_expand(&self, id: &VolumeId, size: SizeRange) -> Result<Bytes, Reason> {
+    pub(super) fn try_expand(&self, id: &VolumeId, size: SizeRange) -> Result<Bytes, Reason> {
         let _running = self.operations.on_volume(id)?;
         let (pool, entry) = self.require(id)?;
         let record = entry.record.map_err(Reason::BrokenRecord)?;

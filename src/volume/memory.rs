@@ -7,8 +7,9 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use super::access::{MountOptions, TargetPath};
 use super::id::{PoolName, VolumeId};
 use super::ports::{
-    BindError, Disk, DiskError, DiskErrorKind, Found, Host, Inode, Opened, PoolConfig, Space, Unusable,
+    BindError, Disk, DiskError, DiskErrorKind, Found, Host, Inode, Opened, PoolConfig, Space, Unusable, Usage,
 };
+use super::quota::Means;
 use super::record::{PoolId, Record};
 use super::size::Bytes;
 
@@ -23,6 +24,11 @@ struct State {
     /// Verbs that fail next, once each, and how.
     failing: HashMap<&'static str, DiskErrorKind>,
     unreadable_targets: bool,
+    /// Whether volumes are held to their sizes, and which are not, and why.
+    enforcing: bool,
+    loose: HashMap<VolumeId, String>,
+    /// What every volume takes, once it is counted.
+    usage: Option<Usage>,
 }
 
 struct PoolState {
@@ -61,6 +67,21 @@ impl Memory {
     /// No longer tells what is mounted anywhere.
     pub(super) fn hide_mounts(&self) {
         self.lock().unreadable_targets = true;
+    }
+
+    /// Switches quotas on or off.
+    pub(super) fn enforce(&self, enforcing: bool) {
+        self.lock().enforcing = enforcing;
+    }
+
+    /// Takes a volume out of what quotas hold.
+    pub(super) fn let_loose(&self, id: &VolumeId, why: &str) {
+        self.lock().loose.insert(id.clone(), why.into());
+    }
+
+    /// What every volume takes from now on.
+    pub(super) fn set_usage(&self, usage: Option<Usage>) {
+        self.lock().usage = usage;
     }
 
     /// A record on a pool that nobody has opened yet.
@@ -206,11 +227,30 @@ impl Disk for MemoryDisk {
         })
     }
 
-    fn prepare(&self, record: &Record) -> Result<(), DiskError> {
+    fn prepare(&self, record: &Record) -> Result<Record, DiskError> {
         self.change("prepare", |pool| {
             pool.directories.insert(record.id.clone());
             pool.volumes.insert(record.id.clone(), record.clone());
-        })
+        })?;
+        Ok(record.clone())
+    }
+
+    fn enforcement(&self) -> Result<Means, String> {
+        if self.memory.lock().enforcing {
+            Ok(Means::Projects)
+        } else {
+            Err("memory has no quotas".into())
+        }
+    }
+
+    fn loose(&self, id: &VolumeId) -> Option<String> {
+        self.memory.lock().loose.get(id).cloned()
+    }
+
+    fn usage(&self, _: &Record) -> Result<Option<Usage>, DiskError> {
+        let mut state = self.memory.lock();
+        state.attempt("usage")?;
+        Ok(state.usage)
     }
 
     fn rewrite(&self, record: &Record) -> Result<(), DiskError> {

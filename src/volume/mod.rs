@@ -4,7 +4,7 @@
 //! it), and refuse with an [`Error`] that says what happened to which volume, where, and what to do.
 //!
 //! The walk of a volume: *create* counts its size against the pool's [`room`] and writes a [`record`] — *publish* makes
-//! its directory the first time, marks the record `Ready`, then mounts it — *unpublish* unmounts — *delete* moves it out
+//! its directory the first time, limited to its size where the filesystem can ([`quota`]), marks the record `Ready`, then mounts it — *unpublish* unmounts — *delete* moves it out
 //! of the pool by one rename.
 //!
 //! In elected mode *create* and *delete* are those of a controller, [`Elected`]: it enters promises in a [`ports::Book`],
@@ -24,10 +24,12 @@ mod memory;
 mod operations;
 mod pool;
 pub mod ports;
+pub mod quota;
 pub mod record;
 pub mod registry;
 pub mod room;
 pub mod size;
+mod sizes;
 
 pub use control::{Control, Health, Parameters, Placement, Volume, Want};
 pub use driver::{Driver, Held, PoolFacts, PoolState, Publish};

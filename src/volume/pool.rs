@@ -13,7 +13,8 @@ use super::driver::Held;
 use super::error::Reason;
 use super::id::VolumeId;
 use super::ports::{Disk, DiskError, DiskErrorKind, Found, Host, Opened, PoolConfig, Unusable};
-use super::record::{PoolId, Record};
+use super::quota::Policy;
+use super::record::{Phase, PoolId, Record};
 use super::size::Bytes;
 
 /// A pool of the configuration, open or not. A pool that cannot be opened stays closed and is tried again whenever it
@@ -269,15 +270,7 @@ impl OpenPool {
             },
             other => other,
         })?;
-        let record = Record { bytes, ..record };
-        let written = self.disk.rewrite(&record);
-        let mut volumes = self.lock();
-        if !took_effect(&written) {
-            volumes.claimed = volumes.claimed.less(more);
-        } else if let Some(entry) = volumes.entries.get_mut(&record.id) {
-            entry.record = Ok(record);
-        }
-        Ok(written?)
+        self.resize(record, bytes)
     }
 
     /// Counts `bytes` as promised, before they are recorded: two callers at once cannot both have the last of the room.
@@ -296,9 +289,54 @@ impl OpenPool {
         Ok(())
     }
 
+    /// Lets a volume have more whose room was counted elsewhere.
+    pub(super) fn raise(&self, record: Record, bytes: Bytes) -> Result<(), Reason> {
+        self.lock().count(bytes.less(record.bytes));
+        self.resize(record, bytes)
+    }
+
+    /// Gives a volume a larger size, whose bytes are counted already.
+    fn resize(&self, record: Record, bytes: Bytes) -> Result<(), Reason> {
+        let more = bytes.less(record.bytes);
+        let record = Record { bytes, ..record };
+        let written = self.disk.rewrite(&record);
+        let mut volumes = self.lock();
+        if !took_effect(&written) {
+            volumes.claimed = volumes.claimed.less(more);
+        } else if let Some(entry) = volumes.entries.get_mut(&record.id) {
+            entry.record = Ok(record);
+        }
+        Ok(written?)
+    }
+
+    /// Refuses a volume that is held to no size, where all have to be.
+    pub(super) fn require_limit(&self, id: &VolumeId) -> Result<(), Reason> {
+        if self.config.quotas.policy != Policy::Required {
+            return Ok(());
+        }
+        let why = self.disk.enforcement().err().or_else(|| self.disk.loose(id));
+        why.map_or(Ok(()), |why| {
+            let pool = self.config.name.clone();
+            Err(Reason::Unlimited { pool, why })
+        })
+    }
+
+    /// How many volumes with data are held to no size.
+    pub(super) fn unlimited(&self) -> usize {
+        let enforced = self.disk.enforcement().is_ok();
+        let volumes = self.lock();
+        let with_data = volumes.entries.iter().filter(|(_, entry)| {
+            let record = entry.record.as_ref();
+            record.is_ok_and(|record| record.phase == Phase::Ready)
+        });
+        with_data
+            .filter(|(id, _)| !enforced || self.disk.loose(id).is_some())
+            .count()
+    }
+
     /// Makes the directory of a volume and keeps its new record.
-    pub(super) fn prepare(&self, record: Record) -> Result<(), Reason> {
-        self.disk.prepare(&record)?;
+    pub(super) fn prepare(&self, record: &Record) -> Result<(), Reason> {
+        let record = self.disk.prepare(record)?;
         if let Some(entry) = self.lock().entries.get_mut(&record.id) {
             entry.record = Ok(record);
         }

@@ -10,6 +10,7 @@ use uuid::Uuid;
 use super::access::{MountOptions, TargetPath};
 use super::error::Reason;
 use super::id::{NodeName, PoolName, VolumeId};
+use super::quota::{Means, Quotas};
 use super::record::{Claim, Directory, PoolId, Record};
 use super::room::Limits;
 use super::size::Bytes;
@@ -27,6 +28,17 @@ pub struct PoolConfig {
     pub expected: Option<PoolId>,
     /// How much of it may be promised.
     pub limits: Limits,
+    /// Whether and how its volumes are held to their sizes.
+    pub quotas: Quotas,
+}
+
+/// What one volume takes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Bytes on the disk.
+    pub bytes: Bytes,
+    /// Inodes; unknown where the filesystem does not count them.
+    pub inodes: Option<u64>,
 }
 
 /// Size and use of the filesystem below a pool, see statvfs(3).
@@ -176,17 +188,33 @@ pub trait Disk: Send + Sync {
     /// A step failed; unless the error is [`DiskErrorKind::Unsettled`], nothing of the volume is there.
     fn claim(&self, record: &Record) -> Result<(), DiskError>;
 
-    /// Makes the directory of a volume and records `record` in place of its last record.
+    /// Makes the directory of a volume, held to its size where that can be had, and records `record` in place of its last
+    /// record. The record as it was written: the disk enters the project that it has chosen.
     ///
     /// # Errors
     /// A step failed; the old record or the new one is there, and an empty directory or none.
-    fn prepare(&self, record: &Record) -> Result<(), DiskError>;
+    fn prepare(&self, record: &Record) -> Result<Record, DiskError>;
 
-    /// Records `record` in place of the volume's last record.
+    /// Holds a volume to the size that `record` gives it, and records that in place of its last record.
     ///
     /// # Errors
     /// A step failed; unless the error is [`DiskErrorKind::Unsettled`], the old record is there.
     fn rewrite(&self, record: &Record) -> Result<(), DiskError>;
+
+    /// By what the volumes are held to their sizes, as it is now.
+    ///
+    /// # Errors
+    /// By nothing: why, and what to do about it.
+    fn enforcement(&self) -> Result<Means, String>;
+
+    /// Why this volume is held to nothing, although others are.
+    fn loose(&self, id: &VolumeId) -> Option<String>;
+
+    /// What a volume takes; nothing while its files are still being counted: ask again.
+    ///
+    /// # Errors
+    /// It cannot be told.
+    fn usage(&self, record: &Record) -> Result<Option<Usage>, DiskError>;
 
     /// The directory of a volume, if it is there.
     ///
@@ -298,6 +326,12 @@ pub trait Ledger: Send + Sync {
     /// It cannot be told.
     fn promise(&self, id: &VolumeId) -> Result<Option<Promise>, Reason>;
 
+    /// The promise of a volume as it is at this moment.
+    ///
+    /// # Errors
+    /// It cannot be told.
+    fn look_up(&self, id: &VolumeId) -> Result<Option<Promise>, Reason>;
+
     /// Notes that from now on there may be data of the volume on the pool of `record`. Repeating it is harmless.
     ///
     /// # Errors
@@ -310,6 +344,10 @@ pub struct OnDisk;
 
 impl Ledger for OnDisk {
     fn promise(&self, _: &VolumeId) -> Result<Option<Promise>, Reason> {
+        Ok(None)
+    }
+
+    fn look_up(&self, _: &VolumeId) -> Result<Option<Promise>, Reason> {
         Ok(None)
     }
 
@@ -357,11 +395,11 @@ pub trait Book: Send + Sync {
     /// It cannot be told.
     fn delete(&self, id: &VolumeId, uid: Uuid) -> Result<Option<Promise>, Reason>;
 
-    /// Promises more: so many bytes, if the promise still is of this version; says whether it did.
+    /// Promises more: so many bytes, if the promise still is of this version; nothing if it is not, else as it is then.
     ///
     /// # Errors
     /// It cannot be told.
-    fn expand(&self, promise: &Promise, bytes: Bytes) -> Result<bool, Reason>;
+    fn expand(&self, promise: &Promise, bytes: Bytes) -> Result<Option<Promise>, Reason>;
 
     /// Ends a promise that is being deleted in place of its node, if it still is of this version; says whether it did.
     ///

@@ -94,6 +94,9 @@ pub struct Record {
     pub claim: Option<Claim>,
     /// Size promised.
     pub bytes: Bytes,
+    /// The project that its files are in, where the filesystem limits by project.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub project: Option<u32>,
     /// Owner and mode of the top directory.
     pub directory: Directory,
     /// The pool it was made on.

@@ -242,6 +242,28 @@ impl Registry {
         (known || !published).then_some(most)
     }
 
+    /// What can still be promised of a pool of a node.
+    pub(super) fn left(&self, node: &NodeName, pool: &PoolName) -> Result<Bytes, Reason> {
+        let mut state = self.lock();
+        state.expire();
+        let room = state.room(node, pool);
+        room.map_err(|why| Reason::Waiting(format!("it cannot grow now: node {node}: {why}")))
+    }
+
+    /// Takes in that a promise has grown, unless what is known of it is newer.
+    pub(super) fn raise(&self, promise: &Promise) {
+        let mut state = self.lock();
+        if let Some(pending) = state.pending.get_mut(&promise.id)
+            && pending.kept.uid == promise.uid
+        {
+            pending.kept.bytes = pending.kept.bytes.max(promise.bytes);
+        }
+        let known = state.volumes.get(&promise.id);
+        if known.is_some_and(|kept| kept.uid == promise.uid && kept.bytes < promise.bytes) {
+            state.insert(promise);
+        }
+    }
+
     /// The filesystem of a pool, if it is the same on all nodes that have one.
     pub(super) fn filesystem(&self, pool: &PoolName) -> Option<String> {
         let state = self.lock();

@@ -146,6 +146,32 @@ pub fn cluster() -> Result<PathBuf> {
     build(&KUBERNETES)
 }
 
+/// The kernel of User-Mode Linux, with what its tests need.
+///
+/// # Errors
+/// It cannot be installed here, and why.
+pub fn user_mode_linux() -> Result<PathBuf> {
+    for (file, package) in [
+        ("/usr/bin/linux.uml", "user-mode-linux"),
+        ("/usr/sbin/insmod", "kmod"),
+        ("/usr/sbin/mkfs.xfs", "xfsprogs"),
+        ("/usr/sbin/mkfs.ext4", "e2fsprogs"),
+        ("/usr/sbin/repquota", "quota"),
+    ] {
+        ensure_package(file, package)?;
+    }
+    mkfs_btrfs()?;
+    Ok("/usr/bin/linux.uml".into())
+}
+
+/// What makes filesystems of btrfs.
+///
+/// # Errors
+/// It cannot be installed here, and why.
+pub fn mkfs_btrfs() -> Result<()> {
+    ensure_package("/usr/sbin/mkfs.btrfs", "btrfs-progs")
+}
+
 /// hostdir as one static binary, as its image has it.
 ///
 /// # Errors
@@ -256,6 +282,9 @@ fn fingerprint(module: &Module, source: &Path) -> Result<String> {
 
 /// Installs a Debian package if a file of it is missing.
 fn ensure_package(file: &str, package: &str) -> Result<()> {
+    // apt-get does not wait for another one.
+    static INSTALLING: Mutex<()> = Mutex::new(());
+    let _installing = INSTALLING.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     if Path::new(file).exists() {
         return Ok(());
     }

@@ -137,7 +137,7 @@ impl Driver {
 }
 
 /// Lets the kernel kill a child whose test is gone.
-fn die_with_the_test(command: &mut Command) {
+pub(crate) fn die_with_the_test(command: &mut Command) {
     let die = || set_pdeathsig(Signal::SIGKILL).map_err(std::io::Error::from);
     #[expect(unsafe_code, reason = "the only way to run code between fork and exec")]
     // SAFETY: prctl(2) is async-signal-safe.

@@ -20,7 +20,7 @@ use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, s
 use nix::unistd::Pid;
 
 /// The steps: all calls by which the driver looks at or changes a disk or a mount.
-const CALLS: [(libc::c_long, &str); 19] = [
+const CALLS: [(libc::c_long, &str); 20] = [
     // glibc calls renameat where renameat2 has no flags.
     (libc::SYS_renameat, "renameat"),
     (libc::SYS_syncfs, "syncfs"),
@@ -41,6 +41,7 @@ const CALLS: [(libc::c_long, &str); 19] = [
     (libc::SYS_umount2, "umount2"),
     (libc::SYS_ioctl, "ioctl"),
     (libc::SYS_openat, "openat"),
+    (libc::SYS_quotactl_fd, "quotactl_fd"),
 ];
 
 /// What to do at a step.

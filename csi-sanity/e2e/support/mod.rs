@@ -1,10 +1,12 @@
 //! What the tests share: a place to work in, the driver as a process, a client, and the word for "cannot run here".
 
 pub(crate) mod client;
+pub(crate) mod disk;
 pub(crate) mod driver;
 pub(crate) mod faults;
 pub(crate) mod scene;
 pub(crate) mod scratch;
+pub(crate) mod uml;
 
 use std::io::Write;
 use std::time::{Duration, Instant};

@@ -1,6 +1,9 @@
 //! The system calls that nix does not wrap. The only unsafe code of hostdir.
 #![expect(unsafe_code, reason = "system calls without a safe wrapper")]
 
+pub(super) mod btrfs;
+pub(super) mod quota;
+
 use std::ffi::CStr;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
@@ -18,6 +21,10 @@ pub(super) struct Stat {
     kind: u32,
     attributes: u64,
     pub(super) mount_id: u64,
+    /// How many names it has.
+    pub(super) links: u32,
+    /// What it takes on the disk, in bytes.
+    pub(super) bytes: u64,
 }
 
 impl Stat {
@@ -48,7 +55,7 @@ fn attribute(bit: c_int) -> u64 {
 /// not triggered, and a network filesystem is not asked.
 pub(super) fn statx<P: ?Sized + NixPath>(dir: impl AsFd, path: &P) -> Result<Stat> {
     let flags = libc::AT_SYMLINK_NOFOLLOW | libc::AT_NO_AUTOMOUNT | libc::AT_EMPTY_PATH | libc::AT_STATX_DONT_SYNC;
-    let mask = libc::STATX_TYPE | libc::STATX_INO | libc::STATX_MNT_ID;
+    let mask = libc::STATX_TYPE | libc::STATX_INO | libc::STATX_MNT_ID | libc::STATX_NLINK | libc::STATX_BLOCKS;
     let mut buffer = MaybeUninit::<libc::statx>::zeroed();
     let result = path.with_nix_path(|path| {
         // SAFETY: `path` is NUL-terminated, the buffer is large enough, and both outlive the call.
@@ -65,6 +72,9 @@ pub(super) fn statx<P: ?Sized + NixPath>(dir: impl AsFd, path: &P) -> Result<Sta
         kind: u32::from(found.stx_mode) & libc::S_IFMT,
         attributes: found.stx_attributes,
         mount_id: found.stx_mnt_id,
+        links: found.stx_nlink,
+        // st_blocks are of 512 bytes, whatever the filesystem's are (inode(7)).
+        bytes: found.stx_blocks.saturating_mul(512),
     })
 }
 

@@ -1,0 +1,194 @@
+//! What an administrator wishes, and does: `required`, `auto` and `off`, quotas that come and go, records that are edited.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use hostdir::csi::proto::volume_usage::Unit;
+use tonic::Code;
+
+use super::place::{MIB, Place, as_in_a_container, fill, user_writes};
+use crate::support::disk::{Filesystem, run};
+use crate::support::{uml, wait_until};
+
+pub(super) fn without_quotas_required_refuses_and_auto_says_so(place: &Place) {
+    let way_out = match place.filesystem {
+        Filesystem::Xfs => "prjquota",
+        Filesystem::Ext4 => "tune2fs",
+        Filesystem::Btrfs => "btrfs quota enable",
+    };
+    let served = place.start();
+    let refusal = served.client.probe().expect_err("there are no quotas");
+    assert!(refusal.message().contains(way_out), "{}", refusal.message());
+    let refusal = served.client.create("refused").expect_err("there are no quotas");
+    assert_eq!(refusal.code(), Code::Unavailable);
+    assert!(refusal.message().contains(way_out), "{}", refusal.message());
+    drop(served);
+
+    let served = place.serve("quota: auto");
+    let log = served.process.log();
+    assert!(log.contains("held to no size") && log.contains(way_out), "{log}");
+    let target = served.volume("free", 16);
+    as_in_a_container(|| fill(&target.join("file"), 24 * MIB));
+    fs::hard_link(target.join("file"), target.join("link")).expect("link");
+    // Counted, file by file, and each but once.
+    let (total, used) = served.stats("free", Unit::Bytes);
+    assert_eq!(total, 16 * MIB);
+    assert!((24 * MIB..25 * MIB).contains(&used), "24 MiB take {used}");
+    if place.filesystem.has_projects() {
+        assert_eq!(served.stats("free", Unit::Inodes).1, 2, "a directory and a file");
+    }
+    served.clear(&["free"]);
+}
+
+pub(super) fn quotas_that_are_off_lift_limits_and_on_again_set_them(place: &Place) {
+    let served = place.start();
+    let target = served.volume("limited", 16);
+    drop(served);
+    let served = place.serve("quota: \"off\"");
+    assert!(
+        user_writes(&target.join("file"), 24 * MIB),
+        "it is limited all the same"
+    );
+    let free = served.volume("free", 16);
+    assert!(user_writes(&free.join("file"), 24 * MIB), "it is limited all the same");
+    drop(served);
+
+    let served = place.serve("quota: auto");
+    assert!(!user_writes(&target.join("more"), 4 * MIB), "it is not limited again");
+    // Made without: it stays so, and that is said.
+    assert!(
+        served.process.log().contains("volume is held to no size"),
+        "{}",
+        served.process.log()
+    );
+    drop(served);
+    let served = place.start();
+    let refusal = served
+        .client
+        .publish("free", &place.scratch.path("pods").join("elsewhere"))
+        .expect_err("all have to be limited");
+    assert_eq!(refusal.code(), Code::FailedPrecondition);
+    assert!(refusal.message().contains("copy its data"), "{}", refusal.message());
+    served.clear(&["limited", "free"]);
+}
+
+/// Edits a record.
+fn edit(place: &Place, id: &str, change: impl FnOnce(&mut serde_json::Map<String, serde_json::Value>)) {
+    let mut record = place.read_record(id);
+    change(record.as_object_mut().expect("an object"));
+    fs::write(place.record(id), record.to_string()).expect("write a record");
+}
+
+pub(super) fn records_and_directories_that_disagree_are_put_right_or_said(place: &Place) {
+    if !place.filesystem.has_projects() {
+        return;
+    }
+    let served = place.start();
+    let ids = ["another", "none", "zero", "lost", "sound"];
+    for id in ids {
+        served.volume(id, 16);
+    }
+    let projects = ids.map(|id| place.project(id));
+    let [.., sound] = projects;
+    drop(served);
+    edit(place, "another", |record| {
+        drop(record.insert("project".into(), sound.into()))
+    });
+    edit(place, "none", |record| drop(record.remove("project")));
+    edit(place, "zero", |record| drop(record.insert("project".into(), 0.into())));
+    // As after a copy of the pool that knows nothing of projects.
+    fs::write(place.target("lost").join("file"), "copied").expect("write");
+    run(Command::new("chattr")
+        .args(["-R", "-f", "-p", "0", "-P"])
+        .arg(place.data("lost")));
+
+    let served = place.start();
+    let log = served.process.log();
+    assert_eq!(log.matches("volume.json named another project").count(), 3, "{log}");
+    assert_eq!(ids.map(|id| place.project(id)), projects, "they were not put right");
+    for id in ["another", "none", "zero", "sound"] {
+        let target = served.publish(id);
+        assert!(!user_writes(&target.join("much"), 20 * MIB), "{id} is not limited");
+        fs::remove_file(target.join("much")).expect("remove");
+    }
+    served.unpublish("lost");
+    let refusal = served
+        .client
+        .publish("lost", &place.target("lost"))
+        .expect_err("it has no project");
+    assert_eq!(refusal.code(), Code::FailedPrecondition);
+    let cure = format!(
+        "chattr -R -f -p {} DIR; find DIR -type d -exec chattr +P {{}} +",
+        place.project("lost")
+    );
+    assert!(refusal.message().contains(&cure), "{}", refusal.message());
+    drop(served);
+
+    // It does what it says.
+    let data = place.data("lost").display().to_string();
+    run(Command::new("sh").args(["-c", &cure.replace("DIR", &data)]));
+    let served = place.start();
+    let target = served.publish("lost");
+    assert_eq!(fs::read_to_string(target.join("file")).expect("read"), "copied");
+    assert!(!user_writes(&target.join("much"), 20 * MIB), "it is not limited");
+    served.clear(&ids);
+}
+
+pub(super) fn quotas_that_are_switched_off_are_missed(place: &Place) {
+    let (off, on): (&[&str], &[&str]) = match place.filesystem {
+        Filesystem::Xfs => (
+            &["xfs_quota", "-x", "-c", "disable -p"],
+            &["xfs_quota", "-x", "-c", "enable -p"],
+        ),
+        Filesystem::Ext4 => (&["quotaoff", "-P"], &["quotaon", "-P"]),
+        // Whatever is switched on again counts anew.
+        Filesystem::Btrfs => (&["btrfs", "quota", "disable"], &[]),
+    };
+    let switch = |args: &[&str]| drop(run(Command::new(args[0]).args(&args[1..]).arg(&place.disk)));
+    let served = place.start();
+    served.volume("old", 16);
+    served.create("new", 16);
+    switch(off);
+    let elsewhere = place.scratch.path("pods").join("elsewhere");
+    for (id, target) in [("old", &elsewhere), ("new", &place.target("new"))] {
+        let refusal = served.client.publish(id, target).expect_err("quotas are off");
+        assert_eq!(refusal.code(), Code::FailedPrecondition, "{refusal:?}");
+        assert!(
+            refusal.message().contains("quotas are required"),
+            "{}",
+            refusal.message()
+        );
+    }
+    // What runs, ends.
+    served.unpublish("old");
+    if on.is_empty() {
+        return;
+    }
+    switch(on);
+    let target = served.publish("new");
+    assert!(!user_writes(&target.join("file"), 20 * MIB), "it is not limited");
+    served.publish("old");
+    served.clear(&["old", "new"]);
+}
+
+pub(super) fn another_filesystem_over_the_pool_is_refused(place: &Place) {
+    let served = place.start();
+    served.volume("below", 16);
+    let pool = &place.pool;
+    place_tmpfs(pool);
+    let refusal = served.client.create("above").expect_err("another filesystem is there");
+    assert_eq!(refusal.code(), Code::Unavailable);
+    assert!(refusal.message().contains("another directory"), "{}", refusal.message());
+    nix::mount::umount(pool).expect("unmount");
+    wait_until("it is there again", || served.client.probe().is_ok());
+    assert_eq!(served.stats("below", Unit::Bytes).0, 16 * MIB);
+    served.clear(&["below"]);
+    // The machine's disk is still what it was.
+    assert!(Path::new(uml::DEVICE).exists());
+}
+
+fn place_tmpfs(at: &Path) {
+    let flags = nix::mount::MsFlags::empty();
+    nix::mount::mount(Some("tmpfs"), at, Some("tmpfs"), flags, None::<&str>).expect("mount a tmpfs");
+}

@@ -1,0 +1,272 @@
+//! Project quotas of XFS and ext4: every volume is a project of its own, whose files inherit it.
+//!
+//! A project is taken in an order in which neither a crash nor another process can leave it to two volumes: the directory
+//! enters it first, then it must be the only file there, then the limit is set; the record comes last. Whoever finds a
+//! project without files may therefore forget its limits. It is given back when the last of its files is erased.
+
+use std::collections::BTreeSet;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use nix::errno::Errno;
+use nix::sys::statvfs::fstatvfs;
+use tracing::{debug, warn};
+
+use super::Limit;
+use super::sorting::Tagged;
+use crate::linux::dir::{Dir, failed};
+use crate::linux::sys::quota::{self as sys, Project, Tag};
+use crate::volume::ports::{DiskError, DiskErrorKind, Usage};
+use crate::volume::quota::{Means, Projects};
+use crate::volume::size::Bytes;
+
+/// The projects of one pool.
+pub(super) struct ProjectQuota {
+    range: Projects,
+    filesystem: String,
+    /// Block of the filesystem, in bytes: limits are whole ones.
+    block: u64,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    /// Those that volumes have or are about to have, and those below.
+    taken: BTreeSet<u32>,
+    /// Those of files that are being erased.
+    leaving: BTreeSet<u32>,
+}
+
+impl ProjectQuota {
+    /// The projects of the filesystem that `volumes` is on; or why there are none, and what to do about it.
+    pub(super) fn find(range: Projects, volumes: &Dir, filesystem: &str) -> Result<Self, String> {
+        let block = fstatvfs(volumes)
+            .map_err(|errno| format!("statvfs: {errno}"))?
+            .fragment_size();
+        let found = Self {
+            range,
+            filesystem: filesystem.to_owned(),
+            block: block.max(sys::BASIC_BLOCK),
+            state: Mutex::default(),
+        };
+        found.enforcement(volumes)?;
+        Ok(found)
+    }
+
+    /// Whether the kernel limits projects now.
+    pub(super) fn enforcement(&self, volumes: &Dir) -> Result<Means, String> {
+        let off = match sys::project_state(volumes) {
+            Ok(state) if state.enforced => return Ok(Means::Projects),
+            Ok(state) if state.accounted => "it counts what projects take, but does not limit it",
+            Ok(_) => "project quotas are off",
+            Err(Errno::EPERM) => "hostdir may not ask for quotas (CAP_SYS_ADMIN)",
+            Err(errno) => errno.desc(),
+        };
+        let cure = match self.filesystem.as_str() {
+            "xfs" => "unmount it and mount it with -o prjquota (a remount does not switch them on)",
+            "ext4" => {
+                "unmount it, run `tune2fs -O project,quota -Q prjquota` on its device, and mount it with -o prjquota"
+            }
+            other => {
+                return Err(format!(
+                    "{other} has no quotas that hostdir can set; put the pool on XFS, ext4 or btrfs"
+                ));
+            }
+        };
+        Err(format!(
+            "{off} on this {} filesystem; {cure}, then restart hostdir on this node",
+            self.filesystem
+        ))
+    }
+
+    /// Notes which projects the volumes of the pool have, by either account.
+    pub(super) fn know(&self, volumes: &[Tagged]) {
+        self.lock().taken.extend(volumes.iter().flat_map(Tagged::projects));
+    }
+
+    /// The project that a directory has.
+    pub(super) fn tag(dir: &Dir) -> Result<Tag, DiskError> {
+        sys::tag(dir).map_err(|errno| of(dir, "read the project of", errno))
+    }
+
+    /// Gives an empty directory a project of its own, with a limit.
+    pub(super) fn enter(&self, data: &Dir, limit: Limit) -> Result<u32, DiskError> {
+        let before = Self::tag(data)?;
+        // What an attempt that was cut off has left.
+        let left = before.inherited && self.range.contains(before.project);
+        let first = left.then_some(before.project);
+        for id in first.into_iter().chain(self.range.from(random())) {
+            if !self.lock().taken.insert(id) {
+                continue;
+            }
+            let entered = self.try_enter(data, before, id, limit);
+            if let Ok(true) = entered {
+                return Ok(id);
+            }
+            self.lock().taken.remove(&id);
+            entered?;
+        }
+        let Projects { first, last } = self.range;
+        Err(DiskError {
+            verb: "give a project of its own to",
+            path: data.path().to_owned(),
+            kind: DiskErrorKind::Failed,
+            source: format!("all ids from {first} to {last} are in use on this filesystem; widen projectIds").into(),
+        })
+    }
+
+    /// Enters a project, if nobody on this filesystem has it.
+    fn try_enter(&self, data: &Dir, before: Tag, id: u32, limit: Limit) -> Result<bool, DiskError> {
+        let tag = Tag {
+            project: id,
+            inherited: true,
+        };
+        if before != tag {
+            let unused = Project {
+                id,
+                ..Project::default()
+            };
+            if Self::project(data, id)? != unused {
+                return Ok(false);
+            }
+            sys::set_tag(data, tag).map_err(|errno| of(data, "set the project of", errno))?;
+        }
+        // Another process may have entered it at the same moment: then one of the two, or both, see it here.
+        if Self::project(data, id)?.inodes != 1 {
+            return Ok(false);
+        }
+        self.limit(data, id, limit)?;
+        Ok(true)
+    }
+
+    /// Limits a project, if it is not limited so already.
+    pub(super) fn limit(&self, data: &Dir, id: u32, limit: Limit) -> Result<(), DiskError> {
+        let bytes = limit.bytes.map_or(0, |bytes| self.whole_blocks(bytes));
+        let inodes = limit.inodes.unwrap_or(0);
+        let found = Self::project(data, id)?;
+        if (found.bytes_max, found.inodes_max) == (bytes, inodes) {
+            return Ok(());
+        }
+        debug!(project = id, bytes, inodes, "limit");
+        sys::limit_project(data, id, bytes, inodes).map_err(|errno| of(data, "limit the project of", errno))
+    }
+
+    /// What a project takes; nothing if nobody counts it now.
+    pub(super) fn usage(data: &Dir, id: u32) -> Result<Option<Usage>, DiskError> {
+        match sys::project(data, id) {
+            Ok(found) => Ok(Some(Usage {
+                bytes: Bytes(found.bytes),
+                inodes: Some(found.inodes),
+            })),
+            // Switched off since.
+            Err(Errno::ENOSYS | Errno::ESRCH | Errno::EINVAL) => Ok(None),
+            Err(errno) => Err(of(data, "read the quota of", errno)),
+        }
+    }
+
+    /// Notes that the files of a directory are being erased.
+    pub(super) fn leaves(&self, trashed: &Dir) {
+        match sys::tag(trashed) {
+            Ok(Tag { project, .. }) if self.range.contains(project) || self.lock().taken.contains(&project) => {
+                self.lock().leaving.insert(project);
+            }
+            Ok(_) => {}
+            Err(errno) => {
+                warn!(path = %trashed.path().display(), %errno, "cannot read the project of what is being erased");
+            }
+        }
+    }
+
+    /// Lets files of all projects be moved into a directory: one that lies in a project itself would take none of another.
+    pub(super) fn open_to_all(&self, dir: &Dir) -> Result<(), DiskError> {
+        let tag = Self::tag(dir)?;
+        if !tag.inherited {
+            return Ok(());
+        }
+        let open = Tag {
+            inherited: false,
+            ..tag
+        };
+        sys::set_tag(dir, open).map_err(|errno| of(dir, "open to all projects", errno))
+    }
+
+    /// Gives back the projects whose last file is gone: XFS counts some after the fact. Whether some are left.
+    pub(super) fn give_back(&self, dir: &Dir) -> bool {
+        let leaving: Vec<u32> = self.lock().leaving.iter().copied().collect();
+        for id in leaving {
+            match self.forget_unused(dir, id) {
+                Ok(true) => {
+                    let mut state = self.lock();
+                    state.leaving.remove(&id);
+                    state.taken.remove(&id);
+                }
+                Ok(false) => {}
+                Err(error) => warn!(
+                    project = id,
+                    error = error.with_cause(),
+                    "cannot give a project back yet"
+                ),
+            }
+        }
+        !self.lock().leaving.is_empty()
+    }
+
+    /// Forgets the limits of a project without files; whether it is one.
+    fn forget_unused(&self, dir: &Dir, id: u32) -> Result<bool, DiskError> {
+        let found = Self::project(dir, id)?;
+        if (found.inodes, found.bytes) != (0, 0) {
+            return Ok(false);
+        }
+        let none = Limit {
+            bytes: None,
+            inodes: None,
+        };
+        self.limit(dir, id, none)?;
+        Ok(true)
+    }
+
+    /// Forgets limits that a crash has left behind.
+    pub(super) fn sweep(&self, dir: &Dir) {
+        let mut next = Some(self.range.first);
+        while let Some(id) = next {
+            let found = match sys::next_project(dir, id) {
+                Ok(Some(found)) if found.id <= self.range.last => found,
+                Ok(_) => return,
+                Err(errno) => return debug!(%errno, "cannot list projects"),
+            };
+            if !self.lock().taken.contains(&found.id)
+                && let Err(error) = self.forget_unused(dir, found.id)
+            {
+                warn!(
+                    project = found.id,
+                    error = error.with_cause(),
+                    "cannot forget a project that nobody has"
+                );
+            }
+            next = found.id.checked_add(1);
+        }
+    }
+
+    fn project(file: &Dir, id: u32) -> Result<Project, DiskError> {
+        let found = sys::project(file, id).map_err(|errno| of(file, "read the quota of", errno))?;
+        Ok(Project { id, ..found })
+    }
+
+    /// A size in whole blocks of the filesystem: a volume must be able to hold all that was promised.
+    fn whole_blocks(&self, size: Bytes) -> u64 {
+        size.0.div_ceil(self.block).max(1).saturating_mul(self.block)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Every change is one statement, and what a panic leaves behind is taken for in use.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn of(dir: &Dir, verb: &'static str, errno: Errno) -> DiskError {
+    failed(verb, dir.path().to_owned(), errno)
+}
+
+/// Two pools on one filesystem should not try the same ids in the same order.
+fn random() -> u64 {
+    uuid::Uuid::new_v4().as_u64_pair().1
+}

@@ -1,0 +1,266 @@
+//! btrfs: subvolumes and quota groups (include/uapi/linux/btrfs.h).
+
+use std::ffi::CStr;
+use std::os::fd::{AsFd, AsRawFd};
+
+use nix::Result;
+use nix::errno::Errno;
+
+/// The inode number of the top directory of every subvolume (`BTRFS_FIRST_FREE_OBJECTID`).
+pub(in crate::linux) const TOP_INODE: u64 = 256;
+
+/// `struct btrfs_ioctl_vol_args`.
+#[repr(C)]
+struct VolumeArgs {
+    fd: i64,
+    name: [u8; 4088],
+}
+
+/// `struct btrfs_ioctl_vol_args_v2`, as it names a subvolume by its id.
+#[repr(C)]
+struct VolumeArgs2 {
+    fd: i64,
+    transaction: u64,
+    flags: u64,
+    _unused: [u64; 4],
+    subvolume: u64,
+    _name: [u8; 4032],
+}
+
+/// `struct btrfs_ioctl_fs_info_args`.
+#[repr(C)]
+struct FsInfo {
+    _max_id: u64,
+    _devices: u64,
+    fsid: [u8; 16],
+    _rest: [u64; 124],
+}
+
+/// `struct btrfs_ioctl_ino_lookup_args`.
+#[repr(C)]
+struct InodeLookup {
+    tree: u64,
+    object: u64,
+    _name: [u8; 4080],
+}
+
+/// `struct btrfs_ioctl_search_args`.
+#[repr(C)]
+struct Search {
+    tree: u64,
+    min_object: u64,
+    max_object: u64,
+    min_offset: u64,
+    max_offset: u64,
+    min_transaction: u64,
+    max_transaction: u64,
+    min_kind: u32,
+    max_kind: u32,
+    items: u32,
+    _unused: u32,
+    _unused64: [u64; 4],
+    buffer: [u8; 3992],
+}
+
+/// `struct btrfs_ioctl_qgroup_limit_args`.
+#[repr(C)]
+struct QgroupLimit {
+    qgroup: u64,
+    flags: u64,
+    max_referenced: u64,
+    _max_exclusive: u64,
+    _reserved: [u64; 2],
+}
+
+/// `struct btrfs_ioctl_qgroup_create_args`.
+#[repr(C)]
+struct QgroupCreate {
+    create: u64,
+    qgroup: u64,
+}
+
+/// `struct btrfs_ioctl_qgroup_assign_args`.
+#[repr(C)]
+struct QgroupAssign {
+    assign: u64,
+    from: u64,
+    to: u64,
+}
+
+const _: () = assert!(
+    size_of::<VolumeArgs>() == 4096
+        && size_of::<VolumeArgs2>() == 4096
+        && size_of::<FsInfo>() == 1024
+        && size_of::<InodeLookup>() == 4096
+        && size_of::<Search>() == 4096
+        && size_of::<QgroupLimit>() == 48
+);
+
+mod raw {
+    use super::{FsInfo, InodeLookup, QgroupAssign, QgroupCreate, QgroupLimit, Search, VolumeArgs, VolumeArgs2};
+    const MAGIC: u8 = 0x94;
+    nix::ioctl_write_ptr!(subvolume_create, MAGIC, 14, VolumeArgs);
+    nix::ioctl_readwrite!(tree_search, MAGIC, 17, Search);
+    nix::ioctl_readwrite!(inode_lookup, MAGIC, 18, InodeLookup);
+    nix::ioctl_read!(fs_info, MAGIC, 31, FsInfo);
+    nix::ioctl_write_ptr!(qgroup_assign, MAGIC, 41, QgroupAssign);
+    nix::ioctl_write_ptr!(qgroup_create, MAGIC, 42, QgroupCreate);
+    // It only reads; its number says otherwise.
+    nix::ioctl_read!(qgroup_limit, MAGIC, 43, QgroupLimit);
+    nix::ioctl_write_ptr!(subvolume_destroy, MAGIC, 63, VolumeArgs2);
+}
+
+/// The UUID of the filesystem, as it is written below /sys/fs/btrfs.
+pub(in crate::linux) fn fsid(file: impl AsFd) -> Result<String> {
+    let mut info = FsInfo {
+        _max_id: 0,
+        _devices: 0,
+        fsid: [0; 16],
+        _rest: [0; 124],
+    };
+    // SAFETY: the kernel fills the structure, which is of the size that the number of the call says.
+    unsafe { raw::fs_info(file.as_fd().as_raw_fd(), &raw mut info) }?;
+    Ok(uuid::Uuid::from_bytes(info.fsid).hyphenated().to_string())
+}
+
+/// The id of the subvolume that an open file is in.
+pub(in crate::linux) fn subvolume_of(file: impl AsFd) -> Result<u64> {
+    let mut lookup = InodeLookup {
+        tree: 0,
+        object: TOP_INODE,
+        _name: [0; 4080],
+    };
+    // SAFETY: the kernel reads and fills the structure, which is of the size that the number of the call says.
+    unsafe { raw::inode_lookup(file.as_fd().as_raw_fd(), &raw mut lookup) }?;
+    Ok(lookup.tree)
+}
+
+/// Makes a subvolume, an empty directory to begin with.
+pub(in crate::linux) fn create_subvolume(dir: impl AsFd, name: &CStr) -> Result<()> {
+    let mut args = VolumeArgs { fd: 0, name: [0; 4088] };
+    let bytes = name.to_bytes();
+    // The last byte stays NUL.
+    let room = args.name.get_mut(..bytes.len()).filter(|_| bytes.len() < 4088);
+    room.ok_or(Errno::ENAMETOOLONG)?.copy_from_slice(bytes);
+    // SAFETY: the kernel reads the structure, which is of the size that the number of the call says.
+    unsafe { raw::subvolume_create(dir.as_fd().as_raw_fd(), &raw const args) }.map(drop)
+}
+
+/// Destroys a subvolume, whatever is in it but for other subvolumes; its space comes back by and by. Linux 5.7.
+pub(in crate::linux) fn destroy_subvolume(file: impl AsFd, id: u64) -> Result<()> {
+    /// `BTRFS_SUBVOL_SPEC_BY_ID`
+    const BY_ID: u64 = 1 << 4;
+    let args = VolumeArgs2 {
+        fd: 0,
+        transaction: 0,
+        flags: BY_ID,
+        _unused: [0; 4],
+        subvolume: id,
+        _name: [0; 4032],
+    };
+    // SAFETY: the kernel reads the structure, which is of the size that the number of the call says.
+    unsafe { raw::subvolume_destroy(file.as_fd().as_raw_fd(), &raw const args) }.map(drop)
+}
+
+/// Subvolumes that lie directly in a subvolume: as many as one call can tell of, so that it is asked again when these are gone.
+pub(in crate::linux) fn subvolumes_in(file: impl AsFd, id: u64) -> Result<Vec<u64>> {
+    const ROOT_TREE: u64 = 1;
+    const ROOT_REF: u32 = 156;
+    /// `struct btrfs_ioctl_search_header`: transaction, object, offset, kind, length.
+    const HEADER: usize = 32;
+    let mut search = Search {
+        tree: ROOT_TREE,
+        min_object: id,
+        max_object: id,
+        min_offset: 0,
+        max_offset: u64::MAX,
+        min_transaction: 0,
+        max_transaction: u64::MAX,
+        min_kind: ROOT_REF,
+        max_kind: ROOT_REF,
+        items: u32::MAX,
+        _unused: 0,
+        _unused64: [0; 4],
+        buffer: [0; 3992],
+    };
+    // SAFETY: the kernel reads and fills the structure, which is of the size that the number of the call says.
+    unsafe { raw::tree_search(file.as_fd().as_raw_fd(), &raw mut search) }?;
+    let mut rest = search.buffer.as_slice();
+    let mut found = Vec::new();
+    for _ in 0..search.items {
+        let Some((header, after)) = rest.split_at_checked(HEADER) else {
+            break;
+        };
+        let number = |at: usize| header[at..at + 8].try_into().map(u64::from_ne_bytes);
+        let length = header[28..32].try_into().map(u32::from_ne_bytes);
+        let (Ok(child), Ok(length)) = (number(16), length) else {
+            break;
+        };
+        found.push(child);
+        rest = after.get(length as usize..).unwrap_or_default();
+    }
+    Ok(found)
+}
+
+/// The quota group of level one that is named after a subvolume: groups of level zero are the subvolumes' own.
+pub(in crate::linux) fn upper(subvolume: u64) -> u64 {
+    (1 << 48) | subvolume
+}
+
+/// Limits what a quota group refers to; nothing is no limit.
+pub(in crate::linux) fn limit_qgroup(file: impl AsFd, qgroup: u64, bytes_max: Option<u64>) -> Result<()> {
+    /// `BTRFS_QGROUP_LIMIT_MAX_RFER`
+    const MAX_REFERENCED: u64 = 1;
+    /// `BTRFS_QGROUP_CLEAR_VALUE`
+    const NONE: u64 = u64::MAX;
+    let mut limit = QgroupLimit {
+        qgroup,
+        flags: MAX_REFERENCED,
+        max_referenced: bytes_max.unwrap_or(NONE),
+        _max_exclusive: 0,
+        _reserved: [0; 2],
+    };
+    // SAFETY: the kernel reads the structure, which is of the size that the number of the call says.
+    unsafe { raw::qgroup_limit(file.as_fd().as_raw_fd(), &raw mut limit) }.map(drop)
+}
+
+/// Makes a quota group; one that is there will do.
+pub(in crate::linux) fn create_qgroup(file: impl AsFd, qgroup: u64) -> Result<()> {
+    match change_qgroup(file, qgroup, 1) {
+        Err(Errno::EEXIST) => Ok(()),
+        other => other,
+    }
+}
+
+/// Removes a quota group; one that is not there will do.
+pub(in crate::linux) fn remove_qgroup(file: impl AsFd, qgroup: u64) -> Result<()> {
+    match change_qgroup(file, qgroup, 0) {
+        Err(Errno::ENOENT) => Ok(()),
+        other => other,
+    }
+}
+
+fn change_qgroup(file: impl AsFd, qgroup: u64, create: u64) -> Result<()> {
+    let args = QgroupCreate { create, qgroup };
+    // SAFETY: the kernel reads the structure, which is of the size that the number of the call says.
+    unsafe { raw::qgroup_create(file.as_fd().as_raw_fd(), &raw const args) }.map(drop)
+}
+
+/// Makes a quota group a part of another, if it is not one already.
+pub(in crate::linux) fn join_qgroup(file: impl AsFd, from: u64, to: u64) -> Result<()> {
+    match assign_qgroup(file, from, to, 1) {
+        Err(Errno::EEXIST) => Ok(()),
+        other => other,
+    }
+}
+
+/// Takes a quota group out of another.
+pub(in crate::linux) fn leave_qgroup(file: impl AsFd, from: u64, to: u64) -> Result<()> {
+    assign_qgroup(file, from, to, 0)
+}
+
+fn assign_qgroup(file: impl AsFd, from: u64, to: u64, assign: u64) -> Result<()> {
+    let args = QgroupAssign { assign, from, to };
+    // SAFETY: the kernel reads the structure, which is of the size that the number of the call says.
+    unsafe { raw::qgroup_assign(file.as_fd().as_raw_fd(), &raw const args) }.map(drop)
+}
