@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use hostdir::csi::proto::CapacityRange;
 use hostdir::csi::proto::volume_usage::Unit;
+use hostdir::csi::proto::{CapacityRange, CreateVolumeRequest};
 
 use crate::support::client::{create_request, map};
 use crate::support::disk::{Filesystem, run};
@@ -149,13 +149,7 @@ impl Served<'_> {
     }
 
     pub(super) fn create(&self, id: &str, mib: u64) {
-        let mut request = create_request(id);
-        request.parameters = map(&[("mode", "0777")]);
-        request.capacity_range = Some(CapacityRange {
-            required_bytes: i64::try_from(mib * MIB).expect("a size"),
-            limit_bytes: 0,
-        });
-        self.client.create_as(request).expect("create");
+        self.client.create_as(request(id, mib)).expect("create");
     }
 
     pub(super) fn publish(&self, id: &str) -> PathBuf {
@@ -208,6 +202,18 @@ impl Served<'_> {
         assert!(usage.available <= usage.total, "{usage:?}");
         let number = |number: i64| u64::try_from(number).expect("not negative");
         (number(usage.total), number(usage.used))
+    }
+}
+
+/// A request for a volume that everybody may write into.
+pub(super) fn request(id: &str, mib: u64) -> CreateVolumeRequest {
+    CreateVolumeRequest {
+        parameters: map(&[("mode", "0777")]),
+        capacity_range: Some(CapacityRange {
+            required_bytes: i64::try_from(mib * MIB).expect("a size"),
+            limit_bytes: 0,
+        }),
+        ..create_request(id)
     }
 }
 
