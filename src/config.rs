@@ -417,12 +417,31 @@ mod tests {
     }
 
     #[test]
+    fn a_file_describes_quotas() {
+        let text = "pools:\n- {name: a, path: /a, quota: required, projectIds: 5-9, inodesPerGiB: 1000}\n\
+                    - {name: b, path: /b, quota: off}\n- {name: c, path: /c, quota: \"off\"}\n- {name: d, path: /d}\n";
+        let quotas: Vec<Quotas> = parse(text).unwrap().iter().map(|pool| pool.quotas).collect();
+        let strict = Quotas {
+            policy: Policy::Required,
+            projects: "5-9".parse().unwrap(),
+            inodes_per_gib: Some(1000),
+        };
+        assert_eq!(quotas[0], strict);
+        assert_eq!(quotas[1].policy, Policy::Off);
+        assert_eq!(quotas[2].policy, Policy::Off);
+        assert_eq!(quotas[3], Quotas::default());
+    }
+
+    #[test]
     fn mistakes_in_a_file_are_named() {
         for (text, word) in [
             ("pools:\n- {name: a, path: /a, reserv: 1}\n", "reserv"),
             ("pools:\n- {name: A, path: /a}\n", "pool name"),
             ("pools:\n- {name: a, path: /a, reserve: much}\n", "reserve"),
             ("pools:\n- {name: a, path: /a, overcommit: 0}\n", "overcommit"),
+            ("pools:\n- {name: a, path: /a, quota: always}\n", "quota"),
+            ("pools:\n- {name: a, path: /a, projectIds: 0-5}\n", "projectIds"),
+            ("pools:\n- {name: a, path: /a, inodesPerGiB: 0}\n", "inodesPerGiB"),
             ("pools:\n- {name: a}\n", "path"),
             ("pools:\n- {name: a, path: /a, poolId: mine}\n", "poolId"),
             ("pool: []\n", "pool"),

@@ -45,6 +45,12 @@ fn the_chart_lints_and_refuses_wrong_values_by_name() {
             r#"storageClasses=[{"name":"a","mountOptions":["suid"]}]"#,
             "mountOptions",
         ),
+        (r#"pools=[{"name":"a","path":"/a","quota":"always"}]"#, "quota"),
+        (r#"pools=[{"name":"a","path":"/a","projectIds":"0-9"}]"#, "projectIds"),
+        (
+            r#"mode="local",storageClasses=[{"name":"a","allowVolumeExpansion":true}]"#,
+            "needs mode=elected",
+        ),
         (r#"image.digest="latest""#, "digest"),
         ("surprise=1", "surprise"),
     ] {
@@ -54,6 +60,10 @@ fn the_chart_lints_and_refuses_wrong_values_by_name() {
     let disks = r#"pools=[{"name":"default","path":"/mnt/a","requireMount":true},{"name":"b","path":"/mnt/b","requireMount":true}]"#;
     let (text, sound) = helm(&program, &["template", CHART, "--set-json", disks]);
     assert!(sound && text.matches("mountPath: /mnt\n").count() == 1, "{text}");
+    // As YAML has it, without quotes.
+    let off = r#"pools=[{"name":"default","path":"/a","quota":false,"inodesPerGiB":1000000}]"#;
+    let (text, sound) = helm(&program, &["template", CHART, "--set-json", off]);
+    assert!(sound && text.contains("quota: \"off\"") && text.contains("inodesPerGiB: 1000000\n"), "{text}");
     let digest = format!("image.digest=\"sha256:{}\"", "0".repeat(64));
     let (text, _) = helm(&program, &["template", CHART, "--set-json", &digest]);
     assert!(text.contains("image: hostdir@sha256:000"), "a digest does not count");

@@ -2,8 +2,8 @@
 
 use super::super::control::{Control, Health, Parameters, Placement, Want};
 use super::super::memory::Memory;
-use super::super::ports::{DiskErrorKind, OnDisk, Stage};
-use super::super::quota::Quotas;
+use super::super::ports::{DiskErrorKind, OnDisk, Stage, Usage};
+use super::super::quota::{Policy, Quotas};
 use super::super::record::Directory;
 use super::super::room::Limits;
 use super::super::size::SizeRange;
@@ -493,4 +493,110 @@ fn a_promise_of_another_node_is_refused() {
     node.promises
         .change("a", |promise| promise.node = NodeName::parse("node-b").unwrap());
     assert!(matches!(node.publish("a", promise.uid), Err(Reason::OtherNode)));
+}
+
+/// A driver with one pool of which quotas are required.
+fn required(memory: &Memory) -> Driver {
+    let config = PoolConfig {
+        name: pool("default"),
+        path: "/default".into(),
+        require_mount: false,
+        expected: None,
+        limits: Limits::default(),
+        quotas: Quotas {
+            policy: Policy::Required,
+            ..Quotas::default()
+        },
+    };
+    let node = NodeName::parse("node-a").unwrap();
+    Driver::new(node, Arc::new(memory.clone()), Arc::new(OnDisk), vec![config])
+}
+
+#[test]
+fn where_quotas_are_required_nothing_is_mounted_without() {
+    let memory = Memory::default();
+    let driver = required(&memory);
+    driver.create(&want("a", 1)).unwrap();
+    let mount = |path: &str| driver.publish(&publish("a", path, AccessMode::SingleNodeMultiWriter));
+    assert!(matches!(*mount("/t").unwrap_err().reason, Reason::Unlimited { .. }));
+    memory.enforce(true);
+    mount("/t").unwrap();
+    // One that others do not share its fate with.
+    memory.let_loose(&id("a"), "it was made without");
+    let refusal = mount("/u").unwrap_err().to_string();
+    assert!(refusal.contains("it was made without"), "{refusal}");
+    assert_eq!(driver.pool_states()[0].condition.as_ref().unwrap().unlimited, 1);
+    // What runs, ends.
+    driver.unpublish(&id("a"), &target("/t")).unwrap();
+    driver.delete(&id("a")).unwrap();
+    assert_eq!(driver.pool_states()[0].condition.as_ref().unwrap().unlimited, 0);
+}
+
+#[test]
+fn statistics_are_those_of_the_volume() {
+    let Fixture { memory, driver } = Fixture::new();
+    driver.create(&want("a", 2)).unwrap();
+    driver
+        .publish(&publish("a", "/t", AccessMode::SingleNodeWriter))
+        .unwrap();
+    let refusal = driver.stats(&id("a"), "/t").unwrap_err();
+    assert!(matches!(*refusal.reason, Reason::Waiting(_)), "{refusal}");
+    let mut usage = Usage {
+        bytes: Bytes(1 << 30),
+        inodes: None,
+    };
+    memory.set_usage(Some(usage));
+    let stats = driver.stats(&id("a"), "/t").unwrap();
+    assert_eq!(
+        (stats.total, stats.used, stats.available),
+        (Bytes(2 << 30), Bytes(1 << 30), Bytes(1 << 30))
+    );
+    // Where nothing holds it, it may have more than was promised.
+    usage.bytes = Bytes(3 << 30);
+    memory.set_usage(Some(usage));
+    let stats = driver.stats(&id("a"), "/t").unwrap();
+    assert_eq!((stats.used, stats.available), (Bytes(3 << 30), Bytes(0)));
+}
+
+#[test]
+fn a_node_lets_a_volume_have_what_was_promised_and_no_more() {
+    let node = Elected::new();
+    let promise = node.promises.make("a");
+    node.publish("a", promise.uid).unwrap();
+    let driver = &node.fixture.driver;
+    let at_least = |gib: u64| SizeRange {
+        required: Bytes(gib << 30),
+        limit: None,
+    };
+    let refusal = driver.expand_here(&id("a"), at_least(2)).unwrap_err();
+    assert!(matches!(*refusal.reason, Reason::NotPromised { .. }), "{refusal}");
+    node.promises.change("a", |promise| promise.bytes = Bytes(3 << 30));
+    // Whoever asks for less has an old idea of what is promised.
+    assert_eq!(driver.expand_here(&id("a"), at_least(2)).unwrap(), Bytes(3 << 30));
+    assert_eq!(driver.get(&id("a")).unwrap().bytes, Bytes(3 << 30));
+    let promised = driver.pool_states()[0].condition.as_ref().unwrap().promised;
+    assert_eq!(promised, Bytes(3 << 30));
+    // Another volume of that name is not this one.
+    assert!(driver.follow_promise(&id("a"), Uuid::new_v4(), Bytes(9 << 30)).is_err());
+    assert_eq!(
+        driver.follow_promise(&id("a"), promise.uid, Bytes(1 << 30)).unwrap(),
+        Bytes(3 << 30)
+    );
+}
+
+#[test]
+fn an_expansion_that_the_disk_refuses_is_promised_to_nobody() {
+    let node = Elected::new();
+    let promise = node.promises.make("a");
+    node.publish("a", promise.uid).unwrap();
+    node.promises.change("a", |promise| promise.bytes = Bytes(3 << 30));
+    let driver = &node.fixture.driver;
+    node.fixture.memory.fail("rewrite", DiskErrorKind::Failed);
+    driver
+        .follow_promise(&id("a"), promise.uid, Bytes(3 << 30))
+        .unwrap_err();
+    let promised = || driver.pool_states()[0].condition.as_ref().unwrap().promised;
+    assert_eq!(promised(), Bytes::GIB);
+    driver.follow_promise(&id("a"), promise.uid, Bytes(3 << 30)).unwrap();
+    assert_eq!(promised(), Bytes(3 << 30));
 }
