@@ -63,7 +63,10 @@ fn the_chart_lints_and_refuses_wrong_values_by_name() {
     // As YAML has it, without quotes.
     let off = r#"pools=[{"name":"default","path":"/a","quota":false,"inodesPerGiB":1000000}]"#;
     let (text, sound) = helm(&program, &["template", CHART, "--set-json", off]);
-    assert!(sound && text.contains("quota: \"off\"") && text.contains("inodesPerGiB: 1000000\n"), "{text}");
+    assert!(
+        sound && text.contains("quota: \"off\"") && text.contains("inodesPerGiB: 1000000\n"),
+        "{text}"
+    );
     let digest = format!("image.digest=\"sha256:{}\"", "0".repeat(64));
     let (text, _) = helm(&program, &["template", CHART, "--set-json", &digest]);
     assert!(text.contains("image: hostdir@sha256:000"), "a digest does not count");

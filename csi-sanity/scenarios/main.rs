@@ -11,4 +11,5 @@ mod lab;
 mod objects;
 mod pods;
 mod scale;
+mod sizes;
 mod trouble;
