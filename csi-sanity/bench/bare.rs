@@ -109,7 +109,8 @@ impl Bare {
     }
 }
 
-fn write(path: &Path) -> std::io::Result<()> {
+/// Writes a record and syncs it.
+pub(crate) fn write(path: &Path) -> std::io::Result<()> {
     let mut file = File::create(path)?;
     file.write_all(&RECORD)?;
     file.sync_all()

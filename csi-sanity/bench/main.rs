@@ -5,6 +5,7 @@
 
 mod bare;
 mod rpc;
+mod sizes;
 mod table;
 
 use std::fs;
@@ -52,12 +53,17 @@ fn main() {
         .tempdir()
         .expect("make a directory");
     let mut table = Table::default();
-    let bench = Bench {
-        dir: scratch.path().to_owned(),
-    };
-    bench.run(&mut table);
-    drop(scratch);
+    // `cargo bench --bench local -- sizes` measures quotas alone.
+    if !std::env::args().any(|arg| arg == "sizes") {
+        let bench = Bench {
+            dir: scratch.path().to_owned(),
+        };
+        bench.run(&mut table);
+    }
+    sizes::run(scratch.path(), &mut table);
     println!("{table}");
+    // What is mounted below goes with this process.
+    drop(scratch);
 }
 
 struct Bench {

@@ -11,8 +11,9 @@ use hostdir::csi::proto::node_client::NodeClient;
 use hostdir::csi::proto::volume_capability::access_mode::Mode;
 use hostdir::csi::proto::volume_capability::{AccessMode, AccessType, MountVolume};
 use hostdir::csi::proto::{
-    CapacityRange, CreateVolumeRequest, DeleteVolumeRequest, GetCapacityRequest, ListVolumesRequest,
-    NodeGetVolumeStatsRequest, NodePublishVolumeRequest, NodeUnpublishVolumeRequest, ProbeRequest, VolumeCapability,
+    CapacityRange, ControllerExpandVolumeRequest, CreateVolumeRequest, DeleteVolumeRequest, GetCapacityRequest,
+    ListVolumesRequest, NodeGetVolumeStatsRequest, NodePublishVolumeRequest, NodeUnpublishVolumeRequest, ProbeRequest,
+    VolumeCapability,
 };
 use tokio::runtime::Runtime;
 use tonic::transport::{Channel, Endpoint};
@@ -45,12 +46,21 @@ struct Caller {
 impl Served {
     /// Starts the driver and waits for its first answer.
     pub(crate) fn start(dir: &Path) -> Self {
+        Self::start_with(dir, "overcommit: 1")
+    }
+
+    /// The same, with wishes about its pool, in YAML.
+    pub(crate) fn start_with(dir: &Path, wishes: &str) -> Self {
         fs::create_dir_all(dir.join("pods")).expect("make a directory");
-        let socket = dir.join("csi.sock");
+        let (socket, config) = (dir.join("csi.sock"), dir.join("config.yaml"));
+        let pool = dir.join("pool");
+        let pools = format!("pools: [{{name: default, path: {}, {wishes}}}]\n", pool.display());
+        fs::write(&config, pools).expect("write a configuration");
         let child = Command::new(env!("CARGO_BIN_EXE_hostdir"))
             .args(["local", "--node-name", "bench", "--log-level", "warn"])
             .arg(format!("--endpoint=unix://{}", socket.display()))
-            .arg(format!("--pool=default={}", dir.join("pool").display()))
+            .arg("--config")
+            .arg(&config)
             .stderr(
                 File::options()
                     .create(true)
@@ -155,6 +165,26 @@ impl Served {
             self.caller.publish(name).await;
         });
         target(&self.dir, name)
+    }
+
+    /// Statistics of the volume `read`, mounted there.
+    pub(crate) fn stats(&self, path: &Path) {
+        self.runtime.block_on(self.caller.read(0, path));
+    }
+
+    /// Lets a volume grow.
+    pub(crate) fn expand(&self, name: &str, bytes: i64) {
+        let request = ControllerExpandVolumeRequest {
+            volume_id: name.to_owned(),
+            capacity_range: Some(CapacityRange {
+                required_bytes: bytes,
+                limit_bytes: 0,
+            }),
+            ..ControllerExpandVolumeRequest::default()
+        };
+        let mut client = ControllerClient::new(self.caller.channel.clone());
+        let grown = self.runtime.block_on(client.controller_expand_volume(request));
+        grown.expect("ControllerExpandVolume");
     }
 
     pub(crate) fn unpublish(&self, name: &str) {

@@ -62,7 +62,7 @@ fn cut_power(filesystem: Filesystem) {
     let say = |what: &str| {
         std::io::stderr()
             .write_all(format!("    {name}: {what}\n").as_bytes())
-            .expect("say")
+            .expect("say");
     };
     say(&format!("{cuts} cuts, HOSTDIR_SEED={seed}"));
     let mut random = fastrand::Rng::with_seed(seed);
@@ -134,16 +134,14 @@ fn read(journal: &str) -> BTreeMap<String, Known> {
                     ..Known::default()
                 };
             }
-            ("done", "create") => (known.size, known.there) = (number, Some(true)),
+            // "found" is what was found after a cut.
+            ("done", "create") | ("found", "there") => (known.size, known.there) = (number, Some(true)),
             ("begin", "expand") => known.asked = number,
             ("done", "expand") => known.size = number,
             ("done", "write") => known.files = number.expect("a number"),
             ("begin", "write") => {}
             ("begin", "delete") => known.there = None,
-            ("done", "delete") => known.there = Some(false),
-            // What was answered with an error that is not final, or found after a cut.
-            ("found", "there") => (known.size, known.there) = (number, Some(true)),
-            ("found", "gone") => known.there = Some(false),
+            ("done", "delete") | ("found", "gone") => known.there = Some(false),
             _ => panic!("the journal has a line that nobody wrote: {line}"),
         }
     }

@@ -14,8 +14,11 @@ use super::place::{MIB, Place, as_in_a_container, fill, user_writes};
 use crate::support::scratch::names;
 use crate::support::{Client, wait_until};
 
+/// A scenario, and what it is called.
+type Named = (&'static str, fn(&Place));
+
 /// All of them.
-pub(super) const ALL: [(&str, fn(&Place)); 8] = [
+pub(super) const ALL: [Named; 8] = [
     ("a_volume_ends_at_its_size", a_volume_ends_at_its_size),
     (
         "a_volume_grows_while_it_is_written_to",

@@ -93,7 +93,7 @@ pub(super) fn records_and_directories_that_disagree_are_put_right_or_said(place:
     let [.., sound] = projects;
     drop(served);
     edit(place, "another", |record| {
-        drop(record.insert("project".into(), sound.into()))
+        drop(record.insert("project".into(), sound.into()));
     });
     edit(place, "none", |record| drop(record.remove("project")));
     edit(place, "zero", |record| drop(record.insert("project".into(), 0.into())));

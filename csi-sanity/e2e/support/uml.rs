@@ -3,6 +3,7 @@
 //!
 //! What runs inside is this very program, with a filter for tests that are ignored outside.
 
+use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt as _;
@@ -91,22 +92,24 @@ impl Machine {
             self.dir.path().display(),
         );
         for (name, value) in settings {
-            script += &format!("export {name}='{value}'\n");
+            writeln!(script, "export {name}='{value}'").expect("write");
         }
         script += match files {
             Files::InMemory => "export TMPDIR=/run/tmp\n",
             Files::OnDisk => "mount -o prjquota /dev/ubda /run/disk; export TMPDIR=/run/disk\n",
         };
-        script += &format!(
+        writeln!(
+            script,
             "cd /run\n\
              {} {} --include-ignored --test-threads=1 > {} 2>&1\n\
              echo $? > {}\n\
-             echo o > /proc/sysrq-trigger; sleep 60\n",
+             echo o > /proc/sysrq-trigger; sleep 60",
             program.display(),
             tests,
             log.display(),
             verdict.display(),
-        );
+        )
+        .expect("write");
         fs::write(&init, script).expect("write the init script");
         fs::set_permissions(&init, fs::Permissions::from_mode(0o755)).expect("make it executable");
         let console = File::create(console).expect("make a log");
@@ -184,7 +187,9 @@ impl Running {
     }
 
     /// Cuts the power: what was not on the disk is gone.
-    pub(crate) fn cut_power(self) {}
+    pub(crate) fn cut_power(self) {
+        drop(self);
+    }
 }
 
 impl Drop for Running {

@@ -241,7 +241,7 @@ impl Quota {
     /// Makes a directory fit to be the trash of the pool.
     pub(super) fn ready_trash(&self, trash: &Dir) -> Result<(), DiskError> {
         match &self.kind {
-            Kind::Projects(projects) => projects.open_to_all(trash),
+            Kind::Projects(_) => ProjectQuota::open_to_all(trash),
             Kind::Qgroups(_) | Kind::None(_) => Ok(()),
         }
     }

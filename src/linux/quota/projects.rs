@@ -177,7 +177,7 @@ impl ProjectQuota {
     }
 
     /// Lets files of all projects be moved into a directory: one that lies in a project itself would take none of another.
-    pub(super) fn open_to_all(&self, dir: &Dir) -> Result<(), DiskError> {
+    pub(super) fn open_to_all(dir: &Dir) -> Result<(), DiskError> {
         let tag = Self::tag(dir)?;
         if !tag.inherited {
             return Ok(());
