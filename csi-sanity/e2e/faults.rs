@@ -104,3 +104,13 @@ fn every_step_may_fail_with_erofs() {
 fn every_step_may_fail_with_eacces() {
     every_call_fails_with(Errno::EACCES);
 }
+
+/// What quotas are part of, on a disk that has them: see `quota`.
+#[test]
+#[ignore = "runs inside a machine of the test's"]
+fn publish_and_expand_may_fail_with_eio() {
+    let scene = Scene::new("publish_and_expand_may_fail_with_eio").expect("root, and CI is set");
+    for call in [Call::FirstPublish, Call::Expand] {
+        fails_at_every_step(&scene, call, Errno::EIO);
+    }
+}

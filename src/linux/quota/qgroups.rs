@@ -7,7 +7,8 @@
 
 use std::collections::BTreeSet;
 use std::ffi::CStr;
-use std::fs;
+use std::fs::{self, File};
+use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -136,8 +137,10 @@ impl Qgroups {
     fn read(&self, group: u64, what: &str) -> Option<u64> {
         let (level, id) = (group >> 48, group & ((1 << 48) - 1));
         let path = self.sysfs.join(format!("{level}_{id}")).join(what);
-        let text = fs::read_to_string(path).ok()?;
-        let text = text.trim();
+        // A number, in one read.
+        let mut buffer = [0; 32];
+        let length = File::open(path).and_then(|mut file| file.read(&mut buffer)).ok()?;
+        let text = std::str::from_utf8(&buffer[..length]).ok()?.trim();
         // Flags are in hexadecimal.
         text.strip_prefix("0x")
             .map_or_else(|| text.parse().ok(), |digits| u64::from_str_radix(digits, 16).ok())
