@@ -48,12 +48,12 @@ fn sizes_hold_on_btrfs() {
 /// What `crash` does to a pool without quotas, it does to one with them.
 #[test]
 fn death_at_every_step_leaves_limits_and_projects_whole_on_xfs() {
-    in_a_machine(Filesystem::Xfs, "crash::", Files::OnDisk);
+    in_a_machine(Filesystem::Xfs, CRASHES, Files::OnDisk);
 }
 
 #[test]
 fn death_at_every_step_leaves_limits_and_projects_whole_on_ext4() {
-    in_a_machine(Filesystem::Ext4, "crash::", Files::OnDisk);
+    in_a_machine(Filesystem::Ext4, CRASHES, Files::OnDisk);
 }
 
 #[test]
