@@ -200,6 +200,9 @@ fn the_readme_has_the_commands_that_ci_and_people_run() {
         "reserve",
         "overcommit",
         "requireMount",
+        "quota",
+        "projectIds",
+        "inodesPerGiB",
     ] {
         assert!(readme.contains(key), "README does not explain {key}");
     }

@@ -84,7 +84,7 @@ impl Limits {
     /// `foreign` bytes when the pool was made.
     ///
     /// (size − what others use) × overcommit − reserve − claims, and never more than free space × overcommit. What others use
-    /// cannot be told from what volumes use without quotas; it is what was there before the first volume (or all
+    /// cannot be told from what volumes use without asking for each; it is what was there before the first volume (or all
     /// that is used now, if that is less), or what is used beyond all claims, whichever is more.
     #[must_use]
     pub fn room(self, space: Space, foreign: Bytes, claimed: Bytes) -> Bytes {
