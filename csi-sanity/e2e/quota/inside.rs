@@ -54,6 +54,7 @@ inside![true, wishes:
     records_and_directories_that_disagree_are_put_right_or_said,
     quotas_that_are_switched_off_are_missed,
     another_filesystem_over_the_pool_is_refused,
+    in_a_user_namespace_no_file_leaves_its_project,
 ];
 
 inside![false, wishes:

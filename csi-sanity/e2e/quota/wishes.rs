@@ -1,6 +1,7 @@
 //! What an administrator wishes, and does: `required`, `auto` and `off`, quotas that come and go, records that are edited.
 
 use std::fs;
+use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::Command;
 
@@ -71,6 +72,39 @@ pub(super) fn quotas_that_are_off_lift_limits_and_on_again_set_them(place: &Plac
     assert_eq!(refusal.code(), Code::FailedPrecondition);
     assert!(refusal.message().contains("copy its data"), "{}", refusal.message());
     served.clear(&["limited", "free"]);
+}
+
+/// The kernel lets an owner take a file out of its project, unless in a user namespace (`fileattr_set_prepare`, fs/file_attr.c):
+/// what the README tells people to do about tenants they do not trust.
+pub(super) fn in_a_user_namespace_no_file_leaves_its_project(place: &Place) {
+    if !place.filesystem.has_projects() {
+        return;
+    }
+    let served = place.start();
+    let target = served.volume("kept", 16);
+    assert!(user_writes(&target.join("file"), MIB));
+    let leave = |namespace: &[&str]| {
+        let mut command = Command::new(namespace[0]);
+        command
+            .args(&namespace[1..])
+            .args(["chattr", "-p", "0"])
+            .arg(target.join("file"));
+        command.uid(1000).gid(1000).output().expect("run chattr")
+    };
+    let inside = ["unshare", "--user", "--map-root-user"];
+    let alone = Command::new("unshare")
+        .args(&inside[1..])
+        .arg("true")
+        .uid(1000)
+        .gid(1000)
+        .status();
+    assert!(alone.expect("run unshare").success(), "no user namespace can be made");
+    let refused = leave(&inside);
+    assert!(!refused.status.success(), "it left: {refused:?}");
+    let project = place.project("kept").to_string();
+    let shown = run(Command::new("lsattr").arg("-p").arg(target.join("file")));
+    assert!(shown.trim_start().starts_with(&project), "{shown}");
+    served.clear(&["kept"]);
 }
 
 /// Edits a record.
