@@ -10,6 +10,7 @@ mod ghosts;
 mod lab;
 mod objects;
 mod pods;
+mod sanity;
 mod scale;
 mod sizes;
 mod trouble;

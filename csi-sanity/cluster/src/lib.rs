@@ -16,6 +16,7 @@ pub mod kubectl;
 mod machine;
 mod node;
 mod pki;
+pub mod sanity;
 pub mod tools;
 
 pub use cluster::Cluster;
