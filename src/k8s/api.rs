@@ -198,7 +198,7 @@ pub struct PoolStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 4096))]
     pub quota_message: Option<String>,
-    /// How many volumes with data are held to no size.
+    /// How many volumes with data are held to no size, although others are.
     #[serde(default)]
     pub unlimited: u32,
     /// Why it cannot be used.

@@ -149,7 +149,10 @@ pub(super) fn pool_status(state: &PoolState, last: Option<&PoolStatus>) -> PoolS
             means.map_or_else(|_| "none".into(), ToString::to_string)
         }),
         quota_message: facts.and_then(|facts| facts.enforcement.clone().err()),
-        unlimited: facts.map_or(0, |facts| u32::try_from(facts.unlimited).unwrap_or(u32::MAX)),
+        // Where all are, that is said once, and not anew for every volume that comes or goes.
+        unlimited: facts
+            .filter(|facts| facts.enforcement.is_ok())
+            .map_or(0, |facts| u32::try_from(facts.unlimited).unwrap_or(u32::MAX)),
         message,
     }
 }

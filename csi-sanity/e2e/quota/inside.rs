@@ -55,6 +55,7 @@ inside![true, wishes:
     quotas_that_are_switched_off_are_missed,
     another_filesystem_over_the_pool_is_refused,
     in_a_user_namespace_no_file_leaves_its_project,
+    ids_in_use_are_given_to_nobody,
 ];
 
 inside![false, wishes:

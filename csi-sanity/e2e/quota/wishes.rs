@@ -10,6 +10,7 @@ use tonic::Code;
 
 use super::place::{MIB, Place, as_in_a_container, fill, user_writes};
 use crate::support::disk::{Filesystem, run};
+use crate::support::scratch::mounts_below;
 use crate::support::{uml, wait_until};
 
 pub(super) fn without_quotas_required_refuses_and_auto_says_so(place: &Place) {
@@ -72,6 +73,53 @@ pub(super) fn quotas_that_are_off_lift_limits_and_on_again_set_them(place: &Plac
     assert_eq!(refusal.code(), Code::FailedPrecondition);
     assert!(refusal.message().contains("copy its data"), "{}", refusal.message());
     served.clear(&["limited", "free"]);
+}
+
+pub(super) fn ids_in_use_are_given_to_nobody(place: &Place) {
+    if !place.filesystem.has_projects() {
+        return;
+    }
+    // Three ids, the first of which somebody else uses.
+    let foreign = place.disk.join("foreign-project");
+    fs::create_dir(&foreign).expect("make a directory");
+    run(Command::new("chattr").args(["-p", "5000"]).arg(&foreign));
+    let served = place.serve("quota: required, projectIds: 5000-5002");
+    served.volume("first", 16);
+    served.volume("second", 16);
+    let mut given = ["first", "second"].map(|id| place.project(id));
+    given.sort_unstable();
+    assert_eq!(given, [5001, 5002]);
+    served.create("third", 16);
+    let refused = || {
+        let refusal = served
+            .client
+            .publish("third", &place.target("third"))
+            .expect_err("no id is left");
+        assert!(refusal.message().contains("widen projectIds"), "{}", refusal.message());
+    };
+    refused();
+
+    // What lies in the trash has its id still.
+    let (first, stuck) = (place.project("first"), place.data("first").join("stuck"));
+    fs::create_dir(&stuck).expect("make a directory");
+    served.unpublish("first");
+    place_tmpfs(&stuck);
+    served.client.delete("first").expect("delete");
+    refused();
+    let trash = place.pool.join("trash");
+    for mount_point in mounts_below(&trash) {
+        nix::mount::umount(&mount_point).expect("unmount");
+    }
+    // Another delete wakes the eraser.
+    served.create("waker", 1);
+    served.client.delete("waker").expect("delete");
+    served.trash_empties();
+    wait_until("the id is given back", || {
+        served.client.publish("third", &place.target("third")).is_ok()
+    });
+    assert_eq!(place.project("third"), first);
+    served.clear(&["second", "third"]);
+    fs::remove_dir(&foreign).expect("remove a directory");
 }
 
 /// The kernel lets an owner take a file out of its project, unless in a user namespace (`fileattr_set_prepare`, fs/file_attr.c):
