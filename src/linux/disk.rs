@@ -150,6 +150,11 @@ impl Disk for PoolDisk {
         self.quota.loose(id)
     }
 
+    fn check_limit(&self, record: &Record) -> Result<(), DiskError> {
+        self.quota.check(&self.open_data(&record.id)?, record);
+        Ok(())
+    }
+
     fn usage(&self, record: &Record) -> Result<Option<Usage>, DiskError> {
         let data = self.open_data(&record.id)?;
         match self.quota.usage(&data, record)? {
@@ -279,11 +284,9 @@ impl PoolDisk {
         self.settle_or(|| volume.sync())
     }
 
-    /// Brings limits and records together, as they were found.
-    pub(super) fn sort_out(&self, found: &mut [Found]) {
-        let data = |id: &VolumeId| absent(self.open_data(id));
-        let rewrite = |record: &Record| self.replace_record(&self.open_volume(&record.id)?, record);
-        self.quota.sort_out(found, data, rewrite);
+    /// Sets the limits of the volumes that were found.
+    pub(super) fn sort_out(&self, found: &[Found]) {
+        self.quota.sort_out(found, |id| absent(self.open_data(id)));
     }
 
     fn open_data(&self, id: &VolumeId) -> Result<Dir, DiskError> {

@@ -17,7 +17,7 @@ use tracing::{debug, error, warn};
 
 use super::dir::Dir;
 use super::disk::DATA;
-use super::quota::Quota;
+use super::quota::{Destroyed, Quota};
 use super::sys;
 use crate::volume::id::PoolName;
 use crate::volume::ports::DiskError;
@@ -28,6 +28,9 @@ const RETRY: Duration = Duration::from_mins(1);
 /// How soon it is looked again whether the last file of a project or subvolume is gone: the kernel cleans up behind it, XFS in
 /// moments, btrfs in half a minute.
 const COUNTED: Duration = Duration::from_secs(2);
+
+/// And how often so soon.
+const LOOKS: u32 = 60;
 
 /// After so many removals the eraser rests for as long as they took: half of the disk's time stays with the tenants.
 const BATCH: u32 = 256;
@@ -159,12 +162,22 @@ enum Outcome {
 
 impl Work<'_> {
     fn run(&self) {
-        let mut limit = None;
+        let (mut limit, mut looks) = (None, 0);
         while self.signal.wait(limit) {
             match self.empty() {
                 Ok(left) => {
-                    let leaving = self.quota.give_back(&self.trash);
-                    limit = if left { Some(RETRY) } else { leaving.then_some(COUNTED) };
+                    // What does not leave soon may never: a tenant can give a file to any project.
+                    looks = if self.quota.give_back(&self.trash) {
+                        looks + 1
+                    } else {
+                        0
+                    };
+                    let again = if looks < LOOKS { COUNTED } else { RETRY };
+                    limit = if left {
+                        Some(RETRY)
+                    } else {
+                        (looks > 0).then_some(again)
+                    };
                 }
                 Err(Stopped) => return,
             }
@@ -200,8 +213,11 @@ impl Work<'_> {
     fn erase(&self, name: &CStr, pace: &mut Pace) -> Result<Result<Outcome, Stopped>, DiskError> {
         match remove(&self.trash, name) {
             Ok(()) => return Ok(Ok(Outcome::Gone)),
-            Err(Errno::ENOTEMPTY) if self.quota.destroy(&self.trash, name)? => return Ok(Ok(Outcome::Gone)),
-            Err(Errno::ENOTEMPTY) => {}
+            Err(Errno::ENOTEMPTY) => match self.quota.destroy(&self.trash, name)? {
+                Destroyed::NoSubvolume => {}
+                Destroyed::Gone => return Ok(Ok(Outcome::Gone)),
+                Destroyed::Holds(nested) => return Ok(Ok(self.move_all_up(nested, name))),
+            },
             Err(errno) => return Ok(Ok(stuck(&self.trash, name, errno))),
         }
         let dir = self.trash.child(name)?;
@@ -211,12 +227,15 @@ impl Work<'_> {
         if let Ok(Some(data)) = dir.find_child(DATA) {
             self.quota.leaves(&data);
             drop(data);
-            self.quota.destroy(&dir, DATA)?;
+            // Also when it is empty: its quota group has to be given back.
+            if let Destroyed::Holds(nested) = self.quota.destroy(&dir, DATA)? {
+                return Ok(Ok(self.move_all_up(nested, name)));
+            }
         }
         for entry in dir.names()? {
             let entry = entry?;
             let removed = match remove(&dir, &entry) {
-                Err(Errno::ENOTEMPTY) if self.quota.destroy(&dir, &entry)? => Ok(()),
+                // A subvolume is moved, too, and destroyed as an entry of the trash.
                 Err(Errno::ENOTEMPTY) => {
                     if matches!(outcome, Outcome::Gone) {
                         outcome = Outcome::Shrunk;
@@ -237,6 +256,18 @@ impl Work<'_> {
             outcome = stuck(&self.trash, name, errno);
         }
         Ok(Ok(outcome))
+    }
+
+    /// Takes subvolumes out of the one they are in, which is destroyed when it is looked at next.
+    fn move_all_up(&self, nested: Vec<(Dir, CString)>, volume: &CStr) -> Outcome {
+        let mut outcome = Outcome::Shrunk;
+        for (dir, name) in nested {
+            match self.move_up(&dir, &name, volume) {
+                Ok(()) | Err(Errno::ENOENT) => {}
+                Err(errno) => outcome = stuck(&dir, &name, errno),
+            }
+        }
+        outcome
     }
 
     /// Takes a directory out of a deeper one, so that the trash stays flat.
@@ -293,7 +324,9 @@ fn loosen(dir: &Dir, name: &CStr) -> nix::Result<()> {
 
 fn stuck(dir: &Dir, name: &CStr, errno: Errno) -> Outcome {
     let why = match errno {
-        Errno::EBUSY | Errno::EXDEV => "something is mounted on it; unmount that",
+        Errno::EBUSY | Errno::EXDEV => {
+            "something is mounted on it, or the trash is in a project of its own; unmount that"
+        }
         _ => errno.desc(),
     };
     warn!(path = %dir.path().display(), ?name, why, "part of a deleted volume cannot be erased yet");

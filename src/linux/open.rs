@@ -93,8 +93,8 @@ pub(super) fn open(config: &PoolConfig) -> Result<Opened, Unusable> {
     // An earlier process may have died between a change and its sync. From here on all that is found is answered for, so
     // all of it has to be durable first.
     syncfs(&root).map_err(|errno| failed("sync the filesystem of", config.path.clone(), errno))?;
-    let mut volumes = disk.load()?;
-    disk.sort_out(&mut volumes);
+    let volumes = disk.load()?;
+    disk.sort_out(&volumes);
     disk.quota.sweep(&disk.volumes);
     say_enforcement(config, &disk);
     let targets = targets(&disk)?;

@@ -199,7 +199,10 @@ impl Driver {
                     here,
                 });
             }
-            Phase::Ready => pool.require_limit(id)?,
+            Phase::Ready => {
+                pool.disk.check_limit(&record)?;
+                pool.require_limit(id)?;
+            }
         }
         let options = MountOptions {
             read_only: options.read_only || mode.is_read_only(),

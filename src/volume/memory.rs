@@ -247,6 +247,10 @@ impl Disk for MemoryDisk {
         self.memory.lock().loose.get(id).cloned()
     }
 
+    fn check_limit(&self, _: &Record) -> Result<(), DiskError> {
+        Ok(())
+    }
+
     fn usage(&self, _: &Record) -> Result<Option<Usage>, DiskError> {
         let mut state = self.memory.lock();
         state.attempt("usage")?;

@@ -210,6 +210,12 @@ pub trait Disk: Send + Sync {
     /// Why this volume is held to nothing, although others are.
     fn loose(&self, id: &VolumeId) -> Option<String>;
 
+    /// Looks whether a volume is still held to its size, and holds it again if it can be; else it is loose from now on.
+    ///
+    /// # Errors
+    /// Its directory cannot be opened.
+    fn check_limit(&self, record: &Record) -> Result<(), DiskError>;
+
     /// What a volume takes; nothing while its files are still being counted: ask again.
     ///
     /// # Errors

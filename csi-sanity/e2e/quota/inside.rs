@@ -51,7 +51,8 @@ inside![true, scenarios:
 
 inside![true, wishes:
     quotas_that_are_off_lift_limits_and_on_again_set_them,
-    records_and_directories_that_disagree_are_put_right_or_said,
+    records_that_are_edited_are_told_from_what_is_on_the_disk,
+    directories_that_leave_their_project_are_missed,
     quotas_that_are_switched_off_are_missed,
     another_filesystem_over_the_pool_is_refused,
     in_a_user_namespace_no_file_leaves_its_project,

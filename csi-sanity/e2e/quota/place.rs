@@ -30,7 +30,7 @@ pub(super) struct Place {
 
 /// A driver that runs on the pool of a place.
 pub(super) struct Served<'a> {
-    place: &'a Place,
+    pub(super) place: &'a Place,
     pub(super) process: Process,
     pub(super) client: Client,
 }

@@ -3,6 +3,8 @@
 use std::collections::HashSet;
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use hostdir::csi::proto::volume_usage::Unit;
@@ -11,6 +13,7 @@ use nix::sys::statvfs::statvfs;
 use tonic::Code;
 
 use super::place::{MIB, Place, as_in_a_container, fill, user_writes};
+use crate::support::disk::run;
 use crate::support::scratch::names;
 use crate::support::{Client, wait_until};
 
@@ -264,32 +267,33 @@ pub(super) fn nothing_leaves_a_volume_by_name(place: &Place) {
         // rename(2) of XFS and ext4 checks the project, of btrfs the subvolume.
         assert_eq!(renamed.expect_err("renamed").raw_os_error(), exdev, "{name}");
     }
-    if place.simple {
-        // A subvolume that a tenant makes is a part of the volume.
-        let nested = place.target("from").join("nested");
-        crate::support::disk::run(
-            std::process::Command::new("btrfs")
-                .args(["subvolume", "create"])
-                .arg(&nested),
-        );
-        let written = as_in_a_container(|| fill(&nested.join("file"), 64 * MIB));
-        assert!(written <= 16 * MIB, "{written} bytes of 16 MiB could be written");
-    } else if !place.filesystem.has_projects() {
-        let nested = place.target("from").join("nested");
-        crate::support::disk::run(
-            std::process::Command::new("btrfs")
-                .args(["subvolume", "create"])
-                .arg(&nested),
-        );
-        fs::create_dir_all(nested.join("a/b")).expect("make directories");
-        crate::support::disk::run(
-            std::process::Command::new("btrfs")
-                .args(["subvolume", "create"])
-                .arg(nested.join("a/b/deeper")),
-        );
-        fs::write(nested.join("a/b/deeper/file"), "nested").expect("write");
+    if !place.filesystem.has_projects() {
+        subvolumes_of_a_tenant(place);
     }
     served.clear(&["from", "to"]);
+}
+
+/// Subvolumes in a volume: a part of it with simple quotas; and they do not keep it from being erased.
+fn subvolumes_of_a_tenant(place: &Place) {
+    let btrfs = |args: &[&str], at: &Path| drop(run(Command::new("btrfs").args(args).arg(at)));
+    let nested = place.target("from").join("nested");
+    btrfs(&["subvolume", "create"], &nested);
+    if place.simple {
+        let written = as_in_a_container(|| fill(&nested.join("file"), 64 * MIB));
+        assert!(written <= 16 * MIB, "{written} bytes of 16 MiB could be written");
+        fs::remove_file(nested.join("file")).expect("remove");
+    }
+    fs::create_dir_all(nested.join("a/b")).expect("make directories");
+    let deeper = nested.join("a/b/deeper");
+    btrfs(&["subvolume", "create"], &deeper);
+    fs::write(deeper.join("file"), "nested").expect("write");
+    run(Command::new("chattr").arg("+i").arg(nested.join("a/b")));
+    for subvolume in [&deeper, &nested] {
+        run(Command::new("btrfs")
+            .args(["property", "set"])
+            .arg(subvolume)
+            .args(["ro", "true"]));
+    }
 }
 
 pub(super) fn a_restart_puts_limits_right(place: &Place) {
@@ -299,24 +303,16 @@ pub(super) fn a_restart_puts_limits_right(place: &Place) {
     // The pod writes on; somebody has taken the limit away, or set another.
     if place.filesystem.has_projects() {
         let project = place.project("kept").to_string();
-        crate::support::disk::run(
-            std::process::Command::new("setquota")
-                .args(["-P", &project, "0", "0", "0", "0"])
-                .arg(&place.disk),
-        );
+        run(Command::new("setquota")
+            .args(["-P", &project, "0", "0", "0", "0"])
+            .arg(&place.disk));
     } else {
-        let group = if place.simple { "1/" } else { "0/" };
-        let shown = crate::support::disk::run(
-            std::process::Command::new("btrfs")
-                .args(["inspect-internal", "rootid"])
-                .arg(&target),
-        );
-        crate::support::disk::run(
-            std::process::Command::new("btrfs")
-                .args(["qgroup", "limit", "none"])
-                .arg(format!("{group}{}", shown.trim()))
-                .arg(&place.disk),
-        );
+        let group = if place.simple { "26724/" } else { "0/" };
+        let shown = run(Command::new("btrfs").args(["inspect-internal", "rootid"]).arg(&target));
+        run(Command::new("btrfs")
+            .args(["qgroup", "limit", "none"])
+            .arg(format!("{group}{}", shown.trim()))
+            .arg(&place.disk));
     }
     assert!(
         user_writes(&target.join("before"), 24 * MIB),

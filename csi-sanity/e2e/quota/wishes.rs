@@ -8,7 +8,7 @@ use std::process::Command;
 use hostdir::csi::proto::volume_usage::Unit;
 use tonic::Code;
 
-use super::place::{MIB, Place, as_in_a_container, fill, user_writes};
+use super::place::{MIB, Place, Served, as_in_a_container, fill, user_writes};
 use crate::support::disk::{Filesystem, run};
 use crate::support::scratch::mounts_below;
 use crate::support::{uml, wait_until};
@@ -162,59 +162,115 @@ fn edit(place: &Place, id: &str, change: impl FnOnce(&mut serde_json::Map<String
     fs::write(place.record(id), record.to_string()).expect("write a record");
 }
 
-pub(super) fn records_and_directories_that_disagree_are_put_right_or_said(place: &Place) {
+/// Refused, in words that hold `words`.
+fn refused(served: &Served<'_>, id: &str, words: &str) {
+    let target = served.place.target(id);
+    let refusal = served.client.publish(id, &target).expect_err(words);
+    assert_eq!(refusal.code(), Code::FailedPrecondition, "{refusal:?}");
+    assert!(
+        refusal.message().contains(words),
+        "{words:?} is not in {}",
+        refusal.message()
+    );
+}
+
+/// Mounted, and held to 16 MiB.
+fn is_held(served: &Served<'_>, id: &str) {
+    let target = served.publish(id);
+    assert!(!user_writes(&target.join("much"), 20 * MIB), "{id} is not limited");
+    fs::remove_file(target.join("much")).expect("remove");
+    served.unpublish(id);
+}
+
+pub(super) fn records_that_are_edited_are_told_from_what_is_on_the_disk(place: &Place) {
     if !place.filesystem.has_projects() {
         return;
     }
     let served = place.start();
-    let ids = ["another", "none", "zero", "lost", "sound"];
+    let ids = ["another", "none", "zero", "sound"];
     for id in ids {
         served.volume(id, 16);
+        served.unpublish(id);
     }
-    let projects = ids.map(|id| place.project(id));
-    let [.., sound] = projects;
+    let [another, none, zero, sound] = ids.map(|id| place.project(id));
     drop(served);
-    edit(place, "another", |record| {
-        drop(record.insert("project".into(), sound.into()));
-    });
+    let set = |id: &str, project: u64| {
+        edit(place, id, |record| {
+            drop(record.insert("project".into(), project.into()));
+        });
+    };
+    set("another", sound);
     edit(place, "none", |record| drop(record.remove("project")));
-    edit(place, "zero", |record| drop(record.insert("project".into(), 0.into())));
-    // As after a copy of the pool that knows nothing of projects.
-    fs::write(place.target("lost").join("file"), "copied").expect("write");
-    run(Command::new("chattr")
-        .args(["-R", "-f", "-p", "0", "-P"])
-        .arg(place.data("lost")));
+    set("zero", 0);
 
     let served = place.start();
-    let log = served.process.log();
-    assert_eq!(log.matches("volume.json named another project").count(), 3, "{log}");
-    assert_eq!(ids.map(|id| place.project(id)), projects, "they were not put right");
-    for id in ["another", "none", "zero", "sound"] {
-        let target = served.publish(id);
-        assert!(!user_writes(&target.join("much"), 20 * MIB), "{id} is not limited");
-        fs::remove_file(target.join("much")).expect("remove");
-    }
-    served.unpublish("lost");
-    let refusal = served
-        .client
-        .publish("lost", &place.target("lost"))
-        .expect_err("it has no project");
-    assert_eq!(refusal.code(), Code::FailedPrecondition);
-    let cure = format!(
-        "chattr -R -f -p {} DIR; find DIR -type d -exec chattr +P {{}} +",
-        place.project("lost")
-    );
-    assert!(refusal.message().contains(&cure), "{}", refusal.message());
+    refused(&served, "another", "both name project");
+    refused(&served, "sound", "both name project");
+    // The message says what to write.
+    refused(&served, "none", &format!("write \"project\": {none}"));
+    refused(&served, "zero", &format!("write \"project\": {zero}"));
     drop(served);
-
-    // It does what it says.
-    let data = place.data("lost").display().to_string();
-    run(Command::new("sh").args(["-c", &cure.replace("DIR", &data)]));
+    for (id, project) in [("another", another), ("none", none), ("zero", zero)] {
+        set(id, project);
+    }
     let served = place.start();
-    let target = served.publish("lost");
-    assert_eq!(fs::read_to_string(target.join("file")).expect("read"), "copied");
-    assert!(!user_writes(&target.join("much"), 20 * MIB), "it is not limited");
+    for id in ids {
+        is_held(&served, id);
+        served.publish(id);
+    }
     served.clear(&ids);
+}
+
+pub(super) fn directories_that_leave_their_project_are_missed(place: &Place) {
+    if !place.filesystem.has_projects() {
+        return;
+    }
+    let served = place.start();
+    for id in ["victim", "attacker"] {
+        served.volume(id, 16);
+        served.unpublish(id);
+    }
+    let (victim, own) = (place.project("victim"), place.project("attacker"));
+    fs::write(place.data("attacker").join("file"), "copied").expect("write");
+    // Into none, as after a copy that knows of no projects; and into that of a neighbour.
+    for project in [0, victim] {
+        run(Command::new("chattr")
+            .args(["-p", &project.to_string()])
+            .arg(place.data("attacker")));
+        refused(&served, "attacker", &format!("chattr -R -f -p {own} DIR"));
+        is_held(&served, "victim");
+    }
+    drop(served);
+    let served = place.start();
+    refused(&served, "attacker", &format!("chattr -R -f -p {own} DIR"));
+    is_held(&served, "victim");
+    served.publish("victim");
+    assert_eq!(served.stats("victim", Unit::Bytes).0, 16 * MIB);
+
+    // What the message says, does.
+    let data = place.data("attacker").display().to_string();
+    let cure = format!("chattr -R -f -p {own} {data}; find {data} -type d -exec chattr +P {{}} +");
+    run(Command::new("sh").args(["-c", &cure]));
+    is_held(&served, "attacker");
+    let target = served.publish("attacker");
+    assert_eq!(fs::read_to_string(target.join("file")).expect("read"), "copied");
+
+    // Erased while it is in the project of another: that one stays limited.
+    run(Command::new("chattr")
+        .args(["-R", "-f", "-p", &victim.to_string()])
+        .arg(&data));
+    served.clear(&["attacker"]);
+    is_held_where_it_is(&served, "victim");
+    served.clear(&["victim"]);
+}
+
+fn is_held_where_it_is(served: &Served<'_>, id: &str) {
+    let target = served.place.target(id);
+    assert!(
+        !user_writes(&target.join("much"), 20 * MIB),
+        "{id} is not limited any more"
+    );
+    fs::remove_file(target.join("much")).expect("remove");
 }
 
 pub(super) fn quotas_that_are_switched_off_are_missed(place: &Place) {

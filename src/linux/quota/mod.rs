@@ -12,18 +12,19 @@ use std::collections::HashMap;
 use std::ffi::CStr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use tracing::{info, warn};
+use tracing::warn;
 
 use super::dir::Dir;
 use super::mountinfo;
 use crate::volume::id::VolumeId;
-use crate::volume::ports::{DiskError, Found, Unusable, Usage};
+use crate::volume::ports::{DiskError, DiskErrorKind, Found, Unusable, Usage};
 use crate::volume::quota::{Means, Policy, Quotas};
 use crate::volume::record::{Phase, Record};
 use crate::volume::size::Bytes;
 use projects::ProjectQuota;
+pub(super) use qgroups::Destroyed;
 use qgroups::Qgroups;
-use sorting::{Standing, Tagged};
+use sorting::Standing;
 
 /// What a volume may take at most.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -96,25 +97,35 @@ impl Quota {
     /// the record to write.
     pub(super) fn make(&self, volume: &Dir, name: &CStr, record: &Record) -> Result<(Dir, Record), DiskError> {
         let limit = self.limit(record.bytes);
-        let enforced = self.enforcement(volume);
         let mut project = None;
-        let data = match (&self.kind, &enforced) {
-            _ if self.wishes.policy == Policy::Off => volume.ensure_child(name)?,
+        let data = match (&self.kind, self.enforcement(volume)) {
             (Kind::Projects(projects), Ok(_)) => {
                 let data = volume.ensure_child(name)?;
-                project = Some(projects.enter(&data, limit)?);
+                project = Some(projects.enter(&data, &record.id, limit)?);
                 data
             }
             (Kind::Qgroups(qgroups), Ok(_)) => {
                 let data = qgroups::ensure_subvolume(volume, name)?;
+                qgroups.enter(&data)?;
                 qgroups.limit(&data, limit)?;
                 data
             }
-            (_, Err(why)) => {
-                self.let_loose(&record.id, format!("when it was made, {why}"));
-                volume.ensure_child(name)?
+            // Asked for before, and gone since.
+            (_, Err(why)) if self.wishes.policy == Policy::Required => {
+                return Err(DiskError {
+                    verb: "make",
+                    path: volume.path().to_owned(),
+                    kind: DiskErrorKind::Failed,
+                    source: format!("quotas are required, and {why}").into(),
+                });
             }
-            (Kind::None(_), Ok(_)) => volume.ensure_child(name)?,
+            (kind, _) => {
+                let data = volume.ensure_child(name)?;
+                if let Kind::Projects(projects) = kind {
+                    projects.leave(&data)?;
+                }
+                data
+            }
         };
         let record = Record {
             project,
@@ -125,15 +136,20 @@ impl Quota {
 
     /// Limits a volume, whose directory is `data`, to the size that `record` says.
     pub(super) fn resize(&self, data: &Dir, record: &Record) -> Result<(), DiskError> {
-        if self.lock().contains_key(&record.id) || self.enforcement(data).is_err() {
+        if self.wishes.policy == Policy::Off {
             return Ok(());
         }
         let limit = self.limit(record.bytes);
-        match (&self.kind, record.project) {
-            (Kind::Projects(projects), Some(project)) => projects.limit(data, project, limit),
-            (Kind::Qgroups(qgroups), _) => qgroups.limit(data, limit),
-            (Kind::Projects(_), None) | (Kind::None(_), _) => Ok(()),
-        }
+        let limited = match (&self.kind, record.project) {
+            // Whatever else is the matter with it: its old limit must not go on.
+            (Kind::Projects(projects), Some(project)) if projects.is_of(project, &record.id) => {
+                projects.limit(data, project, limit)
+            }
+            (Kind::Qgroups(qgroups), _) if qgroups::is_subvolume(data)? => qgroups.limit(data, limit),
+            _ => Ok(()),
+        };
+        // Where quotas are off there is no limit to set; when they are on again, a restart sets it.
+        limited.or_else(|error| self.enforcement(data).map_or(Ok(()), |_| Err(error)))
     }
 
     /// What a volume takes, if the filesystem keeps count of it.
@@ -143,113 +159,92 @@ impl Quota {
         }
         match (&self.kind, record.project) {
             (Kind::Projects(_), Some(project)) => ProjectQuota::usage(data, project),
-            (Kind::Qgroups(qgroups), _) => qgroups.usage(data),
-            (Kind::Projects(_), None) | (Kind::None(_), _) => Ok(None),
+            (Kind::Qgroups(qgroups), _) if qgroups::is_subvolume(data)? => qgroups.usage(data),
+            _ => Ok(None),
         }
     }
 
-    /// Brings limits and records of the volumes that were found on the disk together. `data` opens the directory of one, if
-    /// it has one; `rewrite` replaces a record by one that is true. A volume of which something cannot be told or done is
-    /// held to nothing, and its data stays in reach.
-    pub(super) fn sort_out(
-        &self,
-        found: &mut [Found],
-        data: impl Fn(&VolumeId) -> Result<Option<Dir>, DiskError>,
-        rewrite: impl Fn(&Record) -> Result<(), DiskError>,
-    ) {
-        match &self.kind {
-            Kind::None(_) => {}
-            Kind::Qgroups(qgroups) => {
-                for Found { id, record } in &*found {
-                    let Ok(record) = record else { continue };
-                    let limited = data(id)
-                        .and_then(|data| data.map_or(Ok(None), |data| self.sort_out_subvolume(qgroups, &data, record)));
-                    if let Some(why) = limited.unwrap_or_else(|error| Some(error.with_cause())) {
-                        self.let_loose(id, why);
-                    }
-                }
+    /// Sets the limits of the volumes that were found on the disk, or finds out why there can be none. `data` opens the
+    /// directory of a volume, if it has one.
+    pub(super) fn sort_out(&self, found: &[Found], data: impl Fn(&VolumeId) -> Result<Option<Dir>, DiskError>) {
+        if let Kind::Projects(projects) = &self.kind {
+            projects.know(found, &data);
+        }
+        for Found { id, record } in found {
+            let Ok(record) = record else { continue };
+            match data(id) {
+                Ok(None) => {}
+                Ok(Some(data)) => self.check(&data, record),
+                Err(error) => self.let_loose(id, &error.with_cause()),
             }
-            Kind::Projects(projects) => self.sort_out_projects(projects, found, data, rewrite),
         }
     }
 
-    /// Why a subvolume is held to nothing, if it is.
-    fn sort_out_subvolume(&self, qgroups: &Qgroups, data: &Dir, record: &Record) -> Result<Option<String>, DiskError> {
+    /// Looks whether a volume is what its record says, and limits it; if it is not, it is held to nothing, and its data stays
+    /// in reach.
+    pub(super) fn check(&self, data: &Dir, record: &Record) {
+        match self.settle(data, record) {
+            Ok(None) => drop(self.lock().remove(&record.id)),
+            Ok(Some(why)) => self.let_loose(&record.id, &why),
+            Err(error) => self.let_loose(&record.id, &error.with_cause()),
+        }
+    }
+
+    /// Limits a volume; or says why it is held to nothing.
+    fn settle(&self, data: &Dir, record: &Record) -> Result<Option<String>, DiskError> {
         if record.phase == Phase::Claimed {
             return Ok(None);
         }
-        if !qgroups::is_subvolume(data)? {
-            let why = "its directory is no subvolume of its own: it was made when this pool had no quotas; make a new volume and \
-                       copy its data there";
-            return Ok(Some(why.into()));
-        }
-        qgroups.limit(data, self.lawful(record.bytes)).map(|()| None)
-    }
-
-    fn sort_out_projects(
-        &self,
-        projects: &ProjectQuota,
-        found: &mut [Found],
-        data: impl Fn(&VolumeId) -> Result<Option<Dir>, DiskError>,
-        rewrite: impl Fn(&Record) -> Result<(), DiskError>,
-    ) {
-        let tag_of = |id: &VolumeId| data(id)?.map(|data| ProjectQuota::tag(&data)).transpose();
-        let tagged: Vec<Tagged> = found
-            .iter()
-            .map(|Found { id, record }| {
-                let tag = tag_of(id).unwrap_or_else(|error| {
-                    self.let_loose(id, error.with_cause());
-                    None
-                });
-                Tagged::new(id, record.as_ref().ok(), tag)
-            })
-            .collect();
-        projects.know(&tagged);
-        for (Found { id, record }, standing) in found.iter_mut().zip(sorting::sort(&tagged, self.wishes.projects)) {
-            match (record, standing) {
-                (Err(_), _) | (_, Standing::Unused) => {}
-                (_, Standing::Loose(why)) => self.let_loose(id, why),
-                (Ok(record), Standing::In(project)) => {
-                    if record.project != Some(project) {
-                        warn!(volume.id = %id, said = ?record.project, project, "volume.json named another project than the directory has; corrected");
-                        record.project = Some(project);
-                        if let Err(error) = rewrite(record) {
-                            warn!(volume.id = %id, error = error.with_cause(), "cannot correct volume.json; a restart tries again");
-                        }
-                    }
-                    let limit = |data| projects.limit(&data, project, self.lawful(record.bytes));
-                    if let Err(error) = data(id).and_then(|data| data.map_or(Ok(()), limit)) {
-                        self.let_loose(id, error.with_cause());
-                    }
-                }
-            }
+        let limit = self.lawful(record.bytes);
+        match &self.kind {
+            Kind::None(_) => Ok(None),
+            Kind::Qgroups(qgroups) if qgroups::is_subvolume(data)? => qgroups.limit(data, limit).map(|()| None),
+            Kind::Qgroups(_) => Ok(Some(
+                "its directory is no subvolume of its own: it was made when this pool had no quotas; make a new volume and copy \
+                 its data there"
+                    .into(),
+            )),
+            Kind::Projects(projects) => match projects.standing(data, record)? {
+                Standing::In(project) => projects.limit(data, project, limit).map(|()| None),
+                Standing::Loose(why) => Ok(Some(why)),
+                Standing::Unused => Ok(None),
+            },
         }
     }
 
-    fn let_loose(&self, id: &VolumeId, why: String) {
-        if self.wishes.policy != Policy::Off {
-            info!(volume.id = %id, why, "volume is held to no size");
+    fn let_loose(&self, id: &VolumeId, why: &str) {
+        let known = self.lock().insert(id.clone(), why.to_owned());
+        if self.wishes.policy != Policy::Off && known.as_deref() != Some(why) {
+            warn!(volume.id = %id, why, "volume is held to no size");
         }
-        self.lock().insert(id.clone(), why);
     }
 
     /// Notes that a volume is on its way to the trash.
     pub(super) fn forget(&self, id: &VolumeId) {
         self.lock().remove(id);
+        if let Kind::Projects(projects) = &self.kind {
+            projects.trashed(id);
+        }
     }
 
     /// Makes a directory fit to be the trash of the pool.
     pub(super) fn ready_trash(&self, trash: &Dir) -> Result<(), DiskError> {
         match &self.kind {
             Kind::Projects(_) => ProjectQuota::open_to_all(trash),
-            Kind::Qgroups(_) | Kind::None(_) => Ok(()),
+            // A tenant may have given files to other projects all the same; not every filesystem knows of any.
+            Kind::Qgroups(_) | Kind::None(_) => {
+                let _ = ProjectQuota::open_to_all(trash);
+                Ok(())
+            }
         }
     }
 
     /// Forgets limits that a crash has left behind, once it is known which projects volumes have.
     pub(super) fn sweep(&self, dir: &Dir) {
-        if let Kind::Projects(projects) = &self.kind {
-            projects.sweep(dir);
+        match &self.kind {
+            Kind::Projects(projects) => projects.sweep(dir),
+            Kind::Qgroups(qgroups) => qgroups.sweep(dir),
+            Kind::None(_) => {}
         }
     }
 
@@ -261,18 +256,13 @@ impl Quota {
     }
 
     /// Destroys `name` in a directory in the trash, if it is a subvolume: its files are of a tree of their own, and cannot be
-    /// moved. Says whether it was one.
-    pub(super) fn destroy(&self, dir: &Dir, name: &CStr) -> Result<bool, DiskError> {
+    /// moved. Subvolumes in it can, and have to be, before it can be destroyed.
+    pub(super) fn destroy(&self, dir: &Dir, name: &CStr) -> Result<Destroyed, DiskError> {
         match &self.kind {
-            Kind::Qgroups(qgroups) => {
-                let destroyed = qgroups::destroy(dir, name)?;
-                let any = !destroyed.is_empty();
-                qgroups.leave(destroyed);
-                Ok(any)
-            }
+            Kind::Projects(_) => Ok(Destroyed::NoSubvolume),
             // There may be subvolumes of a time when there were quotas, or of tenants.
-            Kind::None(_) => Ok(!qgroups::destroy(dir, name)?.is_empty()),
-            Kind::Projects(_) => Ok(false),
+            Kind::None(_) => qgroups::destroy(dir, name, |_| {}),
+            Kind::Qgroups(qgroups) => qgroups::destroy(dir, name, |id| qgroups.leaves(id)),
         }
     }
 

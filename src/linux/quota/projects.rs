@@ -4,7 +4,7 @@
 //! enters it first, then it must be the only file there, then the limit is set; the record comes last. Whoever finds a
 //! project without files may therefore forget its limits. It is given back when the last of its files is erased.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
@@ -12,11 +12,13 @@ use nix::sys::statvfs::fstatvfs;
 use tracing::{debug, warn};
 
 use super::Limit;
-use super::sorting::Tagged;
+use super::sorting::{self, Standing, Tagged};
 use crate::linux::dir::{Dir, failed};
 use crate::linux::sys::quota::{self as sys, Project, Tag};
-use crate::volume::ports::{DiskError, DiskErrorKind, Usage};
+use crate::volume::id::VolumeId;
+use crate::volume::ports::{DiskError, DiskErrorKind, Found, Usage};
 use crate::volume::quota::{Means, Projects};
+use crate::volume::record::Record;
 use crate::volume::size::Bytes;
 
 /// The projects of one pool.
@@ -30,10 +32,19 @@ pub(super) struct ProjectQuota {
 
 #[derive(Default)]
 struct State {
-    /// Those that volumes have or are about to have, and those below.
-    taken: BTreeSet<u32>,
+    /// Those that are said to be of volumes, and of which (more than one only if records are wrong); of none any more, if
+    /// they are below.
+    taken: BTreeMap<u32, Vec<VolumeId>>,
     /// Those of files that are being erased.
     leaving: BTreeSet<u32>,
+}
+
+impl State {
+    /// Takes a project for a volume, if it is nobody's or its own already.
+    fn take(&mut self, project: u32, id: &VolumeId) -> bool {
+        let owners = self.taken.entry(project).or_insert_with(|| vec![id.clone()]);
+        *owners == [id.clone()]
+    }
 }
 
 impl ProjectQuota {
@@ -78,9 +89,36 @@ impl ProjectQuota {
         ))
     }
 
-    /// Notes which projects the volumes of the pool have, by either account.
-    pub(super) fn know(&self, volumes: &[Tagged]) {
-        self.lock().taken.extend(volumes.iter().flat_map(Tagged::projects));
+    /// Notes which projects the volumes of the pool have.
+    pub(super) fn know(&self, found: &[Found], data: impl Fn(&VolumeId) -> Result<Option<Dir>, DiskError>) {
+        for Found { id, record } in found {
+            let record = record.as_ref().ok();
+            // Only where there is no record to say so.
+            let tag = || data(id).ok()?.and_then(|data| Self::tag(&data).ok());
+            let tag = if record.is_none() { tag() } else { None };
+            if let Some(project) = Tagged::new(id, record, tag).project() {
+                self.lock().taken.entry(project).or_default().push(id.clone());
+            }
+        }
+    }
+
+    /// Where a volume stands.
+    pub(super) fn standing(&self, data: &Dir, record: &Record) -> Result<Standing, DiskError> {
+        let volume = Tagged::new(&record.id, Some(record), Some(Self::tag(data)?));
+        let other = |project: u32, id: &VolumeId| {
+            let state = self.lock();
+            let owners = state.taken.get(&project)?;
+            owners.iter().find(|owner| *owner != id).cloned()
+        };
+        Ok(sorting::standing(&volume, other, self.range))
+    }
+
+    /// Whether a project is this volume's and no other's.
+    pub(super) fn is_of(&self, project: u32, id: &VolumeId) -> bool {
+        self.lock()
+            .taken
+            .get(&project)
+            .is_some_and(|owners| *owners == [id.clone()])
     }
 
     /// The project that a directory has.
@@ -89,13 +127,13 @@ impl ProjectQuota {
     }
 
     /// Gives an empty directory a project of its own, with a limit.
-    pub(super) fn enter(&self, data: &Dir, limit: Limit) -> Result<u32, DiskError> {
+    pub(super) fn enter(&self, data: &Dir, volume: &VolumeId, limit: Limit) -> Result<u32, DiskError> {
         let before = Self::tag(data)?;
         // What an attempt that was cut off has left.
         let left = before.inherited && self.range.contains(before.project);
         let first = left.then_some(before.project);
         for id in first.into_iter().chain(self.range.from(random())) {
-            if !self.lock().taken.insert(id) {
+            if !self.lock().take(id, volume) {
                 continue;
             }
             let entered = self.try_enter(data, before, id, limit);
@@ -114,6 +152,16 @@ impl ProjectQuota {
         })
     }
 
+    /// Takes an empty directory out of the project that an attempt with quotas has left it in.
+    pub(super) fn leave(&self, data: &Dir) -> Result<(), DiskError> {
+        let before = Self::tag(data)?;
+        if before.inherited && self.range.contains(before.project) {
+            self.lock().leaving.insert(before.project);
+            sys::set_tag(data, Tag::default()).map_err(|errno| of(data, "take out of its project", errno))?;
+        }
+        Ok(())
+    }
+
     /// Enters a project, if nobody on this filesystem has it.
     fn try_enter(&self, data: &Dir, before: Tag, id: u32, limit: Limit) -> Result<bool, DiskError> {
         let tag = Tag {
@@ -128,7 +176,13 @@ impl ProjectQuota {
             if Self::project(data, id)? != unused {
                 return Ok(false);
             }
-            sys::set_tag(data, tag).map_err(|errno| of(data, "set the project of", errno))?;
+            sys::set_tag(data, tag).map_err(|errno| match errno {
+                Errno::EINVAL | Errno::EOPNOTSUPP if id > u32::from(u16::MAX) => {
+                    let verb = "give a project (XFS without projid32bit has none above 65535: set projectIds) to";
+                    of(data, verb, errno)
+                }
+                errno => of(data, "set the project of", errno),
+            })?;
         }
         // Another process may have entered it at the same moment: then one of the two, or both, see it here.
         if Self::project(data, id)?.inodes != 1 {
@@ -163,11 +217,27 @@ impl ProjectQuota {
         }
     }
 
-    /// Notes that the files of a directory are being erased.
+    /// Notes that a volume is being erased.
+    pub(super) fn trashed(&self, id: &VolumeId) {
+        let mut state = self.lock();
+        let State { taken, leaving } = &mut *state;
+        for (project, owners) in taken.iter_mut().filter(|(_, owners)| owners.contains(id)) {
+            owners.retain(|owner| owner != id);
+            if owners.is_empty() {
+                leaving.insert(*project);
+            }
+        }
+    }
+
+    /// Notes that a directory in the trash is being erased: it may be from a time before this process. What a tenant has given
+    /// to the project of a living volume changes nothing.
     pub(super) fn leaves(&self, trashed: &Dir) {
         match sys::tag(trashed) {
-            Ok(Tag { project, .. }) if self.range.contains(project) || self.lock().taken.contains(&project) => {
-                self.lock().leaving.insert(project);
+            Ok(Tag { project, .. }) if self.range.contains(project) => {
+                let mut state = self.lock();
+                if state.taken.entry(project).or_default().is_empty() {
+                    state.leaving.insert(project);
+                }
             }
             Ok(_) => {}
             Err(errno) => {
@@ -197,7 +267,9 @@ impl ProjectQuota {
                 Ok(true) => {
                     let mut state = self.lock();
                     state.leaving.remove(&id);
-                    state.taken.remove(&id);
+                    if state.taken.get(&id).is_some_and(Vec::is_empty) {
+                        state.taken.remove(&id);
+                    }
                 }
                 Ok(false) => {}
                 Err(error) => warn!(
@@ -233,7 +305,7 @@ impl ProjectQuota {
                 Ok(_) => return,
                 Err(errno) => return debug!(%errno, "cannot list projects"),
             };
-            if !self.lock().taken.contains(&found.id)
+            if !self.lock().taken.contains_key(&found.id)
                 && let Err(error) = self.forget_unused(dir, found.id)
             {
                 warn!(

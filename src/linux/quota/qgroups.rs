@@ -3,13 +3,14 @@
 //! With simple quotas the limit is on a group above the subvolume's own: the kernel puts subvolumes that a tenant makes in
 //! the volume into that group, too. With full quotas it does not (btrfs-quota(5)).
 //!
-//! Ids of subvolumes are never given twice, and a subvolume is destroyed with all its files by one call.
+//! A subvolume is destroyed with all its files by one call.
 
 use std::collections::BTreeSet;
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 use std::fs::{self, File};
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
@@ -18,7 +19,7 @@ use nix::unistd::syncfs;
 use super::Limit;
 use crate::linux::dir::{Dir, failed};
 use crate::linux::mountinfo;
-use crate::linux::sys::btrfs as sys;
+use crate::linux::sys::{btrfs as sys, clear_immutable};
 use crate::volume::ports::{DiskError, Usage};
 use crate::volume::quota::Means;
 use crate::volume::size::Bytes;
@@ -28,6 +29,8 @@ pub(super) struct Qgroups {
     /// What the kernel says of them: `/sys/fs/btrfs/<uuid>/qgroups` (Linux 5.9), there while quotas are on.
     sysfs: PathBuf,
     simple: bool,
+    /// Whether quotas were seen to be off since: then all limits are gone.
+    lost: AtomicBool,
     /// Destroyed subvolumes whose groups may be there still.
     leaving: Mutex<BTreeSet<u64>>,
 }
@@ -44,10 +47,10 @@ impl Qgroups {
             return Err("/sys is not mounted, which tells whether btrfs has quotas; mount it".into());
         }
         let sysfs = sysfs.join("qgroups");
-        let mode = fs::read_to_string(sysfs.join("mode")).unwrap_or_default();
         let found = Self {
-            simple: mode.trim() == "squota",
+            simple: is_simple(&sysfs),
             sysfs,
+            lost: AtomicBool::new(false),
             leaving: Mutex::default(),
         };
         found.enforcement()?;
@@ -56,11 +59,40 @@ impl Qgroups {
 
     /// Whether the kernel limits quota groups now.
     pub(super) fn enforcement(&self) -> Result<Means, String> {
-        match (self.sysfs.is_dir(), self.simple) {
-            (false, _) => Err(OFF.into()),
-            (true, true) => Ok(Means::SimpleQuotas),
-            (true, false) => Ok(Means::Qgroups),
+        if !self.sysfs.is_dir() {
+            self.lost.store(true, Ordering::Relaxed);
+            return Err(OFF.into());
         }
+        if self.lost.load(Ordering::Relaxed) || is_simple(&self.sysfs) != self.simple {
+            return Err(
+                "quotas were switched off and on, and all limits are gone; restart hostdir on this node".into(),
+            );
+        }
+        if self.simple {
+            return Ok(Means::SimpleQuotas);
+        }
+        // The kernel stops to count, for example when a large subvolume is destroyed (`drop_subtree_threshold`).
+        let inconsistent = fs::read_to_string(self.sysfs.join("inconsistent")).is_ok_and(|text| text.trim() == "1");
+        if inconsistent {
+            return Err(
+                "btrfs does not know what its quota groups take; run `btrfs quota rescan` on it (simple quotas, of \
+                        Linux 6.7, have no such state)"
+                    .into(),
+            );
+        }
+        Ok(Means::Qgroups)
+    }
+
+    /// Makes what the limit of a new subvolume is set on.
+    pub(super) fn enter(&self, data: &Dir) -> Result<(), DiskError> {
+        if !self.simple {
+            return Ok(());
+        }
+        let subvolume = subvolume(data)?;
+        let upper = sys::upper(subvolume);
+        sys::create_qgroup(data, upper)
+            .and_then(|()| sys::join_qgroup(data, subvolume, upper))
+            .map_err(|errno| of(data, "make the quota group of", errno))
     }
 
     /// Limits a subvolume, if it is not limited so already. With simple quotas that is durable with the next commit of the
@@ -72,12 +104,11 @@ impl Qgroups {
         if self.limited(group) == wanted {
             return Ok(());
         }
-        let step = |errno| of(data, "limit the quota group of", errno);
-        if self.simple {
-            sys::create_qgroup(data, group).map_err(step)?;
-            sys::join_qgroup(data, subvolume, group).map_err(step)?;
+        if self.read(group, "referenced").is_none() {
+            // It was made when quotas were other ones.
+            self.enter(data)?;
         }
-        sys::limit_qgroup(data, group, wanted).map_err(step)
+        sys::limit_qgroup(data, group, wanted).map_err(|errno| of(data, "limit the quota group of", errno))
     }
 
     /// What a subvolume takes; nothing if nobody counts it now.
@@ -92,9 +123,19 @@ impl Qgroups {
         Ok(self.read(group, "referenced").map(usage))
     }
 
-    /// Notes that subvolumes are destroyed.
-    pub(super) fn leave(&self, subvolumes: Vec<u64>) {
-        self.lock().extend(subvolumes);
+    /// Notes that a subvolume is destroyed.
+    pub(super) fn leaves(&self, subvolume: u64) {
+        self.lock().insert(subvolume);
+    }
+
+    /// Finds groups of hostdir whose subvolume an earlier process has destroyed.
+    pub(super) fn sweep(&self, dir: &Dir) {
+        let prefix = format!("{}_", sys::LEVEL);
+        let groups = fs::read_dir(&self.sysfs).into_iter().flatten().flatten();
+        let named = groups.filter_map(|group| group.file_name().to_str()?.strip_prefix(&prefix)?.parse().ok());
+        let gone = named.filter(|id| sys::exists(dir, *id) == Ok(false));
+        let gone: Vec<u64> = gone.collect();
+        self.lock().extend(gone);
     }
 
     /// Removes the groups of destroyed subvolumes, which the kernel allows when it has cleaned up behind them (and does itself
@@ -103,11 +144,14 @@ impl Qgroups {
         let leaving: Vec<u64> = self.lock().iter().copied().collect();
         for id in leaving {
             let upper = sys::upper(id);
-            if self.simple {
-                let _ = sys::leave_qgroup(dir, id, upper).and_then(|()| sys::remove_qgroup(dir, upper));
+            // The kernel says EBUSY of what is not cleaned up, ENOENT of what it has removed, and ENOTCONN where quotas are off.
+            if self.read(upper, "referenced").is_some() {
+                let _ = sys::leave_qgroup(dir, id, upper);
+                let _ = sys::remove_qgroup(dir, upper);
             }
-            let _ = sys::remove_qgroup(dir, id);
-            // The kernel says EBUSY of what is not cleaned up, and ENOTCONN where quotas are off.
+            if self.read(id, "referenced").is_some() {
+                let _ = sys::remove_qgroup(dir, id);
+            }
             if [id, upper]
                 .into_iter()
                 .all(|group| self.read(group, "referenced").is_none())
@@ -168,14 +212,23 @@ pub(super) fn is_subvolume(dir: &Dir) -> Result<bool, DiskError> {
     Ok(stat.inode.ino == sys::TOP_INODE)
 }
 
-/// Destroys `name` in `dir`, if it is a subvolume, with all that is in it. The subvolumes that were.
-pub(super) fn destroy(dir: &Dir, name: &CStr) -> Result<Vec<u64>, DiskError> {
+/// What became of a directory that may be a subvolume.
+pub(in crate::linux) enum Destroyed {
+    NoSubvolume,
+    /// It was one.
+    Gone,
+    /// It is one, with others in it: the directories these are in, and their names. Not all, perhaps.
+    Holds(Vec<(Dir, CString)>),
+}
+
+/// Destroys `name` in `dir`, if it is a subvolume without others in it.
+pub(super) fn destroy(dir: &Dir, name: &CStr, leaves: impl Fn(u64)) -> Result<Destroyed, DiskError> {
     // What cannot be opened is none, or something is mounted on it.
     let Ok(top) = dir.child(name) else {
-        return Ok(Vec::new());
+        return Ok(Destroyed::NoSubvolume);
     };
     let Some(id) = is_subvolume(&top)?.then(|| sys::subvolume_of(&top).ok()).flatten() else {
-        return Ok(Vec::new());
+        return Ok(Destroyed::NoSubvolume);
     };
     // The kernel would unmount it.
     if mountinfo::read()?
@@ -184,23 +237,35 @@ pub(super) fn destroy(dir: &Dir, name: &CStr) -> Result<Vec<u64>, DiskError> {
     {
         return Err(dir.failed("destroy subvolume", name, Errno::EBUSY));
     }
-    drop(top);
-    // To take a subvolume out of a full one needs room in that.
+    let failed = |errno| dir.failed("destroy subvolume", name, errno);
+    // To take a subvolume out of a full one needs room in that, and that it can be written to.
     for group in [id, sys::upper(id)] {
         let _ = sys::limit_qgroup(dir, group, None);
     }
-    // Children before their parents: a tenant may have made some.
-    let (mut path, mut destroyed) = (vec![id], Vec::new());
-    while let Some(last) = path.last() {
-        let children = sys::subvolumes_in(dir, *last).map_err(|errno| dir.failed("list subvolumes in", name, errno))?;
-        if children.is_empty() {
-            sys::destroy_subvolume(dir, *last).map_err(|errno| dir.failed("destroy subvolume", name, errno))?;
-            destroyed.extend(path.pop());
-        } else {
-            path.extend(children);
-        }
+    sys::make_writable(&top).map_err(failed)?;
+    let nested = sys::subvolumes_in(dir, id).map_err(failed)?;
+    if !nested.is_empty() {
+        let located = nested.into_iter().map(|nested| {
+            let path = sys::path_in_subvolume(&top, id, nested.directory).map_err(failed)?;
+            let within = if path.is_empty() { c"." } else { path.as_c_str() };
+            let within = top.child(within)?;
+            // A read-only one cannot be moved.
+            sys::make_writable(within.child(&nested.name)?).map_err(failed)?;
+            Ok((within, nested.name))
+        });
+        return located.collect::<Result<_, DiskError>>().map(Destroyed::Holds);
     }
-    Ok(destroyed)
+    if top.stat(c"").is_ok_and(|stat| stat.is_immutable()) {
+        clear_immutable(&top).map_err(failed)?;
+    }
+    drop(top);
+    sys::destroy_subvolume(dir, id).map_err(failed)?;
+    leaves(id);
+    Ok(Destroyed::Gone)
+}
+
+fn is_simple(sysfs: &Path) -> bool {
+    fs::read_to_string(sysfs.join("mode")).is_ok_and(|mode| mode.trim() == "squota")
 }
 
 fn subvolume(data: &Dir) -> Result<u64, DiskError> {

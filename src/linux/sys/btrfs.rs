@@ -1,6 +1,6 @@
 //! btrfs: subvolumes and quota groups (include/uapi/linux/btrfs.h).
 
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 use std::os::fd::{AsFd, AsRawFd};
 
 use nix::Result;
@@ -41,7 +41,7 @@ struct FsInfo {
 struct InodeLookup {
     tree: u64,
     object: u64,
-    _name: [u8; 4080],
+    name: [u8; 4080],
 }
 
 /// `struct btrfs_ioctl_search_args`.
@@ -102,6 +102,8 @@ mod raw {
     nix::ioctl_write_ptr!(subvolume_create, MAGIC, 14, VolumeArgs);
     nix::ioctl_readwrite!(tree_search, MAGIC, 17, Search);
     nix::ioctl_readwrite!(inode_lookup, MAGIC, 18, InodeLookup);
+    nix::ioctl_read!(subvolume_flags, MAGIC, 25, u64);
+    nix::ioctl_write_ptr!(set_subvolume_flags, MAGIC, 26, u64);
     nix::ioctl_read!(fs_info, MAGIC, 31, FsInfo);
     nix::ioctl_write_ptr!(qgroup_assign, MAGIC, 41, QgroupAssign);
     nix::ioctl_write_ptr!(qgroup_create, MAGIC, 42, QgroupCreate);
@@ -125,14 +127,43 @@ pub(in crate::linux) fn fsid(file: impl AsFd) -> Result<String> {
 
 /// The id of the subvolume that an open file is in.
 pub(in crate::linux) fn subvolume_of(file: impl AsFd) -> Result<u64> {
+    look_up(file, 0, TOP_INODE).map(|found| found.tree)
+}
+
+/// The path of a directory within its subvolume, empty for the top.
+pub(in crate::linux) fn path_in_subvolume(file: impl AsFd, subvolume: u64, directory: u64) -> Result<CString> {
+    let found = look_up(file, subvolume, directory)?;
+    let path = CStr::from_bytes_until_nul(&found.name).map_err(|_| Errno::ENAMETOOLONG)?;
+    let path = path.to_bytes();
+    // It comes with a slash at its end.
+    CString::new(path.strip_suffix(b"/").unwrap_or(path)).map_err(|_| Errno::EINVAL)
+}
+
+fn look_up(file: impl AsFd, tree: u64, object: u64) -> Result<InodeLookup> {
     let mut lookup = InodeLookup {
-        tree: 0,
-        object: TOP_INODE,
-        _name: [0; 4080],
+        tree,
+        object,
+        name: [0; 4080],
     };
     // SAFETY: the kernel reads and fills the structure, which is of the size that the number of the call says.
     unsafe { raw::inode_lookup(file.as_fd().as_raw_fd(), &raw mut lookup) }?;
-    Ok(lookup.tree)
+    Ok(lookup)
+}
+
+/// Lets a subvolume be written to, if its owner has made it read-only.
+pub(in crate::linux) fn make_writable(top: impl AsFd) -> Result<()> {
+    /// `BTRFS_SUBVOL_RDONLY`
+    const READ_ONLY: u64 = 2;
+    let top = top.as_fd().as_raw_fd();
+    let mut flags = 0_u64;
+    // SAFETY: the kernel writes a number of this size.
+    unsafe { raw::subvolume_flags(top, &raw mut flags) }?;
+    if flags & READ_ONLY == 0 {
+        return Ok(());
+    }
+    flags &= !READ_ONLY;
+    // SAFETY: the kernel reads a number of this size.
+    unsafe { raw::set_subvolume_flags(top, &raw const flags) }.map(drop)
 }
 
 /// Makes a subvolume, an empty directory to begin with.
@@ -162,10 +193,40 @@ pub(in crate::linux) fn destroy_subvolume(file: impl AsFd, id: u64) -> Result<()
     unsafe { raw::subvolume_destroy(file.as_fd().as_raw_fd(), &raw const args) }.map(drop)
 }
 
+/// A subvolume that lies in another.
+pub(in crate::linux) struct Nested {
+    /// The inode number of the directory it lies in.
+    pub(in crate::linux) directory: u64,
+    pub(in crate::linux) name: CString,
+}
+
 /// Subvolumes that lie directly in a subvolume: as many as one call can tell of, so that it is asked again when these are gone.
-pub(in crate::linux) fn subvolumes_in(file: impl AsFd, id: u64) -> Result<Vec<u64>> {
-    const ROOT_TREE: u64 = 1;
+pub(in crate::linux) fn subvolumes_in(file: impl AsFd, id: u64) -> Result<Vec<Nested>> {
     const ROOT_REF: u32 = 156;
+    /// `struct btrfs_root_ref`: directory, sequence, length of the name that follows.
+    const REFERENCE: usize = 18;
+    let nested = |item: &[u8]| {
+        let directory = item.get(..8)?.try_into().map(u64::from_le_bytes).ok()?;
+        let length = item.get(16..REFERENCE)?.try_into().map(u16::from_le_bytes).ok()?;
+        let name = item.get(REFERENCE..REFERENCE + usize::from(length))?;
+        Some(Nested {
+            directory,
+            name: CString::new(name).ok()?,
+        })
+    };
+    let items = roots(file, id, ROOT_REF)?;
+    Ok(items.iter().filter_map(|item| nested(item)).collect())
+}
+
+/// Whether there is a subvolume of this id, destroyed or not, that is not cleaned up.
+pub(in crate::linux) fn exists(file: impl AsFd, id: u64) -> Result<bool> {
+    const ROOT_ITEM: u32 = 132;
+    roots(file, id, ROOT_ITEM).map(|items| !items.is_empty())
+}
+
+/// Items about a subvolume in the tree of all trees, as many as fit in one answer.
+fn roots(file: impl AsFd, id: u64, kind: u32) -> Result<Vec<Vec<u8>>> {
+    const ROOT_TREE: u64 = 1;
     /// `struct btrfs_ioctl_search_header`: transaction, object, offset, kind, length.
     const HEADER: usize = 32;
     let mut search = Search {
@@ -176,8 +237,8 @@ pub(in crate::linux) fn subvolumes_in(file: impl AsFd, id: u64) -> Result<Vec<u6
         max_offset: u64::MAX,
         min_transaction: 0,
         max_transaction: u64::MAX,
-        min_kind: ROOT_REF,
-        max_kind: ROOT_REF,
+        min_kind: kind,
+        max_kind: kind,
         items: u32::MAX,
         _unused: 0,
         _unused64: [0; 4],
@@ -191,20 +252,22 @@ pub(in crate::linux) fn subvolumes_in(file: impl AsFd, id: u64) -> Result<Vec<u6
         let Some((header, after)) = rest.split_at_checked(HEADER) else {
             break;
         };
-        let number = |at: usize| header[at..at + 8].try_into().map(u64::from_ne_bytes);
-        let length = header[28..32].try_into().map(u32::from_ne_bytes);
-        let (Ok(child), Ok(length)) = (number(16), length) else {
+        let length = header[28..].try_into().map(u32::from_ne_bytes).unwrap_or_default();
+        let Some((item, next)) = after.split_at_checked(length as usize) else {
             break;
         };
-        found.push(child);
-        rest = after.get(length as usize..).unwrap_or_default();
+        found.push(item.to_vec());
+        rest = next;
     }
     Ok(found)
 }
 
-/// The quota group of level one that is named after a subvolume: groups of level zero are the subvolumes' own.
+/// The level of the quota groups that are hostdir's ("hd"). Groups of level zero are the subvolumes' own.
+pub(in crate::linux) const LEVEL: u64 = 0x6864;
+
+/// The quota group of hostdir that is named after a subvolume.
 pub(in crate::linux) fn upper(subvolume: u64) -> u64 {
-    (1 << 48) | subvolume
+    (LEVEL << 48) | subvolume
 }
 
 /// Limits what a quota group refers to; nothing is no limit.
