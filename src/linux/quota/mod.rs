@@ -2,7 +2,8 @@
 //! btrfs, nothing elsewhere.
 //!
 //! It is found out once, when the pool is opened; whether it still works is asked of the kernel whenever somebody wants to
-//! know. Limits follow the records: they are set before a pod can write, and compared when the pool is opened.
+//! know. Limits follow the records: they are set before a pod can write, and compared when the pool is opened and whenever a
+//! volume is mounted.
 
 mod projects;
 mod qgroups;
@@ -121,8 +122,13 @@ impl Quota {
             }
             (kind, _) => {
                 let data = volume.ensure_child(name)?;
-                if let Kind::Projects(projects) = kind {
-                    projects.leave(&data)?;
+                // What an attempt with quotas has left must not limit it.
+                match kind {
+                    Kind::Projects(projects) => projects.leave(&data)?,
+                    Kind::Qgroups(qgroups) if self.wishes.policy == Policy::Off && qgroups::is_subvolume(&data)? => {
+                        qgroups.limit(&data, self.lawful(record.bytes))?;
+                    }
+                    Kind::Qgroups(_) | Kind::None(_) => {}
                 }
                 data
             }
