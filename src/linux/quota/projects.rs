@@ -296,7 +296,7 @@ impl ProjectQuota {
         Ok(true)
     }
 
-    /// Forgets limits that a crash has left behind.
+    /// Finds projects that a crash has left behind, and forgets their limits.
     pub(super) fn sweep(&self, dir: &Dir) {
         let mut next = Some(self.range.first);
         while let Some(id) = next {
@@ -305,14 +305,19 @@ impl ProjectQuota {
                 Ok(_) => return,
                 Err(errno) => return debug!(%errno, "cannot list projects"),
             };
-            if !self.lock().taken.contains_key(&found.id)
-                && let Err(error) = self.forget_unused(dir, found.id)
-            {
-                warn!(
-                    project = found.id,
-                    error = error.with_cause(),
-                    "cannot forget a project that nobody has"
-                );
+            if !self.lock().taken.contains_key(&found.id) {
+                match self.forget_unused(dir, found.id) {
+                    Ok(true) => {}
+                    // Of the trash, or of another pool here: looked at again until it is without files.
+                    Ok(false) => drop(self.lock().leaving.insert(found.id)),
+                    Err(error) => {
+                        warn!(
+                            project = found.id,
+                            error = error.with_cause(),
+                            "cannot forget a project that nobody has"
+                        );
+                    }
+                }
             }
             next = found.id.checked_add(1);
         }
