@@ -143,7 +143,7 @@ impl Dir {
 
     /// Makes the entries of this directory durable.
     pub(super) fn sync(&self) -> Result<(), DiskError> {
-        fsync(&self.fd).map_err(|errno| failed("sync", self.path.clone(), errno))
+        fsync(&self.fd).map_err(|errno| self.failed_itself("sync", errno))
     }
 
     /// The names in this directory, without `.` and `..`, in no order. They are read as they are asked for.
@@ -156,7 +156,7 @@ impl Dir {
                 dir: dir.into_iter(),
                 path: self.path.clone(),
             })
-            .map_err(|errno| failed("list", self.path.clone(), errno))
+            .map_err(|errno| self.failed_itself("list", errno))
     }
 
     /// openat2(2) of a name that cannot lead out of this directory.
@@ -166,6 +166,11 @@ impl Dir {
             .mode(mode)
             .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS | ResolveFlag::RESOLVE_NO_XDEV);
         openat2(&self.fd, name, how)
+    }
+
+    /// The error of a call on this directory itself.
+    pub(super) fn failed_itself(&self, verb: &'static str, errno: Errno) -> DiskError {
+        failed(verb, self.path.clone(), errno)
     }
 
     /// The error of a call on an entry of this directory.

@@ -25,7 +25,7 @@ use nix::sys::statvfs::{FsFlags, fstatvfs};
 use nix::unistd::{Gid, Uid, fchown};
 use tracing::warn;
 
-use super::dir::{Dir, absent, failed};
+use super::dir::{Dir, absent};
 use super::eraser::Eraser;
 use super::quota::Quota;
 use super::survey::Survey;
@@ -125,7 +125,7 @@ impl Disk for PoolDisk {
         let Directory { mode, uid, gid } = record.directory;
         fchown(&data, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))
             .and_then(|()| fchmod(&data, Mode::from_bits_truncate(mode)))
-            .map_err(|errno| failed("set the owner and mode of", data.path().to_owned(), errno))?;
+            .map_err(|errno| data.failed_itself("set the owner and mode of", errno))?;
         data.sync()?;
         // The directory must be durable before the record says that it was ever there.
         volume.sync()?;
@@ -167,9 +167,7 @@ impl Disk for PoolDisk {
         let Some(data) = absent(self.open_data(id))? else {
             return Ok(None);
         };
-        let stat = data
-            .stat(c"")
-            .map_err(|errno| failed("stat", data.path().to_owned(), errno))?;
+        let stat = data.stat(c"").map_err(|errno| data.failed_itself("stat", errno))?;
         Ok(Some(stat.inode))
     }
 
@@ -322,7 +320,7 @@ impl PoolDisk {
 
 /// Size and use of the filesystem of a directory.
 pub(super) fn space(dir: &Dir) -> Result<Space, DiskError> {
-    let found = fstatvfs(dir).map_err(|errno| failed("statvfs", dir.path().to_owned(), errno))?;
+    let found = fstatvfs(dir).map_err(|errno| dir.failed_itself("statvfs", errno))?;
     let bytes = |blocks: u64| Bytes(blocks.saturating_mul(found.fragment_size()));
     let available = if found.flags().contains(FsFlags::ST_RDONLY) {
         0

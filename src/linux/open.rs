@@ -156,10 +156,8 @@ fn make_root(path: &Path) -> Result<Dir, DiskError> {
 }
 
 fn mount_of(root: &Dir) -> Result<mountinfo::Entry, DiskError> {
-    let stat = root
-        .stat(c"")
-        .map_err(|errno| failed("stat", root.path().to_owned(), errno))?;
-    mountinfo::find(stat.mount_id)?.ok_or_else(|| failed("find the mount of", root.path().to_owned(), Errno::ENOENT))
+    let stat = root.stat(c"").map_err(|errno| root.failed_itself("stat", errno))?;
+    mountinfo::find(stat.mount_id)?.ok_or_else(|| root.failed_itself("find the mount of", Errno::ENOENT))
 }
 
 /// Whether a pool lies on the root filesystem of the node: then its path within the filesystem is its whole path. This

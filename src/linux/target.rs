@@ -14,7 +14,7 @@ use nix::sys::stat::{Mode, mkdirat};
 use nix::sys::statvfs::{FsFlags, fstatvfs};
 use tracing::warn;
 
-use super::dir::{Dir, absent, failed};
+use super::dir::{Dir, absent};
 use super::mountinfo;
 use super::sys::{DetachedMount, Stat};
 use crate::volume::access::{MountOptions, TargetPath};
@@ -60,9 +60,7 @@ pub(super) fn bind(data: &Dir, target: &TargetPath, options: MountOptions) -> Re
     let place = Place::open(target)?.ok_or_else(|| {
         BindError::BadTarget("its parent directory does not exist; the caller (kubelet) makes it".into())
     })?;
-    let source = data
-        .stat(c"")
-        .map_err(|errno| failed("stat", data.path().to_owned(), errno))?;
+    let source = data.stat(c"").map_err(|errno| data.failed_itself("stat", errno))?;
     let asked = asked_flags(options);
     let wanted = asked | pool_flags(data, options)?;
     let made = match place.look()? {
@@ -171,7 +169,7 @@ fn asked_flags(options: MountOptions) -> FsFlags {
 
 /// The flags that a mount has from the pool it comes from.
 fn pool_flags(data: &Dir, options: MountOptions) -> Result<FsFlags, BindError> {
-    let flags = flags_of(data).map_err(|errno| failed("statvfs", data.path().to_owned(), errno))?;
+    let flags = flags_of(data).map_err(|errno| data.failed_itself("statvfs", errno))?;
     if flags.contains(FsFlags::ST_RDONLY) && !options.read_only {
         return Err(BindError::InTheWay(
             "the pool is mounted read-only; remount it read-write on the node".into(),
@@ -260,11 +258,10 @@ impl Place {
         } else {
             0
         };
-        let mount =
-            DetachedMount::of(data).map_err(|errno| failed("clone the mount of", data.path().to_owned(), errno))?;
+        let mount = DetachedMount::of(data).map_err(|errno| data.failed_itself("clone the mount of", errno))?;
         mount
             .set_attributes(set, clear)
-            .map_err(|errno| failed("set the mount options of", data.path().to_owned(), errno))?;
+            .map_err(|errno| data.failed_itself("set the mount options of", errno))?;
         mount
             .attach(&self.parent, &self.name)
             .map_err(|errno| self.failed("mount on", errno).into())

@@ -267,14 +267,15 @@ impl Driver {
         let facts = |pool: &Pool| {
             let open = pool.get(&self.host)?;
             open.disk.writable()?;
+            let enforcement = open.disk.enforcement();
             Ok(PoolFacts {
                 id: open.id,
                 filesystem: open.filesystem.clone(),
                 space: open.disk.space()?,
                 foreign: open.foreign,
                 promised: open.promised(),
-                enforcement: open.disk.enforcement(),
-                unlimited: open.unlimited(),
+                unlimited: open.unlimited(enforcement.is_ok()),
+                enforcement,
             })
         };
         self.pools

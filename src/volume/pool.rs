@@ -321,9 +321,8 @@ impl OpenPool {
         })
     }
 
-    /// How many volumes with data are held to no size.
-    pub(super) fn unlimited(&self) -> usize {
-        let enforced = self.disk.enforcement().is_ok();
+    /// How many volumes with data are held to no size, where others are (`enforced`) or none is.
+    pub(super) fn unlimited(&self, enforced: bool) -> usize {
         let volumes = self.lock();
         let with_data = volumes.entries.iter().filter(|(_, entry)| {
             let record = entry.record.as_ref();

@@ -34,6 +34,13 @@ struct Limit {
     inodes: Option<u64>,
 }
 
+impl Limit {
+    const NONE: Self = Self {
+        bytes: None,
+        inodes: None,
+    };
+}
+
 /// What holds the volumes of one pool to their sizes.
 pub(super) struct Quota {
     wishes: Quotas,
@@ -126,7 +133,7 @@ impl Quota {
                 match kind {
                     Kind::Projects(projects) => projects.leave(&data)?,
                     Kind::Qgroups(qgroups) if self.wishes.policy == Policy::Off && qgroups::is_subvolume(&data)? => {
-                        qgroups.limit(&data, self.lawful(record.bytes))?;
+                        qgroups.limit(&data, limit)?;
                     }
                     Kind::Qgroups(_) | Kind::None(_) => {}
                 }
@@ -201,7 +208,7 @@ impl Quota {
         if record.phase == Phase::Claimed {
             return Ok(None);
         }
-        let limit = self.lawful(record.bytes);
+        let limit = self.limit(record.bytes);
         match &self.kind {
             Kind::None(_) => Ok(None),
             Kind::Qgroups(qgroups) if qgroups::is_subvolume(data)? => qgroups.limit(data, limit).map(|()| None),
@@ -281,22 +288,14 @@ impl Quota {
         }
     }
 
-    /// The limit of a volume of this size, were quotas wanted.
-    fn limit(&self, size: Bytes) -> Limit {
-        Limit {
-            bytes: Some(size),
-            inodes: self.wishes.inodes(size),
-        }
-    }
-
     /// The limit that a volume of this size is to have: none if quotas are off.
-    fn lawful(&self, size: Bytes) -> Limit {
+    fn limit(&self, size: Bytes) -> Limit {
         match self.wishes.policy {
-            Policy::Required | Policy::Auto => self.limit(size),
-            Policy::Off => Limit {
-                bytes: None,
-                inodes: None,
+            Policy::Required | Policy::Auto => Limit {
+                bytes: Some(size),
+                inodes: self.wishes.inodes(size),
             },
+            Policy::Off => Limit::NONE,
         }
     }
 

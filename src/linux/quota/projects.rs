@@ -13,7 +13,7 @@ use tracing::{debug, warn};
 
 use super::Limit;
 use super::sorting::{self, Standing, Tagged};
-use crate::linux::dir::{Dir, failed};
+use crate::linux::dir::Dir;
 use crate::linux::sys::quota::{self as sys, Project, Tag};
 use crate::volume::id::VolumeId;
 use crate::volume::ports::{DiskError, DiskErrorKind, Found, Usage};
@@ -123,7 +123,7 @@ impl ProjectQuota {
 
     /// The project that a directory has.
     pub(super) fn tag(dir: &Dir) -> Result<Tag, DiskError> {
-        sys::tag(dir).map_err(|errno| of(dir, "read the project of", errno))
+        sys::tag(dir).map_err(|errno| dir.failed_itself("read the project of", errno))
     }
 
     /// Gives an empty directory a project of its own, with a limit.
@@ -157,7 +157,7 @@ impl ProjectQuota {
         let before = Self::tag(data)?;
         if before.inherited && self.range.contains(before.project) {
             self.lock().leaving.insert(before.project);
-            sys::set_tag(data, Tag::default()).map_err(|errno| of(data, "take out of its project", errno))?;
+            sys::set_tag(data, Tag::default()).map_err(|errno| data.failed_itself("take out of its project", errno))?;
         }
         Ok(())
     }
@@ -179,29 +179,35 @@ impl ProjectQuota {
             sys::set_tag(data, tag).map_err(|errno| match errno {
                 Errno::EINVAL | Errno::EOPNOTSUPP if id > u32::from(u16::MAX) => {
                     let verb = "give a project (XFS without projid32bit has none above 65535: set projectIds) to";
-                    of(data, verb, errno)
+                    data.failed_itself(verb, errno)
                 }
-                errno => of(data, "set the project of", errno),
+                errno => data.failed_itself("set the project of", errno),
             })?;
         }
         // Another process may have entered it at the same moment: then one of the two, or both, see it here.
-        if Self::project(data, id)?.inodes != 1 {
+        let found = Self::project(data, id)?;
+        if found.inodes != 1 {
             return Ok(false);
         }
-        self.limit(data, id, limit)?;
+        self.limit_from(data, found, limit)?;
         Ok(true)
     }
 
     /// Limits a project, if it is not limited so already.
     pub(super) fn limit(&self, data: &Dir, id: u32, limit: Limit) -> Result<(), DiskError> {
+        self.limit_from(data, Self::project(data, id)?, limit)
+    }
+
+    /// Limits a project that was just looked at.
+    fn limit_from(&self, data: &Dir, found: Project, limit: Limit) -> Result<(), DiskError> {
+        let id = found.id;
         let bytes = limit.bytes.map_or(0, |bytes| self.whole_blocks(bytes));
         let inodes = limit.inodes.unwrap_or(0);
-        let found = Self::project(data, id)?;
         if (found.bytes_max, found.inodes_max) == (bytes, inodes) {
             return Ok(());
         }
         debug!(project = id, bytes, inodes, "limit");
-        sys::limit_project(data, id, bytes, inodes).map_err(|errno| of(data, "limit the project of", errno))
+        sys::limit_project(data, id, bytes, inodes).map_err(|errno| data.failed_itself("limit the project of", errno))
     }
 
     /// What a project takes; nothing if nobody counts it now.
@@ -213,7 +219,7 @@ impl ProjectQuota {
             })),
             // Switched off since.
             Err(Errno::ENOSYS | Errno::ESRCH | Errno::EINVAL) => Ok(None),
-            Err(errno) => Err(of(data, "read the quota of", errno)),
+            Err(errno) => Err(data.failed_itself("read the quota of", errno)),
         }
     }
 
@@ -256,7 +262,7 @@ impl ProjectQuota {
             inherited: false,
             ..tag
         };
-        sys::set_tag(dir, open).map_err(|errno| of(dir, "open to all projects", errno))
+        sys::set_tag(dir, open).map_err(|errno| dir.failed_itself("open to all projects", errno))
     }
 
     /// Gives back the projects whose last file is gone: XFS counts some after the fact. Whether some are left.
@@ -288,11 +294,7 @@ impl ProjectQuota {
         if (found.inodes, found.bytes) != (0, 0) {
             return Ok(false);
         }
-        let none = Limit {
-            bytes: None,
-            inodes: None,
-        };
-        self.limit(dir, id, none)?;
+        self.limit_from(dir, found, Limit::NONE)?;
         Ok(true)
     }
 
@@ -324,7 +326,7 @@ impl ProjectQuota {
     }
 
     fn project(file: &Dir, id: u32) -> Result<Project, DiskError> {
-        let found = sys::project(file, id).map_err(|errno| of(file, "read the quota of", errno))?;
+        let found = sys::project(file, id).map_err(|errno| file.failed_itself("read the quota of", errno))?;
         Ok(Project { id, ..found })
     }
 
@@ -337,10 +339,6 @@ impl ProjectQuota {
         // Every change is one statement, and what a panic leaves behind is taken for in use.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-fn of(dir: &Dir, verb: &'static str, errno: Errno) -> DiskError {
-    failed(verb, dir.path().to_owned(), errno)
 }
 
 /// Two pools on one filesystem should not try the same ids in the same order.

@@ -17,7 +17,7 @@ use nix::errno::Errno;
 use nix::unistd::syncfs;
 
 use super::Limit;
-use crate::linux::dir::{Dir, failed};
+use crate::linux::dir::Dir;
 use crate::linux::mountinfo;
 use crate::linux::sys::{btrfs as sys, clear_immutable};
 use crate::volume::ports::{DiskError, Usage};
@@ -92,7 +92,7 @@ impl Qgroups {
         let upper = sys::upper(subvolume);
         sys::create_qgroup(data, upper)
             .and_then(|()| sys::join_qgroup(data, subvolume, upper))
-            .map_err(|errno| of(data, "make the quota group of", errno))
+            .map_err(|errno| data.failed_itself("make the quota group of", errno))
     }
 
     /// Limits a subvolume, if it is not limited so already. With simple quotas that is durable with the next commit of the
@@ -108,7 +108,7 @@ impl Qgroups {
             // It was made when quotas were other ones.
             self.enter(data)?;
         }
-        sys::limit_qgroup(data, group, wanted).map_err(|errno| of(data, "limit the quota group of", errno))
+        sys::limit_qgroup(data, group, wanted).map_err(|errno| data.failed_itself("limit the quota group of", errno))
     }
 
     /// What a subvolume takes; nothing if nobody counts it now.
@@ -202,13 +202,13 @@ pub(super) fn ensure_subvolume(dir: &Dir, name: &CStr) -> Result<Dir, DiskError>
     }
     sys::create_subvolume(dir, name).map_err(|errno| dir.failed("make subvolume", name, errno))?;
     // fsync(2) does not commit a new subvolume on every kernel.
-    syncfs(dir).map_err(|errno| of(dir, "sync the filesystem of", errno))?;
+    syncfs(dir).map_err(|errno| dir.failed_itself("sync the filesystem of", errno))?;
     dir.child(name)
 }
 
 /// Whether a directory on btrfs is the top of a subvolume.
 pub(super) fn is_subvolume(dir: &Dir) -> Result<bool, DiskError> {
-    let stat = dir.stat(c"").map_err(|errno| of(dir, "stat", errno))?;
+    let stat = dir.stat(c"").map_err(|errno| dir.failed_itself("stat", errno))?;
     Ok(stat.inode.ino == sys::TOP_INODE)
 }
 
@@ -269,9 +269,5 @@ fn is_simple(sysfs: &Path) -> bool {
 }
 
 fn subvolume(data: &Dir) -> Result<u64, DiskError> {
-    sys::subvolume_of(data).map_err(|errno| of(data, "find the subvolume of", errno))
-}
-
-fn of(dir: &Dir, verb: &'static str, errno: Errno) -> DiskError {
-    failed(verb, dir.path().to_owned(), errno)
+    sys::subvolume_of(data).map_err(|errno| data.failed_itself("find the subvolume of", errno))
 }
