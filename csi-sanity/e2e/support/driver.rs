@@ -117,10 +117,10 @@ impl Driver {
         }
     }
 
-    /// Starts it and waits until it answers.
+    /// Starts it and waits until it answers, with its pools open or refused.
     pub(crate) fn start(&self) -> Process {
         let mut process = self.spawn();
-        process.connect();
+        process.connect_ready();
         process
     }
 
@@ -158,6 +158,17 @@ impl Process {
             client.is_some()
         });
         client.expect("waited for")
+    }
+
+    /// A new connection, when no pool is being opened any more: that syncs the filesystem it is on, which takes as long as what
+    /// other tests have written there.
+    pub(crate) fn connect_ready(&mut self) -> Client {
+        let client = self.connect();
+        wait_for(DEADLINE, "the pools are no longer being opened", || {
+            let probed = client.probe();
+            !probed.is_err_and(|status| status.message().contains("is still being opened"))
+        });
+        client
     }
 
     pub(crate) fn pid(&self) -> Pid {

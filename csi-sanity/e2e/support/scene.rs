@@ -205,6 +205,6 @@ impl Scene {
 /// Starts a driver and its client.
 pub(crate) fn start(driver: &Driver) -> (Process, Client) {
     let mut process = driver.spawn();
-    let client = process.connect();
+    let client = process.connect_ready();
     (process, client)
 }
