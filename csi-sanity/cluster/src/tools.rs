@@ -15,7 +15,7 @@ use sha2::{Digest, Sha256};
 
 use crate::machine::text_of;
 
-/// A Go module that pins upstream programs.
+/// Upstream programs that a Go module pins.
 struct Module {
     /// Its directory, below `csi-sanity`.
     dir: &'static str,
@@ -107,8 +107,9 @@ const RUNC: Module = Module {
     ldflags: "-s -w",
 };
 
+/// The same module again: Helm is made of the same libraries, which are then built once.
 const HELM: Module = Module {
-    dir: "helm",
+    dir: "kubernetes",
     programs: &[("helm", "helm.sh/helm/v4/cmd/helm")],
     cgo: false,
     tags: "",
@@ -221,11 +222,7 @@ fn build(module: &Module) -> Result<PathBuf> {
     let _building = BUILDING.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let bin = target_dir().join("lab/bin");
     let source = root().join("csi-sanity").join(module.dir);
-    let stamp = bin.join(format!(
-        ".{}{}",
-        module.dir.replace('.', "sanity"),
-        if module.cgo { "-cgo" } else { "" }
-    ));
+    let stamp = bin.join(format!(".{}", module.programs[0].0));
     let wanted = fingerprint(module, &source)?;
     let there = module.programs.iter().all(|(name, _)| bin.join(name).exists());
     if there && fs::read_to_string(&stamp).is_ok_and(|found| found == wanted) {
