@@ -9,7 +9,7 @@ use k8s_openapi::api::coordination::v1::Lease;
 use kube::api::{Api, Patch, PatchParams, PostParams};
 use serde_json::{Value, json};
 
-use crate::lab::{Lab, Mode, lab, report};
+use crate::lab::{Lab, Mode, PATIENCE, lab, report};
 use crate::objects::{claim_of, class, on_node, pod};
 use crate::scale::{SetOnDrop, many};
 
@@ -514,7 +514,7 @@ fn fresh(disks: &Disks<'_>, a: &str) {
     disks.restart();
     disks.start("two", "node-2");
     lab.described("pod", "two", &format!("it was made on pool {a}"));
-    lab.delete_all(180);
+    lab.delete_all(PATIENCE);
     lab.wait("the claims on the broken disk are gone", || {
         Ok(lab.kubectl().list(&["hostvolumes"])?.is_empty())
     });

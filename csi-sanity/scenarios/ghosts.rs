@@ -15,7 +15,7 @@ use k8s_openapi::api::coordination::v1::Lease;
 use serde_json::{Value, json};
 
 use crate::elected::{Holder, token};
-use crate::lab::{Lab, Mode, is_ready, lab, report};
+use crate::lab::{Lab, Mode, PATIENCE, is_ready, lab, report};
 use crate::objects::{claim_of, class, on_node, pod};
 use crate::scale::SetOnDrop;
 
@@ -211,7 +211,7 @@ impl Story {
             self.bound(),
             "HostVolumes and PersistentVolumes differ"
         );
-        lab.delete_all(180);
+        lab.delete_all(PATIENCE);
         lab.nothing_is_left();
         for (done, words) in [("made", "volume made"), ("deleted", "volume deleted")] {
             let mut times = BTreeMap::<String, usize>::new();
@@ -291,11 +291,10 @@ impl<'a> Haunted<'a> {
             node.start_kubelet()?;
         }
         lab.wait_ready(3)?;
-        lab.kubectl()
-            .wait(crate::lab::PATIENCE, "both drivers are registered", || {
-                let drivers = lab.kubectl().get(&["csinode", self.name()])?["spec"]["drivers"].clone();
-                Ok(drivers.as_array().is_some_and(|drivers| drivers.len() == 2))
-            })
+        lab.kubectl().wait(PATIENCE, "both drivers are registered", || {
+            let drivers = lab.kubectl().get(&["csinode", self.name()])?["spec"]["drivers"].clone();
+            Ok(drivers.as_array().is_some_and(|drivers| drivers.len() == 2))
+        })
     }
 }
 

@@ -209,10 +209,17 @@ impl Lab {
     }
 
     /// Deletes all pods and claims of the test's namespace, and waits until they are gone.
-    pub(crate) fn delete_all(&self, seconds: u32) {
-        let timeout = format!("--timeout={seconds}s");
-        let args = ["delete", "pods,pvc", "--all", "-n", &self.namespace, "--wait", &timeout];
-        self.kubectl().run(&args).unwrap();
+    pub(crate) fn delete_all(&self, patience: Duration) {
+        let namespaced = ["-n", self.namespace.as_str()];
+        let args = ["delete", "pods,pvc", "--all", "--wait=false"];
+        self.kubectl().run(&[&args[..], &namespaced].concat()).unwrap();
+        // kubectl would wait for one after the other, five in a second.
+        let left = [&["pods,pvc"][..], &namespaced].concat();
+        self.kubectl()
+            .wait(patience, "all pods and claims are gone", || {
+                Ok(self.kubectl().list(&left)?.is_empty())
+            })
+            .unwrap();
     }
 
     /// Waits until a pod runs and is ready; the node it is on.
@@ -423,7 +430,9 @@ impl Drop for Lab {
         } else {
             report(&format!("{:<75} {:>5.1} s", self.title, time.as_secs_f64()));
         }
-        let args = ["delete", "namespace", &self.namespace, "--wait", "--timeout=120s"];
+        // Nobody has to wait for what a test has left empty.
+        let wait = format!("--wait={}", std::thread::panicking());
+        let args = ["delete", "namespace", &self.namespace, &wait, "--timeout=120s"];
         if let Err(error) = self.kubectl().run(&args) {
             report(&format!("{error:#}"));
         }

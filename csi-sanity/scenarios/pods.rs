@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use crate::lab::{Mode, in_both_modes, lab};
+use crate::lab::{Mode, PATIENCE, in_both_modes, lab};
 use crate::objects::{claim_of, class, on_node, pod, stateful_set, with, with_mount};
 
 in_both_modes![
@@ -187,9 +187,7 @@ fn scenario_3_pods_share_write_read_and_exclude(mode: Mode) {
             .lines()
             .any(|line| line.contains(" /data ") && line.contains("noatime"))
     );
-    lab.kubectl()
-        .run(&["delete", "pods,pvc", "--all", "-n", &lab.namespace, "--wait"])
-        .unwrap();
+    lab.delete_all(PATIENCE);
     lab.kubectl().run(&["delete", "storageclass", "careful"]).unwrap();
     lab.nothing_is_left();
 }

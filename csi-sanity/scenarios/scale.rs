@@ -69,7 +69,7 @@ pub(crate) fn many(lab: &Lab, count: usize, node: Option<&str>, meanwhile: impl 
         check_one_to_one(lab, count);
 
         let start = Instant::now();
-        lab.delete_all(480);
+        lab.delete_all(patience);
         lab.nothing_is_left();
         report(&format!("all gone in {:.1?}", start.elapsed()));
     });
@@ -99,22 +99,10 @@ fn check_one_to_one(lab: &Lab, count: usize) {
 }
 
 fn scenario_5_a_hundred_claims_and_pods_on_one_node(mode: Mode) {
-    let Some(lab) = lab(mode, "many", "5. 100 claims and pods on one node, twice") else {
+    let Some(lab) = lab(mode, "many", "5. 100 claims and pods on one node") else {
         return;
     };
-    // What external-provisioner has by itself, and ten times that.
-    for (qps, burst) in [(5, 10), (50, 100)] {
-        let settings = [
-            format!("provisioner.kubeApiQPS={qps}"),
-            format!("provisioner.kubeApiBurst={burst}"),
-        ];
-        lab.install(&[&settings[0], &settings[1]]);
-        report(&format!(
-            "with {qps} requests to the API server per second, {burst} at once:"
-        ));
-        many(&lab, COUNT, Some("node-1"), || {});
-    }
-    lab.install(&[]);
+    many(&lab, COUNT, Some("node-1"), || {});
 }
 
 fn scenario_6_a_hundred_claims_while_the_driver_is_killed_every_second(mode: Mode) {

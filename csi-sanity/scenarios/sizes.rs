@@ -3,7 +3,7 @@
 use hostdir_cluster::tools;
 use serde_json::{Value, json};
 
-use crate::lab::{Lab, Mode, lab, skipped};
+use crate::lab::{Lab, Mode, PATIENCE, lab, skipped};
 use crate::objects::{claim_of, on_node, pod};
 
 /// A pool on a disk of its own with quotas, on the first node; the other nodes have no such disk.
@@ -87,7 +87,7 @@ fn a_claim_is_as_large_as_it_says_and_grows_while_its_pod_runs() {
     lab.running("pod");
     lab.wait("the claim has grown", || Ok(capacity(&lab)? == "192Mi"));
     lab.exec("pod", &write("fourth", 30)).unwrap();
-    lab.delete_all(120);
+    lab.delete_all(PATIENCE);
     lab.nothing_is_left();
     lab.wait("the disk is empty", || {
         Ok(lab.nodes[0]

@@ -3,7 +3,7 @@
 use hostdir_cluster::cluster::NAMESPACE;
 use serde_json::json;
 
-use crate::lab::{Mode, in_both_modes, lab};
+use crate::lab::{Mode, PATIENCE, in_both_modes, lab};
 use crate::objects::{claim_of, class, on_node, pod};
 
 in_both_modes![
@@ -34,9 +34,7 @@ fn scenario_7_pods_go_where_there_is_room_and_wait_where_there_is_none(mode: Mod
         on_node(pod("elsewhere", "elsewhere"), "node-2"),
     ]);
     lab.described("pod", "elsewhere", "did not have enough free storage");
-    lab.kubectl()
-        .run(&["delete", "pods,pvc", "--all", "-n", &lab.namespace, "--wait"])
-        .unwrap();
+    lab.delete_all(PATIENCE);
     lab.nothing_is_left();
 }
 
@@ -179,7 +177,14 @@ fn a_pod_goes_on_while_the_network_is_cut_and_the_api_server_hangs(mode: Mode) {
     lab.wait("the API server answers again", || Ok(answers()));
 
     lab.cut_network(0, true).unwrap();
-    lab.exec("pod", "true").expect_err("the network is not cut");
+    lab.kubectl()
+        .run(&[
+            "get",
+            "--raw",
+            "/api/v1/nodes/node-1/proxy/healthz",
+            "--request-timeout=3s",
+        ])
+        .expect_err("the network is not cut");
     assert_eq!(mount_id(&lab), id);
     lab.cut_network(0, false).unwrap();
     lab.wait("the node is back", || {

@@ -1,10 +1,11 @@
 //! What is left when the process that made a cluster is gone: a directory, and cgroups. A shell waits for that.
 
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, ChildStdin, Command, Stdio};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
+
+use crate::cgroup;
 
 /// Below every hierarchy of `/sys/fs/cgroup`, the cgroups of all clusters.
 const CGROUPS: &str = "hostdir-lab";
@@ -54,23 +55,9 @@ impl Janitor {
         })
     }
 
-    /// Makes a cgroup of this cluster in every hierarchy, ready for processes. Its name, as the kubelet takes it.
+    /// Makes a cgroup of this cluster. Its name, as the kubelet takes it.
     pub(crate) fn make_cgroup(&self, name: &str) -> Result<String> {
-        let cgroup = format!("{}/{name}", self.cgroup);
-        let mut made = 0;
-        for hierarchy in fs::read_dir("/sys/fs/cgroup").context("list the cgroup hierarchies")? {
-            let hierarchy = hierarchy?.path();
-            // A link such as cpu -> cpu,cpuacct is a second name of one hierarchy.
-            if !hierarchy.is_dir() || hierarchy.is_symlink() {
-                continue;
-            }
-            let path = hierarchy.join(&cgroup);
-            fs::create_dir_all(&path).with_context(|| format!("make {}", path.display()))?;
-            fill_cpuset(&hierarchy, &cgroup)?;
-            made += 1;
-        }
-        ensure!(made > 0, "no cgroup hierarchy is mounted in /sys/fs/cgroup");
-        Ok(format!("/{cgroup}"))
+        cgroup::make(&format!("{}/{name}", self.cgroup))
     }
 }
 
@@ -79,20 +66,4 @@ impl Drop for Janitor {
         drop(self.stdin.take());
         let _ = self.shell.wait();
     }
-}
-
-/// A new cpuset has no processors and no memory, and takes no process until it has (cpuset(7)); top down.
-fn fill_cpuset(hierarchy: &Path, cgroup: &str) -> Result<()> {
-    if !hierarchy.ends_with("cpuset") {
-        return Ok(());
-    }
-    let mut path: PathBuf = hierarchy.to_owned();
-    for part in cgroup.split('/') {
-        for file in ["cpuset.cpus", "cpuset.mems"] {
-            let from = fs::read_to_string(path.join(file)).with_context(|| format!("read {file}"))?;
-            fs::write(path.join(part).join(file), from).with_context(|| format!("fill {file}"))?;
-        }
-        path.push(part);
-    }
-    Ok(())
 }

@@ -8,6 +8,7 @@
 //! [`Cluster::up`] makes one. Everything it makes dies with the process that made it, however that ends: the namespaces
 //! by parent-death signals, files and cgroups by the janitor (`janitor`).
 
+mod cgroup;
 pub mod cluster;
 mod control_plane;
 mod images;

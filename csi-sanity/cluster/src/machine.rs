@@ -16,6 +16,10 @@ use nix::unistd::Pid;
 /// How long anything may take that is waited for.
 pub(crate) const DEADLINE: Duration = Duration::from_mins(2);
 
+/// How long is waited between two looks.
+const SOON: Duration = Duration::from_millis(20);
+const SELDOM: Duration = Duration::from_millis(500);
+
 /// Process 1 of a machine: sets it up, says so, and reaps orphans.
 const INIT: &str = include_str!("init.sh");
 
@@ -189,6 +193,7 @@ pub(crate) fn wait_for(limit: Duration, what: &str, mut condition: impl FnMut() 
     let start = Instant::now();
     let mut last = None;
     loop {
+        let asked = Instant::now();
         match condition() {
             Ok(true) => return Ok(()),
             Ok(false) => {}
@@ -200,6 +205,7 @@ pub(crate) fn wait_for(limit: Duration, what: &str, mut condition: impl FnMut() 
                 None => bail!("waited {limit:?} in vain until {what}"),
             }
         }
-        std::thread::sleep(Duration::from_millis(50));
+        // Who asks more often than this takes the time of those who work.
+        std::thread::sleep((2 * asked.elapsed()).clamp(SOON, SELDOM));
     }
 }

@@ -8,6 +8,7 @@ use anyhow::{Context, Result};
 use nix::sys::signal::Signal;
 use serde_json::json;
 
+use crate::cgroup;
 use crate::control_plane::{ADDRESS, SERVER, SERVICE_ADDRESS};
 use crate::machine::{Machine, wait_until};
 use crate::pki::Pki;
@@ -118,6 +119,9 @@ SystemdCgroup = false
             // A container that is killed comes back at once, and not after minutes: tests kill often.
             "featureGates": {"KubeletCrashLoopBackOffMax": true},
             "crashLoopBackOff": {"maxContainerRestartPeriod": "1s"},
+            // How soon a claim that has grown is looked at, and how old a volume's figures are: a minute each by default.
+            "syncFrequency": "10s",
+            "volumeStatsAggPeriod": "10s",
             "maxPods": 250,
             "serializeImagePulls": false,
         });
@@ -158,7 +162,8 @@ SystemdCgroup = false
             .machine
             .take()
             .with_context(|| format!("node {} is switched off", self.name))?;
-        machine.cut_power()
+        machine.cut_power()?;
+        cgroup::clear(&self.cgroup)
     }
 
     /// A cable from its network to the bridge of the control plane, and the ways to everybody.
