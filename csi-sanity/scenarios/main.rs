@@ -14,3 +14,4 @@ mod sanity;
 mod scale;
 mod sizes;
 mod trouble;
+mod user_namespaces;
