@@ -75,7 +75,7 @@ fn scenario_2_two_hundred_claims_while_controllers_are_killed() {
     };
     // Long enough for both, the making and the deleting, and then it has to end well.
     let (kills, start) = (AtomicUsize::new(0), Instant::now());
-    many(&lab, 200, &[(Mode::Elected, None)], || {
+    many(&lab, 200, None, || {
         let kill = kills.fetch_add(1, Ordering::Relaxed);
         let controllers = lab.controllers();
         if start.elapsed() > Duration::from_mins(3) || controllers.is_empty() {

@@ -260,11 +260,10 @@ impl Lab {
         claim["spec"]["volumeName"].as_str().unwrap().to_owned()
     }
 
-    /// The names in a directory of the pools of both modes, node by node.
+    /// The names in a directory of a pool, node by node.
     pub(crate) fn in_pools(&self, dir: &str) -> Vec<String> {
-        let pools = [Mode::Local, Mode::Elected].map(Mode::pool);
-        let script = format!("for pool in {}; do ls $pool/{dir}; done", pools.join(" "));
-        let names: Vec<String> = self.nodes.iter().map(|node| node.sh(&script).unwrap()).collect();
+        let list = |node: &hostdir_cluster::Node| node.sh(&format!("ls {}/{dir}", self.mode.pool())).unwrap();
+        let names: Vec<String> = self.nodes.iter().map(list).collect();
         names
             .iter()
             .flat_map(|names| names.lines())
@@ -395,12 +394,7 @@ impl Lab {
 
     /// Kills the driver of a node with -9, as the kubelet's host sees it.
     pub(crate) fn kill_driver(&self, node: usize) {
-        self.kill_driver_of(self.mode, node);
-    }
-
-    /// The same, of the driver of one mode.
-    pub(crate) fn kill_driver_of(&self, mode: Mode, node: usize) {
-        self.signal_drivers(node, mode.command(), "KILL");
+        self.signal_drivers(node, self.mode.command(), "KILL");
     }
 
     /// Sends a signal to the processes of hostdir on a node that run this command.

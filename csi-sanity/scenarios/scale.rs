@@ -6,22 +6,22 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::lab::{Lab, Mode, lab, report};
-use crate::objects::{claim_of, on_node, pod};
+use crate::lab::{Lab, Mode, in_both_modes, lab, report};
+use crate::objects::{on_node, pod};
+
+in_both_modes![
+    scenario_5_a_hundred_claims_and_pods_on_one_node,
+    scenario_6_a_hundred_claims_while_the_driver_is_killed_every_second,
+];
 
 const COUNT: usize = 100;
 
-/// Both modes at once, each on a node of its own.
-const HOMES: [(Mode, Option<&str>); 2] = [(Mode::Elected, Some("node-1")), (Mode::Local, Some("node-2"))];
-
-/// How long the drivers are killed; then it has to end well. While they are killed, the kubelet tries ever more seldom to mount
-/// and to unmount (up to two minutes apart), and finds a living driver only by luck.
+/// How long the driver is killed: longer than all takes without. Then it has to end well; while it is killed, the kubelet
+/// tries ever more seldom to unmount (up to two minutes apart), and finds a living driver only by luck.
 const KILLING: Duration = Duration::from_secs(100);
 
-/// So many claims of each of these modes, with pods, on one node or wherever: all bound and running, none doubled; all
-/// deleted: nothing left.
-pub(crate) fn many(lab: &Lab, each: usize, homes: &[(Mode, Option<&str>)], meanwhile: impl Fn() + Sync) {
-    let count = each * homes.len();
+/// So many claims with pods, on one node or wherever: all bound and running, none doubled; all deleted: nothing left.
+pub(crate) fn many(lab: &Lab, count: usize, node: Option<&str>, meanwhile: impl Fn() + Sync) {
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {
@@ -33,11 +33,10 @@ pub(crate) fn many(lab: &Lab, each: usize, homes: &[(Mode, Option<&str>)], meanw
         let _done = SetOnDrop(&done);
         let objects: Vec<Value> = (0..count)
             .flat_map(|number| {
-                let (mode, node) = homes[number % homes.len()];
                 let name = format!("many-{number}");
                 let pod = pod(&name, &name);
                 let pod = node.map_or(pod.clone(), |node| on_node(pod, node));
-                [claim_of(&name, "1Mi", mode.release(), "ReadWriteOnce"), pod]
+                [lab.claim(&name, "1Mi"), pod]
             })
             .collect();
         let start = Instant::now();
@@ -99,32 +98,30 @@ fn check_one_to_one(lab: &Lab, count: usize) {
     assert_eq!(lab.mounts(), count);
 }
 
-#[test]
-fn scenario_5_a_hundred_claims_and_pods_on_one_node() {
-    let title = "5. 100 claims and pods on one node, and 100 local ones on another";
-    let Some(lab) = lab(Mode::Elected, "many", title) else {
+fn scenario_5_a_hundred_claims_and_pods_on_one_node(mode: Mode) {
+    let Some(lab) = lab(mode, "many", "5. 100 claims and pods on one node") else {
         return;
     };
-    many(&lab, COUNT, &HOMES, || {});
+    many(&lab, COUNT, Some("node-1"), || {});
 }
 
-#[test]
-fn scenario_6_a_hundred_claims_while_the_driver_is_killed_every_second() {
-    let title = "6. the same while the drivers are killed every second";
-    let Some(lab) = lab(Mode::Elected, "many-kills", title) else {
+fn scenario_6_a_hundred_claims_while_the_driver_is_killed_every_second(mode: Mode) {
+    let Some(lab) = lab(
+        mode,
+        "many-kills",
+        "6. the same while the driver is killed every second",
+    ) else {
         return;
     };
     let (kills, start) = (AtomicUsize::new(0), Instant::now());
-    many(&lab, COUNT, &HOMES, || {
+    many(&lab, COUNT, Some("node-1"), || {
         if start.elapsed() < KILLING {
-            for (node, (mode, _)) in HOMES.iter().enumerate() {
-                lab.kill_driver_of(*mode, node);
-            }
+            lab.kill_driver(0);
             kills.fetch_add(1, Ordering::Relaxed);
         }
     });
     report(&format!(
-        "{} times somebody came to kill the drivers",
+        "{} times somebody came to kill the driver",
         kills.into_inner()
     ));
 }
