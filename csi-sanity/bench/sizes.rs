@@ -8,6 +8,7 @@ use std::process::Command;
 use std::time::Instant;
 
 use nix::errno::Errno;
+use nix::mount::{MntFlags, umount2};
 
 use super::bare;
 use super::rpc::Served;
@@ -26,16 +27,25 @@ pub(crate) fn run(dir: &Path, table: &mut Table) {
     let disk = dir.join("btrfs");
     fs::create_dir(&disk).expect("make a directory");
     let (image, disk_path) = (image.display().to_string(), disk.display().to_string());
-    for command in [
+    let commands = [
         &["mkfs.btrfs", "-q", "-K", &image][..],
         &["mount", "-o", "loop", &image, &disk_path],
         &["btrfs", "quota", "enable", &disk_path],
-    ] {
-        let done = Command::new(command[0]).args(&command[1..]).status();
-        if !done.is_ok_and(|status| status.success()) {
-            return table.fact("quotas", "SKIPPED: no btrfs with quotas here");
-        }
+    ];
+    let done = |command: &&[&str]| {
+        let status = Command::new(command[0]).args(&command[1..]).status();
+        status.is_ok_and(|status| status.success())
+    };
+    if commands.iter().all(done) {
+        measure(&disk, table);
+    } else {
+        table.fact("quotas", "SKIPPED: no btrfs with quotas here");
     }
+    // A directory with a mount below is not removed; what could not be mounted is none.
+    let _ = umount2(&disk, MntFlags::MNT_DETACH);
+}
+
+fn measure(disk: &Path, table: &mut Table) {
     let start = |name: &str, quota: &str| {
         let dir = disk.join(name);
         fs::create_dir(&dir).expect("make a directory");
