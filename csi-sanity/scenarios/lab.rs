@@ -210,14 +210,13 @@ impl Lab {
 
     /// Deletes all pods and claims of the test's namespace, and waits until they are gone.
     pub(crate) fn delete_all(&self, patience: Duration) {
-        let namespaced = ["-n", self.namespace.as_str()];
-        let args = ["delete", "pods,pvc", "--all", "--wait=false"];
-        self.kubectl().run(&[&args[..], &namespaced].concat()).unwrap();
+        let namespace = self.namespace.as_str();
+        let args = ["delete", "pods,pvc", "--all", "-n", namespace, "--wait=false"];
+        self.kubectl().run(&args).unwrap();
         // kubectl would wait for one after the other, five in a second.
-        let left = [&["pods,pvc"][..], &namespaced].concat();
         self.kubectl()
             .wait(patience, "all pods and claims are gone", || {
-                Ok(self.kubectl().list(&left)?.is_empty())
+                Ok(self.kubectl().list(&["pods,pvc", "-n", namespace])?.is_empty())
             })
             .unwrap();
     }

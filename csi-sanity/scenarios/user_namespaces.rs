@@ -16,12 +16,14 @@ fn pods_have_volumes_in_user_namespaces_and_nowhere_else_where_that_is_asked() {
     lab.install(&[&format!("requireUserNamespaces={here}")]);
     lab.apply(&[lab.claim("data", "10Mi")]);
     lab.wait("a pod of the host's users is refused", || {
-        let refusal = tried(&lab, &pod("pod", "data")).err();
-        Ok(refusal.is_some_and(|error| format!("{error:#}").contains("needs \"hostUsers: false\" in its spec")))
+        Ok(is_refused(&lab, &pod("pod", "data")))
     });
     let ephemeral =
         json!([{"name": "data", "ephemeral": {"volumeClaimTemplate": {"spec": lab.claim("", "1Mi")["spec"]}}}]);
-    tried(&lab, &with(pod("pod", ""), "volumes", ephemeral)).expect_err("its claim is made for it");
+    assert!(
+        is_refused(&lab, &with(pod("pod", ""), "volumes", ephemeral)),
+        "a pod whose claim is made for it"
+    );
     let without = json!([{"name": "data", "emptyDir": {}}]);
     tried(&lab, &with(pod("pod", ""), "volumes", without)).expect("a pod without a claim");
 
@@ -42,6 +44,12 @@ fn pods_have_volumes_in_user_namespaces_and_nowhere_else_where_that_is_asked() {
     lab.delete_all(PATIENCE);
     lab.nothing_is_left();
     lab.install(&[]);
+}
+
+/// Whether the API server refuses a pod for want of a user namespace.
+fn is_refused(lab: &Lab, pod: &Value) -> bool {
+    let refusal = tried(lab, pod).err();
+    refusal.is_some_and(|error| format!("{error:#}").contains("needs \"hostUsers: false\" in its spec"))
 }
 
 /// Whether the API server would take an object into the test's namespace.
