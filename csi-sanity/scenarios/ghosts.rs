@@ -20,6 +20,7 @@ use crate::objects::{claim_of, class, on_node, pod};
 use crate::scale::SetOnDrop;
 
 const LEASE: &str = "hostdir-csi";
+const RESIZER_LEASE: &str = "external-resizer-hostdir-csi";
 const POLICY: &str = "hostdir-leases";
 
 /// A test's claims are bound at once: no pod has to be waited for.
@@ -886,13 +887,22 @@ fn nobody_holds_a_lease_in_anothers_name() {
     assert!(format!("{:#}", slip.unwrap_err()).contains("only a controller of hostdir"));
     hold(&bound, &other, &other).expect("its own heartbeat");
 
+    // Each Lease has its own leader, and who leads by one stands by for the other.
+    hold(&bound, RESIZER_LEASE, &other).expect("another Lease, in its own name");
     let report = story.ask_who_leads(&leader).unwrap();
-    for line in [
-        &format!("holder           {leader}"),
-        "verdict          it leads",
-        &format!("stands by        {other}"),
-    ] {
-        assert!(report.contains(line), "{line:?} is not in\n{report}");
+    let of_resizer = report.find(RESIZER_LEASE).expect("both Leases");
+    let blocks = [
+        (&report[..of_resizer], &leader, &other),
+        (&report[of_resizer..], &other, &leader),
+    ];
+    for (block, holder, idle) in blocks {
+        for line in [
+            &format!("holder           {holder}"),
+            "verdict          it leads",
+            &format!("stands by        {idle}"),
+        ] {
+            assert!(block.contains(line), "{line:?} is not in\n{block}\nof\n{report}");
+        }
     }
     let metrics = story.lab.http(&story.lab.controllers()[0], "metrics").unwrap();
     let line = format!("hostdir_leader{{lease=\"{LEASE}\",holder=\"{leader}\"}} 1");

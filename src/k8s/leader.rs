@@ -1,6 +1,5 @@
 //! Who leads, for people.
 
-use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::time::Duration;
 
@@ -12,8 +11,8 @@ use super::election::{Elections, HAND_OVER, Reading, election};
 use crate::leader::Guilt;
 use crate::volume::Reason;
 
-/// Says who holds each of these Leases, whether it should, and who stands by; and whether all are held as they should be.
-/// Ages are by the clock of this machine.
+/// Says who holds each of these Leases, whether it should, and who stands by for it; and whether all are held as they should
+/// be. Ages are by the clock of this machine.
 ///
 /// # Errors
 /// The API server does not answer, or there is no such Lease.
@@ -32,24 +31,27 @@ pub async fn report(
         leases.join(" or ")
     );
     let (mut text, mut well) = (String::new(), true);
-    let mut holders = BTreeSet::new();
     for lease in found {
         let (about, leads) = holder(&reading, lease);
         well &= leads;
         text += &about;
-        holders.insert(election(lease).holder);
-    }
-    for (name, controller) in reading
-        .view
-        .controllers
-        .iter()
-        .filter(|(name, _)| !holders.contains(*name))
-    {
-        let guilt = Guilt::at_first_sight(Some(controller), silence(&reading, name));
-        let state = guilt.map_or("could lead".to_owned(), |guilt| format!("could not lead: {guilt}"));
-        let _ = writeln!(text, "stands by        {name} on node {}: {state}", controller.node);
+        // Who leads by one Lease stands by for the others.
+        text += &others(&reading, &election(lease).holder);
     }
     Ok((text, well))
+}
+
+/// The controllers that do not hold a Lease, and whether they could.
+fn others(reading: &Reading, holder: &str) -> String {
+    let mut text = String::new();
+    for (name, controller) in &reading.view.controllers {
+        if name != holder {
+            let guilt = Guilt::at_first_sight(Some(controller), silence(reading, name));
+            let state = guilt.map_or("could lead".to_owned(), |guilt| format!("could not lead: {guilt}"));
+            let _ = writeln!(text, "stands by        {name} on node {}: {state}", controller.node);
+        }
+    }
+    text
 }
 
 /// What is to be said of a Lease and its holder, and whether the one leads.
