@@ -209,7 +209,9 @@ struct Process {
 impl Process {
     fn new(serve: ServeArgs) -> anyhow::Result<Self> {
         let listener = Listener::bind(&serve.endpoint)?;
+        // It only takes messages apart, which two would hand to and fro; what may block has threads of its own.
         let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
             .enable_all()
             .max_blocking_threads(BLOCKING_THREADS)
             .build()

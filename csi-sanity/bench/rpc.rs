@@ -12,8 +12,8 @@ use hostdir::csi::proto::volume_capability::access_mode::Mode;
 use hostdir::csi::proto::volume_capability::{AccessMode, AccessType, MountVolume};
 use hostdir::csi::proto::{
     CapacityRange, ControllerExpandVolumeRequest, CreateVolumeRequest, DeleteVolumeRequest, GetCapacityRequest,
-    ListVolumesRequest, NodeGetVolumeStatsRequest, NodePublishVolumeRequest, NodeUnpublishVolumeRequest, ProbeRequest,
-    VolumeCapability,
+    GetPluginInfoRequest, ListVolumesRequest, NodeGetVolumeStatsRequest, NodePublishVolumeRequest,
+    NodeUnpublishVolumeRequest, ProbeRequest, VolumeCapability,
 };
 use tokio::runtime::Runtime;
 use tonic::transport::{Channel, Endpoint};
@@ -170,6 +170,13 @@ impl Served {
     /// Statistics of the volume `read`, mounted there.
     pub(crate) fn stats(&self, path: &Path) {
         self.runtime.block_on(self.caller.read(0, path));
+    }
+
+    /// The name of the driver, which it has at hand.
+    pub(crate) fn info(&self) {
+        let mut client = IdentityClient::new(self.caller.channel.clone());
+        let name = self.runtime.block_on(client.get_plugin_info(GetPluginInfoRequest {}));
+        name.expect("GetPluginInfo");
     }
 
     /// Lets a volume grow.

@@ -17,7 +17,7 @@ use nix::sys::stat::{Mode, mkdirat};
 use nix::unistd::{UnlinkatFlags, fsync, unlinkat};
 
 use super::sys::{self, Stat};
-use crate::volume::ports::{DiskError, DiskErrorKind};
+use crate::volume::ports::{DiskError, DiskErrorKind, Inode};
 
 /// Directories of hostdir itself are root's alone: no tenant and no user of the node walks through them.
 pub(super) const PRIVATE_DIR: Mode = Mode::S_IRWXU;
@@ -56,7 +56,7 @@ impl Dir {
         &self.path
     }
 
-    /// Opens a directory in this one.
+    /// Opens a directory in this one, or further below.
     pub(super) fn child(&self, name: &CStr) -> Result<Self, DiskError> {
         let fd = self
             .open_beneath(name, OFlag::O_RDONLY | OFlag::O_DIRECTORY, Mode::empty())
@@ -89,6 +89,12 @@ impl Dir {
     /// statx(2) of an entry, or of this directory when `name` is empty.
     pub(super) fn stat(&self, name: &CStr) -> nix::Result<Stat> {
         sys::statx(&self.fd, name)
+    }
+
+    /// Which directory this is.
+    pub(super) fn inode(&self) -> Result<Inode, DiskError> {
+        let stat = self.stat(c"").map_err(|errno| self.failed_itself("stat", errno))?;
+        Ok(stat.inode)
     }
 
     /// Reads a small file, if there is one.

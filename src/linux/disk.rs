@@ -32,7 +32,7 @@ use super::survey::Survey;
 use super::{sys, target};
 use crate::volume::access::{MountOptions, TargetPath};
 use crate::volume::id::VolumeId;
-use crate::volume::ports::{BindError, Disk, DiskError, DiskErrorKind, Found, Inode, Space, Unusable, Usage};
+use crate::volume::ports::{BindError, Disk, DiskError, DiskErrorKind, Found, Inode, Measure, Space, Unusable};
 use crate::volume::quota::Means;
 use crate::volume::record::{Directory, Record};
 use crate::volume::size::Bytes;
@@ -155,20 +155,22 @@ impl Disk for PoolDisk {
         Ok(())
     }
 
-    fn usage(&self, record: &Record) -> Result<Option<Usage>, DiskError> {
-        let data = self.open_data(&record.id)?;
-        match self.quota.usage(&data, record)? {
-            None => self.survey.usage(&record.id),
-            counted => Ok(counted),
+    fn measure(&self, record: &Record, mounted: Inode) -> Result<Measure, DiskError> {
+        let Some(data) = absent(self.open_data(&record.id))? else {
+            return Ok(Measure::Elsewhere);
+        };
+        if data.inode()? != mounted {
+            return Ok(Measure::Elsewhere);
         }
+        let usage = match self.quota.usage(&data, record)? {
+            None => self.survey.usage(&record.id)?,
+            counted => counted,
+        };
+        Ok(usage.map_or(Measure::Counting, Measure::Takes))
     }
 
     fn data(&self, id: &VolumeId) -> Result<Option<Inode>, DiskError> {
-        let Some(data) = absent(self.open_data(id))? else {
-            return Ok(None);
-        };
-        let stat = data.stat(c"").map_err(|errno| data.failed_itself("stat", errno))?;
-        Ok(Some(stat.inode))
+        absent(self.open_data(id))?.map(|data| data.inode()).transpose()
     }
 
     fn bind(&self, id: &VolumeId, target: &TargetPath, options: MountOptions) -> Result<bool, BindError> {
@@ -288,7 +290,10 @@ impl PoolDisk {
     }
 
     fn open_data(&self, id: &VolumeId) -> Result<Dir, DiskError> {
-        self.volumes.child(&c_name(id))?.child(DATA)
+        let mut path = c_name(id).into_bytes();
+        path.push(b'/');
+        path.extend(DATA.to_bytes());
+        self.volumes.child(&CString::new(path).expect("neither has a NUL"))
     }
 
     /// Makes every rename durable: where a volume is gone to before where it is gone from, lest it be nowhere.

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use super::access::{MountOptions, TargetPath};
 use super::id::{PoolName, VolumeId};
 use super::ports::{
-    BindError, Disk, DiskError, DiskErrorKind, Found, Host, Inode, Opened, PoolConfig, Space, Unusable, Usage,
+    BindError, Disk, DiskError, DiskErrorKind, Found, Host, Inode, Measure, Opened, PoolConfig, Space, Unusable, Usage,
 };
 use super::quota::Means;
 use super::record::{PoolId, Record};
@@ -251,10 +251,13 @@ impl Disk for MemoryDisk {
         Ok(())
     }
 
-    fn usage(&self, _: &Record) -> Result<Option<Usage>, DiskError> {
+    fn measure(&self, record: &Record, mounted: Inode) -> Result<Measure, DiskError> {
+        if self.data(&record.id)? != Some(mounted) {
+            return Ok(Measure::Elsewhere);
+        }
         let mut state = self.memory.lock();
-        state.attempt("usage")?;
-        Ok(state.usage)
+        state.attempt("measure")?;
+        Ok(state.usage.map_or(Measure::Counting, Measure::Takes))
     }
 
     fn rewrite(&self, record: &Record) -> Result<(), DiskError> {

@@ -41,6 +41,17 @@ pub struct Usage {
     pub inodes: Option<u64>,
 }
 
+/// What is found when the size of a mounted volume is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Measure {
+    /// What is mounted is not the volume's directory.
+    Elsewhere,
+    /// Its files are still being counted: ask again.
+    Counting,
+    /// What it takes.
+    Takes(Usage),
+}
+
 /// Size and use of the filesystem below a pool, see statvfs(3).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Space {
@@ -216,11 +227,11 @@ pub trait Disk: Send + Sync {
     /// Its directory cannot be opened.
     fn check_limit(&self, record: &Record) -> Result<(), DiskError>;
 
-    /// What a volume takes; nothing while its files are still being counted: ask again.
+    /// What a volume takes, if `mounted` is its directory.
     ///
     /// # Errors
     /// It cannot be told.
-    fn usage(&self, record: &Record) -> Result<Option<Usage>, DiskError>;
+    fn measure(&self, record: &Record, mounted: Inode) -> Result<Measure, DiskError>;
 
     /// The directory of a volume, if it is there.
     ///

@@ -7,7 +7,7 @@ use super::access::TargetPath;
 use super::driver::Driver;
 use super::error::{Error, Reason};
 use super::id::VolumeId;
-use super::ports::{Space, Usage};
+use super::ports::{Measure, Space, Usage};
 use super::record::Record;
 use super::size::{Bytes, SizeRange};
 
@@ -28,15 +28,16 @@ impl Driver {
         let target = TargetPath::parse(path).map_err(|_| not_mounted())?;
         // Looked at, and nothing noted: this holds no operation on the volume.
         let there = self.host.mounted(&target).map_err(|_| not_mounted())?;
-        if there.is_none() || there != pool.disk.data(id)? {
-            return Err(not_mounted());
-        }
+        let mounted = there.ok_or_else(not_mounted)?;
         let record = entry.record.map_err(Reason::BrokenRecord)?;
-        let usage = pool.disk.usage(&record)?.ok_or_else(|| {
-            let why =
-                "nothing but a walk through its files can tell what it takes, and that has not ended yet; ask again";
-            Reason::Waiting(why.into())
-        })?;
+        let usage = match pool.disk.measure(&record, mounted)? {
+            Measure::Takes(usage) => usage,
+            Measure::Elsewhere => return Err(not_mounted()),
+            Measure::Counting => {
+                let why = "nothing but a walk through its files can tell what it takes, and that has not ended yet; ask again";
+                return Err(Reason::Waiting(why.into()));
+            }
+        };
         let inodes = pool.config.quotas.inodes(record.bytes);
         Ok(of_volume(&record, usage, inodes, pool.disk.space()?))
     }

@@ -208,8 +208,7 @@ pub(super) fn ensure_subvolume(dir: &Dir, name: &CStr) -> Result<Dir, DiskError>
 
 /// Whether a directory on btrfs is the top of a subvolume.
 pub(super) fn is_subvolume(dir: &Dir) -> Result<bool, DiskError> {
-    let stat = dir.stat(c"").map_err(|errno| dir.failed_itself("stat", errno))?;
-    Ok(stat.inode.ino == sys::TOP_INODE)
+    Ok(dir.inode()?.ino == sys::TOP_INODE)
 }
 
 /// What became of a directory that may be a subvolume.
