@@ -35,8 +35,6 @@ pub async fn report(
         let (about, leads) = holder(&reading, lease);
         well &= leads;
         text += &about;
-        // Who leads by one Lease stands by for the others.
-        text += &others(&reading, &election(lease).holder);
     }
     Ok((text, well))
 }
@@ -54,7 +52,7 @@ fn others(reading: &Reading, holder: &str) -> String {
     text
 }
 
-/// What is to be said of a Lease and its holder, and whether the one leads.
+/// What is to be said of a Lease, its holder and who stands by, and whether the holder leads.
 fn holder(reading: &Reading, lease: &Lease) -> (String, bool) {
     let election = election(lease);
     let renewed = lease
@@ -92,6 +90,8 @@ fn holder(reading: &Reading, lease: &Lease) -> (String, bool) {
         None => "it leads".to_owned(),
     };
     line("verdict", &verdict);
+    // Who leads by one Lease stands by for the others.
+    text += &others(reading, &election.holder);
     (text, guilt.is_none() && !expired && !election.holder.is_empty())
 }
 

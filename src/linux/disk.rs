@@ -290,10 +290,7 @@ impl PoolDisk {
     }
 
     fn open_data(&self, id: &VolumeId) -> Result<Dir, DiskError> {
-        let mut path = c_name(id).into_bytes();
-        path.push(b'/');
-        path.extend(DATA.to_bytes());
-        self.volumes.child(&CString::new(path).expect("neither has a NUL"))
+        open_data(&self.volumes, id)
     }
 
     /// Makes every rename durable: where a volume is gone to before where it is gone from, lest it be nowhere.
@@ -353,6 +350,14 @@ fn json(record: &Record) -> Result<Vec<u8>, DiskError> {
     Ok(bytes)
 }
 
-pub(super) fn c_name(id: &VolumeId) -> CString {
+/// Opens the tenant's directory of a volume in the directory of all.
+pub(super) fn open_data(volumes: &Dir, id: &VolumeId) -> Result<Dir, DiskError> {
+    let mut path = c_name(id).into_bytes();
+    path.push(b'/');
+    path.extend(DATA.to_bytes());
+    volumes.child(&CString::new(path).expect("neither has a NUL"))
+}
+
+fn c_name(id: &VolumeId) -> CString {
     CString::new(id.as_str()).expect("a volume id has no NUL")
 }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use tracing::warn;
 
 use super::dir::{Dir, Names, failed};
-use super::disk::{DATA, c_name};
+use super::disk::open_data;
 use super::sys::Stat;
 use crate::volume::id::{PoolName, VolumeId};
 use crate::volume::ports::{DiskError, Usage};
@@ -141,9 +141,10 @@ impl Shared {
             }
             drop(state);
             let start = Instant::now();
-            let data = self.volumes.child(&c_name(&id)).and_then(|volume| volume.child(DATA));
             // Gone meanwhile, or the disk fails: whoever asks is told so.
-            let Ok(data) = data else { continue };
+            let Ok(data) = open_data(&self.volumes, &id) else {
+                continue;
+            };
             let Some(tally) = self.count(data) else { return };
             if tally.incomplete {
                 warn!(volume.id = %id, pool = %self.pool, depth = DEPTH, "not all files of a volume could be counted; it takes more than is said");
