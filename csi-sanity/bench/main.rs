@@ -121,10 +121,7 @@ impl Bench {
         (0..200).for_each(|number| beside.add(&served.cycle(&format!("beside-{number}"))));
         let (p50, _) = percentiles(beside.step(1));
         table.fact("NodePublishVolume p50 while they are erased", &format!("{p50:.0} us"));
-        let trash = self.dir.join("pool/trash");
-        while fs::read_dir(&trash).is_ok_and(|mut names| names.next().is_some()) {
-            std::thread::sleep(Duration::from_millis(20));
-        }
+        served.wait_for_eraser();
         table.fact(
             "their space is back after",
             &format!("{:.1} s", start.elapsed().as_secs_f64()),

@@ -216,6 +216,14 @@ impl Served {
         }
     }
 
+    /// Waits until nothing that was deleted is left on the disk.
+    pub(crate) fn wait_for_eraser(&self) {
+        let trash = self.dir.join("pool/trash");
+        while fs::read_dir(&trash).expect("list the trash").next().is_some() {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
     pub(crate) fn count(&self) -> usize {
         fs::read_dir(self.dir.join("pool/volumes"))
             .expect("list the volumes")
