@@ -95,38 +95,39 @@ impl Bench {
             &millis(start.elapsed()),
         );
         assert_eq!(served.count(), CROWD, "volumes were lost");
-        self.delete_many_files(&served, table);
+        delete_many_files(&served, table);
         served.unpublish_all(CROWD);
     }
 
     fn start(&self) -> Served {
         Served::start(&self.dir)
     }
+}
 
-    fn delete_many_files(&self, served: &Served, table: &mut Table) {
-        let target = served.make("million");
-        let dir = fs::File::open(&target).expect("open the volume");
-        for number in 0..FILES {
-            mknodat(&dir, format!("{number}").as_str(), SFlag::S_IFREG, Mode::S_IRUSR, 0).expect("make a file");
-        }
-        drop(dir);
-        served.unpublish("million");
-        let start = Instant::now();
-        served.delete("million");
-        table.fact(
-            &format!("DeleteVolume of {FILES} files, to the answer"),
-            &millis(start.elapsed()),
-        );
-        let mut beside = Samples::default();
-        (0..200).for_each(|number| beside.add(&served.cycle(&format!("beside-{number}"))));
-        let (p50, _) = percentiles(beside.step(1));
-        table.fact("NodePublishVolume p50 while they are erased", &format!("{p50:.0} us"));
-        served.wait_for_eraser();
-        table.fact(
-            "their space is back after",
-            &format!("{:.1} s", start.elapsed().as_secs_f64()),
-        );
+/// How long a volume of many files takes to go, and others beside it.
+fn delete_many_files(served: &Served, table: &mut Table) {
+    let target = served.make("million");
+    let dir = fs::File::open(&target).expect("open the volume");
+    for number in 0..FILES {
+        mknodat(&dir, format!("{number}").as_str(), SFlag::S_IFREG, Mode::S_IRUSR, 0).expect("make a file");
     }
+    drop(dir);
+    served.unpublish("million");
+    let start = Instant::now();
+    served.delete("million");
+    table.fact(
+        &format!("DeleteVolume of {FILES} files, to the answer"),
+        &millis(start.elapsed()),
+    );
+    let mut beside = Samples::default();
+    (0..200).for_each(|number| beside.add(&served.cycle(&format!("beside-{number}"))));
+    let (p50, _) = percentiles(beside.step(1));
+    table.fact("NodePublishVolume p50 while they are erased", &format!("{p50:.0} us"));
+    served.wait_for_eraser();
+    table.fact(
+        "their space is back after",
+        &format!("{:.1} s", start.elapsed().as_secs_f64()),
+    );
 }
 
 /// The life of a volume, by one caller and by many, and the calls that change nothing.
