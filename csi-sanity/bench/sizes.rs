@@ -106,21 +106,25 @@ fn statistics(served: &Served, table: &mut Table) {
 /// from what is measured.
 fn settle(served: &Served, path: &Path) {
     served.wait_for_eraser();
-    for command in [&["btrfs", "subvolume", "sync"], &["btrfs", "filesystem", "sync"]] {
-        let waited = Command::new(command[0]).args(&command[1..]).arg(path).output();
-        assert!(waited.expect("run btrfs").status.success(), "{command:?}");
-    }
+    btrfs(["subvolume", "sync"], path);
+    btrfs(["filesystem", "sync"], path);
+}
+
+fn btrfs(command: [&str; 2], path: &Path) {
+    let done = Command::new("btrfs").args(command).arg(path).output();
+    let done = done.expect("run btrfs");
+    assert!(
+        done.status.success(),
+        "btrfs {command:?}: {}",
+        String::from_utf8_lossy(&done.stderr)
+    );
 }
 
 /// ControllerExpandVolume, and a limit and a record written by hand, in turn, of one volume each.
 fn growth(served: &Served, dir: &Path, table: &mut Table) {
     served.make("growing");
     let subvolume = dir.join("subvolume");
-    let made = Command::new("btrfs")
-        .args(["-q", "subvolume", "create"])
-        .arg(&subvolume)
-        .status();
-    assert!(made.expect("run btrfs").success(), "make a subvolume");
+    btrfs(["subvolume", "create"], &subvolume);
     let (subvolume, records) = (File::open(&subvolume).expect("open"), File::open(dir).expect("open"));
     let (mut of_bare, mut of_served) = (Vec::new(), Vec::new());
     for number in 1..=CYCLES as u64 {
