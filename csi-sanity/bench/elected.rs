@@ -18,7 +18,7 @@ use hostdir::csi::proto::{
     TopologyRequirement, VolumeCapability,
 };
 use hostdir::k8s::api::{DirectorySpec, HostNode, HostNodeSpec, HostVolume, HostVolumeSpec};
-use hostdir_cluster::Cluster;
+use hostdir_lab::Cluster;
 use k8s_openapi::api::core::v1::Node;
 use kube::api::{Api, DeleteParams, Patch, PatchParams, PostParams};
 use kube::config::{KubeConfigOptions, Kubeconfig};

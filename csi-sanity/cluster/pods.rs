@@ -1,0 +1,256 @@
+//! What pods may expect of their volumes.
+
+use serde_json::json;
+
+use crate::lab::{Mode, PATIENCE, in_both_modes, lab};
+use crate::objects::{claim_of, class, on_node, pod, stateful_set, with, with_mount};
+
+in_both_modes![
+    scenario_1_data_outlives_pods_drivers_kubelets_and_power,
+    scenario_2_the_pods_of_a_stateful_set_return_to_their_nodes,
+    scenario_3_pods_share_write_read_and_exclude,
+    scenario_4_deleted_is_gone_and_retained_is_kept,
+];
+
+fn scenario_1_data_outlives_pods_drivers_kubelets_and_power(mode: Mode) {
+    let mut lab = lab(mode, "data-stays", "1. data outlives pod, driver, kubelet, power cut");
+    lab.apply(&[lab.claim("data", "10Mi"), on_node(pod("pod", "data"), "node-1")]);
+    lab.running("pod");
+    lab.exec("pod", "echo precious > /data/file").unwrap();
+    let check = |lab: &crate::lab::Lab, after: &str| {
+        let read = lab
+            .exec("pod", "cat /data/file")
+            .unwrap_or_else(|error| panic!("after {after}: {error:#}"));
+        assert_eq!(read, "precious\n", "after {after}");
+    };
+
+    lab.delete("pod", "pod");
+    lab.apply(&[on_node(pod("pod", "data"), "node-1")]);
+    lab.running("pod");
+    check(&lab, "a new pod");
+
+    let restarts = restarts_of_driver(&lab, "node-1");
+    lab.kill_driver(0);
+    lab.wait("the driver is back", || {
+        Ok(restarts_of_driver(&lab, "node-1") > restarts)
+    });
+    check(&lab, "a new driver");
+    lab.delete("pod", "pod");
+    lab.apply(&[on_node(pod("pod", "data"), "node-1")]);
+    lab.running("pod");
+    check(&lab, "a new driver and a new pod");
+
+    lab.nodes[0].kill_kubelet().unwrap();
+    check_mounted(&lab);
+    lab.nodes[0].start_kubelet().unwrap();
+    lab.delete("pod", "pod");
+    lab.apply(&[on_node(pod("pod", "data"), "node-1")]);
+    lab.running("pod");
+    check(&lab, "a new kubelet and a new pod");
+
+    let before = lab.get("pod", "pod").unwrap()["status"]["containerStatuses"][0]["containerID"].clone();
+    lab.nodes[0].cut_power().unwrap();
+    lab.power_on(0).unwrap();
+    lab.wait("the pod runs again", || {
+        let status = lab.get("pod", "pod")?["status"]["containerStatuses"][0].clone();
+        Ok(status["containerID"] != before && status["ready"] == true)
+    });
+    check(&lab, "a power cut");
+    lab.delete("pod", "pod");
+    lab.delete("pvc", "data");
+    lab.nothing_is_left();
+}
+
+fn restarts_of_driver(lab: &crate::lab::Lab, node: &str) -> u64 {
+    let pod = lab.driver_on(node);
+    let statuses = pod["status"]["containerStatuses"]
+        .as_array()
+        .cloned()
+        .unwrap_or_default();
+    let driver = statuses
+        .iter()
+        .find(|status| status["name"] == "hostdir" && status["state"]["running"].is_object());
+    driver
+        .and_then(|status| status["restartCount"].as_u64())
+        .unwrap_or_default()
+}
+
+fn check_mounted(lab: &crate::lab::Lab) {
+    assert_eq!(lab.mounts(), 1, "the mount went with the kubelet");
+}
+
+fn scenario_2_the_pods_of_a_stateful_set_return_to_their_nodes(mode: Mode) {
+    let lab = lab(
+        mode,
+        "stateful",
+        "2. StatefulSet: one volume a node, pods return to theirs",
+    );
+    lab.apply(&[stateful_set("set", 3, &lab.claim("data", "10Mi"))]);
+    let name = |number: usize| format!("set-{number}");
+    // The data comes by the name of the claim template; the pods mount it at /data.
+    let nodes: Vec<String> = (0..3).map(|number| lab.running(&name(number))).collect();
+    let mut sorted = nodes.clone();
+    sorted.sort_unstable();
+    assert_eq!(sorted, ["node-1", "node-2", "node-3"]);
+    for number in 0..3 {
+        lab.exec(&name(number), &format!("echo {number} > /data/file")).unwrap();
+    }
+    let args = ["delete", "pods", "-n", &lab.namespace, "-l", "app=set", "--wait"];
+    lab.kubectl().run(&args).unwrap();
+    for (number, node) in nodes.iter().enumerate() {
+        assert_eq!(lab.running(&name(number)), *node, "set-{number} went to another node");
+        assert_eq!(
+            lab.exec(&name(number), "cat /data/file").unwrap(),
+            format!("{number}\n")
+        );
+    }
+    lab.delete("statefulset", "set");
+    lab.wait("the claims go with the set", || {
+        Ok(lab.kubectl().list(&["pvc", "-n", &lab.namespace])?.is_empty())
+    });
+    lab.nothing_is_left();
+}
+
+fn scenario_3_pods_share_write_read_and_exclude(mode: Mode) {
+    let lab = lab(
+        mode,
+        "sharing",
+        "3. fsGroup, read-only, RWOP, shared RWO, subPath, options",
+    );
+    let not_root = json!({"runAsUser": 1000, "runAsGroup": 1000, "fsGroup": 2000, "runAsNonRoot": true});
+    let reader = with_mount(on_node(pod("reader", "data"), "node-1"), "readOnly", json!(true));
+    let sub = with_mount(on_node(pod("sub", "data"), "node-1"), "subPath", json!("below/here"));
+    lab.apply(&[
+        lab.claim("data", "10Mi"),
+        on_node(with(pod("writer", "data"), "securityContext", not_root), "node-1"),
+    ]);
+    lab.running("writer");
+    lab.exec(
+        "writer",
+        "test $(id -u) = 1000; echo mine > /data/file; test $(stat -c %g /data/file) = 2000",
+    )
+    .unwrap();
+
+    // Two more pods on the node share the volume, one of them a part of it.
+    lab.apply(&[reader, sub]);
+    lab.running("reader");
+    assert_eq!(lab.exec("reader", "cat /data/file").unwrap(), "mine\n");
+    let refused = lab.exec("reader", "echo no > /data/file").unwrap_err();
+    assert!(format!("{refused:#}").contains("Read-only"), "{refused:#}");
+    lab.running("sub");
+    lab.exec("sub", "echo part > /data/file").unwrap();
+    assert_eq!(lab.exec("writer", "cat /data/below/here/file").unwrap(), "part\n");
+
+    // ReadWriteOncePod: the second pod waits until the first is gone.
+    lab.apply(&[
+        claim_of("alone", "10Mi", lab.mode.release(), "ReadWriteOncePod"),
+        on_node(pod("first", "alone"), "node-1"),
+    ]);
+    lab.running("first");
+    lab.apply(&[on_node(pod("second", "alone"), "node-1")]);
+    lab.described("pod", "second", "ReadWriteOncePod");
+    lab.delete("pod", "first");
+    lab.running("second");
+
+    // Mount options of a StorageClass.
+    lab.apply(&[class(
+        lab.mode.driver(),
+        "careful",
+        &json!({}),
+        "Delete",
+        &["nosuid", "nodev", "noexec", "noatime"],
+    )]);
+    lab.apply(&[
+        claim_of("options", "10Mi", "careful", "ReadWriteOnce"),
+        on_node(pod("options", "options"), "node-1"),
+    ]);
+    lab.running("options");
+    let volume = lab.volume_of("options");
+    let mounts = lab.nodes[0]
+        .sh(&format!(
+            "grep '/volumes/{volume}/data /var/lib/kubelet' /proc/self/mountinfo"
+        ))
+        .unwrap();
+    for option in ["nosuid", "nodev", "noexec", "noatime"] {
+        assert!(mounts.contains(option), "{option} is not in {mounts}");
+    }
+    // runc mounts the volume anew in the container, and keeps of these noatime only.
+    assert!(
+        lab.exec("options", "mount")
+            .unwrap()
+            .lines()
+            .any(|line| line.contains(" /data ") && line.contains("noatime"))
+    );
+    lab.delete_all(PATIENCE);
+    lab.kubectl().run(&["delete", "storageclass", "careful"]).unwrap();
+    lab.nothing_is_left();
+}
+
+fn scenario_4_deleted_is_gone_and_retained_is_kept(mode: Mode) {
+    let lab = lab(mode, "reclaim", "4. Delete frees the space, Retain keeps the data");
+    lab.wait("capacity is published", || {
+        Ok(lab.capacity(mode.release(), "node-1")? > 0)
+    });
+    let before = lab.capacity(mode.release(), "node-1").unwrap();
+    lab.apply(&[lab.claim("data", "5Gi"), on_node(pod("pod", "data"), "node-1")]);
+    lab.running("pod");
+    lab.wait("the capacity is lower", || {
+        Ok(lab.capacity(mode.release(), "node-1")? + (4 << 30) < before)
+    });
+    lab.delete("pod", "pod");
+    lab.delete("pvc", "data");
+    lab.nothing_is_left();
+    // Others use the disk, too: what comes back is what was claimed, give or take.
+    lab.wait("the capacity is back", || {
+        Ok(lab.capacity(mode.release(), "node-1")? + (1 << 30) > before)
+    });
+
+    // Retain: the data stays, and a claim made for the volume has it again, as the README says.
+    lab.apply(&[class(lab.mode.driver(), "kept", &json!({}), "Retain", &[])]);
+    lab.apply(&[
+        claim_of("kept", "10Mi", "kept", "ReadWriteOnce"),
+        on_node(pod("pod", "kept"), "node-1"),
+    ]);
+    lab.running("pod");
+    lab.exec("pod", "echo kept > /data/file").unwrap();
+    let volume = lab.volume_of("kept");
+    lab.delete("pod", "pod");
+    lab.delete("pvc", "kept");
+    lab.wait("the volume is released", || {
+        Ok(lab.kubectl().get(&["pv", &volume])?["status"]["phase"] == "Released")
+    });
+    assert_eq!(
+        lab.nodes[0]
+            .sh(&format!("cat {}", lab.on_disk(&volume, "file")))
+            .unwrap(),
+        "kept\n"
+    );
+    lab.kubectl()
+        .run(&[
+            "patch",
+            "pv",
+            &volume,
+            "--type=json",
+            "-p",
+            r#"[{"op":"remove","path":"/spec/claimRef"}]"#,
+        ])
+        .unwrap();
+    let mut again = claim_of("again", "10Mi", "kept", "ReadWriteOnce");
+    again["spec"]["volumeName"] = volume.clone().into();
+    lab.apply(&[again, pod("pod", "again")]);
+    assert_eq!(lab.running("pod"), "node-1");
+    assert_eq!(lab.exec("pod", "cat /data/file").unwrap(), "kept\n");
+    lab.kubectl()
+        .run(&[
+            "patch",
+            "pv",
+            &volume,
+            "-p",
+            r#"{"spec":{"persistentVolumeReclaimPolicy":"Delete"}}"#,
+        ])
+        .unwrap();
+    lab.delete("pod", "pod");
+    lab.delete("pvc", "again");
+    lab.kubectl().run(&["delete", "storageclass", "kept"]).unwrap();
+    lab.nothing_is_left();
+}

@@ -1,0 +1,123 @@
+//! Many claims and pods at once, and a driver that dies all the while.
+
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use crate::lab::{Lab, Mode, in_both_modes, lab, report};
+use crate::objects::{on_node, pod};
+
+in_both_modes![
+    scenario_5_a_hundred_claims_and_pods_on_one_node,
+    scenario_6_a_hundred_claims_while_the_driver_is_killed_every_second,
+];
+
+const COUNT: usize = 100;
+
+/// How long the driver is killed: longer than all takes without. Then it has to end well; while it is killed, the kubelet
+/// tries ever more seldom to unmount (up to two minutes apart), and finds a living driver only by luck.
+const KILLING: Duration = Duration::from_secs(100);
+
+/// So many claims with pods, on one node or wherever: all bound and running, none doubled; all deleted: nothing left.
+pub(crate) fn many(lab: &Lab, count: usize, node: Option<&str>, meanwhile: impl Fn() + Sync) {
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                meanwhile();
+                std::thread::sleep(Duration::from_secs(1));
+            }
+        });
+        let _done = SetOnDrop(&done);
+        let objects: Vec<Value> = (0..count)
+            .flat_map(|number| {
+                let name = format!("many-{number}");
+                let pod = pod(&name, &name);
+                let pod = node.map_or(pod.clone(), |node| on_node(pod, node));
+                [lab.claim(&name, "1Mi"), pod]
+            })
+            .collect();
+        let start = Instant::now();
+        lab.apply(&objects);
+        let in_phase = |kind: &str, phase: &str| {
+            let objects = lab.kubectl().list(&[kind, "-n", &lab.namespace])?;
+            anyhow::Ok(
+                objects
+                    .iter()
+                    .filter(|object| object["status"]["phase"] == phase)
+                    .count(),
+            )
+        };
+        let patience = Duration::from_mins(8);
+        let kubectl = lab.kubectl();
+        kubectl
+            .wait(patience, "all claims are bound", || {
+                Ok(in_phase("pvc", "Bound")? == count)
+            })
+            .unwrap();
+        let bound = start.elapsed();
+        kubectl
+            .wait(patience, "all pods run", || Ok(in_phase("pod", "Running")? == count))
+            .unwrap();
+        let running = start.elapsed();
+        let rate = f64::from(u32::try_from(count).unwrap()) / bound.as_secs_f64();
+        report(&format!(
+            "{count} claims bound in {bound:.1?} ({rate:.1} per second), {count} pods running in {running:.1?}"
+        ));
+        check_one_to_one(lab, count);
+
+        let start = Instant::now();
+        lab.delete_all(patience);
+        lab.nothing_is_left();
+        report(&format!("all gone in {:.1?}", start.elapsed()));
+    });
+}
+
+pub(crate) struct SetOnDrop<'a>(pub(crate) &'a AtomicBool);
+
+impl Drop for SetOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// A claim, a PersistentVolume, a directory, a mount: as many of each.
+fn check_one_to_one(lab: &Lab, count: usize) {
+    let names = |kind: &str| -> BTreeSet<String> {
+        let objects = lab.kubectl().list(&[kind]).unwrap();
+        objects
+            .iter()
+            .map(|object| object["metadata"]["name"].as_str().unwrap().to_owned())
+            .collect()
+    };
+    let volumes = names("pv");
+    assert_eq!(volumes.len(), count);
+    assert_eq!(lab.in_pools("volumes").into_iter().collect::<BTreeSet<_>>(), volumes);
+    assert_eq!(lab.mounts(), count);
+}
+
+fn scenario_5_a_hundred_claims_and_pods_on_one_node(mode: Mode) {
+    let lab = lab(mode, "many", "5. 100 claims and pods on one node");
+    many(&lab, COUNT, Some("node-1"), || {});
+}
+
+fn scenario_6_a_hundred_claims_while_the_driver_is_killed_every_second(mode: Mode) {
+    let lab = lab(
+        mode,
+        "many-kills",
+        "6. the same while the driver is killed every second",
+    );
+    let (kills, start) = (AtomicUsize::new(0), Instant::now());
+    many(&lab, COUNT, Some("node-1"), || {
+        if start.elapsed() < KILLING {
+            lab.kill_driver(0);
+            kills.fetch_add(1, Ordering::Relaxed);
+        }
+    });
+    report(&format!(
+        "{} times somebody came to kill the driver",
+        kills.into_inner()
+    ));
+}

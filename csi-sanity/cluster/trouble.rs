@@ -1,0 +1,186 @@
+//! What cannot be, what is upgraded, what is taken away, and what people are told.
+
+use hostdir_lab::cluster::NAMESPACE;
+use serde_json::json;
+
+use crate::lab::{Mode, PATIENCE, in_both_modes, lab};
+use crate::objects::{claim_of, class, on_node, pod};
+
+in_both_modes![
+    scenario_7_pods_go_where_there_is_room_and_wait_where_there_is_none,
+    scenario_8_upgrades_and_uninstalls_leave_pods_alone,
+    scenario_9_people_are_told_the_cause,
+    a_pod_goes_on_while_the_network_is_cut_and_the_api_server_hangs,
+];
+
+fn scenario_7_pods_go_where_there_is_room_and_wait_where_there_is_none(mode: Mode) {
+    let lab = lab(
+        mode,
+        "room",
+        "7. a pod goes where there is room, and is told where there is none",
+    );
+    for node in ["node-1", "node-2", "node-3"] {
+        lab.wait("capacity is published", || Ok(lab.capacity(mode.release(), node)? > 0));
+    }
+    // Nodes 2 and 3 have 1 GiB each.
+    lab.apply(&[lab.claim("big", "10Gi"), pod("big", "big")]);
+    assert_eq!(lab.running("big"), "node-1");
+    lab.apply(&[lab.claim("huge", "100Ti"), pod("huge", "huge")]);
+    lab.described("pod", "huge", "did not have enough free storage");
+    lab.apply(&[
+        lab.claim("elsewhere", "10Gi"),
+        on_node(pod("elsewhere", "elsewhere"), "node-2"),
+    ]);
+    lab.described("pod", "elsewhere", "did not have enough free storage");
+    lab.delete_all(PATIENCE);
+    lab.nothing_is_left();
+}
+
+fn scenario_8_upgrades_and_uninstalls_leave_pods_alone(mode: Mode) {
+    let lab = lab(
+        mode,
+        "upgrade",
+        "8. helm upgrade and uninstall leave pods and data alone",
+    );
+    lab.apply(&[lab.claim("data", "10Mi"), on_node(pod("pod", "data"), "node-1")]);
+    lab.running("pod");
+    // A pod that notices when its volume blinks: it writes, without a pause, into a file that it opens anew each time.
+    lab.exec(
+        "pod",
+        "(while :; do echo x >> /data/log || echo blink >> /data/blinks; done) > /dev/null 2>&1 &",
+    )
+    .unwrap();
+    let id = mount_id(&lab);
+    lab.install(&["logLevel=\"debug\""]);
+    assert_eq!(mount_id(&lab), id, "the volume was mounted anew");
+    lab.exec("pod", "test ! -e /data/blinks; test -s /data/log").unwrap();
+
+    lab.helm(&["uninstall", mode.release(), "--namespace", NAMESPACE, "--wait"])
+        .unwrap();
+    assert_eq!(mount_id(&lab), id);
+    let volume = lab.volume_of("data");
+    lab.nodes[0]
+        .sh(&format!("test -s {}", lab.on_disk(&volume, "log")))
+        .unwrap();
+    lab.exec("pod", "test ! -e /data/blinks; echo still here > /data/file")
+        .unwrap();
+
+    lab.install(&[]);
+    lab.delete("pod", "pod");
+    lab.apply(&[on_node(pod("pod", "data"), "node-1")]);
+    lab.running("pod");
+    assert_eq!(lab.exec("pod", "cat /data/file").unwrap(), "still here\n");
+    lab.delete("pod", "pod");
+    lab.delete("pvc", "data");
+    lab.nothing_is_left();
+}
+
+/// The mount of the one volume there is, as the kernel of its node numbers it.
+fn mount_id(lab: &crate::lab::Lab) -> String {
+    lab.nodes[0]
+        .sh("grep ' /var/lib/kubelet/pods/.*kubernetes.io~csi' /proc/self/mountinfo | cut -d' ' -f1")
+        .unwrap()
+}
+
+fn scenario_9_people_are_told_the_cause(mode: Mode) {
+    let mut lab = lab(mode, "causes", "9. kubectl describe names the cause");
+    lab.apply(&[
+        class(lab.mode.driver(), "typo", &json!({"poool": "default"}), "Delete", &[]),
+        class(lab.mode.driver(), "no-pool", &json!({"pool": "fast"}), "Delete", &[]),
+        claim_of("typo", "10Mi", "typo", "ReadWriteOnce"),
+        claim_of("no-pool", "10Mi", "no-pool", "ReadWriteOnce"),
+        pod("typo", "typo"),
+        pod("no-pool", "no-pool"),
+    ]);
+    lab.described("pvc", "typo", "unknown field `poool`");
+    lab.described("pvc", "no-pool", "has no pool fast (it has: default)");
+
+    // The disk of a pool is gone when a pod comes back for its volume.
+    let pools = json!([
+        {"name": "default", "path": mode.pool()},
+        {"name": "disk", "path": "/mnt/disk/hostdir", "requireMount": true},
+    ]);
+    lab.nodes[0]
+        .sh("mkdir -p /mnt/disk && mount -t tmpfs -o size=64M tmpfs /mnt/disk && mkdir /mnt/disk/hostdir")
+        .unwrap();
+    lab.install(&[&format!("pools={pools}")]);
+    lab.apply(&[
+        class(lab.mode.driver(), "disk", &json!({"pool": "disk"}), "Delete", &[]),
+        claim_of("disk", "10Mi", "disk", "ReadWriteOnce"),
+        on_node(pod("disk", "disk"), "node-1"),
+    ]);
+    lab.running("disk");
+    lab.exec("disk", "echo kept > /data/file").unwrap();
+    lab.delete("pod", "disk");
+    // Nothing mounts the disk at boot.
+    lab.nodes[0].cut_power().unwrap();
+    lab.power_on(0).unwrap();
+    lab.apply(&[on_node(pod("disk", "disk"), "node-1")]);
+    lab.described("pod", "disk", "pool disk cannot be used: /mnt/disk/hostdir");
+    // hostdir's own pod on the node says so, too, to whoever asks.
+    let asked = ["probe", "--ready", "--endpoint=unix:///csi/csi.sock"];
+    let pod = format!("pod/{}", lab.driver_on("node-1")["metadata"]["name"].as_str().unwrap());
+    let exec = ["exec", "-n", NAMESPACE, &pod, "-c", "hostdir", "--", "/hostdir"];
+    let said = lab.kubectl().run(&[&exec[..], &asked].concat()).unwrap_err();
+    assert!(
+        format!("{said:#}").contains("not ready: pool disk: /mnt/disk/hostdir"),
+        "{said:#}"
+    );
+    lab.kubectl()
+        .run(&["delete", "pods", "--all", "-n", &lab.namespace, "--wait"])
+        .unwrap();
+    // The disk is lost for good: the pool is taken out of the configuration, and the volume goes with its claim.
+    lab.install(&[]);
+    lab.kubectl()
+        .run(&["delete", "pvc", "--all", "-n", &lab.namespace, "--wait"])
+        .unwrap();
+    lab.kubectl()
+        .run(&["delete", "storageclass", "typo", "no-pool", "disk"])
+        .unwrap();
+    lab.nothing_is_left();
+}
+
+fn a_pod_goes_on_while_the_network_is_cut_and_the_api_server_hangs(mode: Mode) {
+    let lab = lab(mode, "cut-off", "a pod goes on without network and API server");
+    lab.apply(&[lab.claim("data", "10Mi"), on_node(pod("pod", "data"), "node-1")]);
+    lab.running("pod");
+    let volume = lab.volume_of("data");
+    let reached = |path: &str| {
+        lab.kubectl()
+            .run(&["get", "--raw", path, "--request-timeout=2s"])
+            .is_ok()
+    };
+    let answers = || reached("/readyz");
+    let node_answers = || reached("/api/v1/nodes/node-1/proxy/healthz");
+    let id = mount_id(&lab);
+
+    lab.freeze_api_server(true).unwrap();
+    assert!(!answers(), "the API server is not frozen");
+    // The driver needs no API server: a volume that is there is mounted and unmounted as ever.
+    lab.kill_driver(0);
+    lab.nodes[0]
+        .sh(&format!("echo x > {}", lab.on_disk(&volume, "while-frozen")))
+        .unwrap();
+    lab.freeze_api_server(false).unwrap();
+    lab.wait("the API server answers again", || Ok(answers()));
+
+    lab.stop_api_server().unwrap();
+    lab.wait("the API server is gone", || Ok(!answers()));
+    assert_eq!(mount_id(&lab), id);
+    lab.start_api_server().unwrap();
+    lab.wait("the API server answers again", || Ok(answers()));
+
+    lab.wait("the kubelet answers", || Ok(node_answers()));
+    lab.cut_network(0, true).unwrap();
+    assert!(!node_answers(), "the network is not cut");
+    assert_eq!(mount_id(&lab), id);
+    lab.cut_network(0, false).unwrap();
+    lab.wait("the node is back", || {
+        Ok(lab.exec("pod", "cat /data/while-frozen").is_ok())
+    });
+    lab.wait_ready(3).unwrap();
+
+    lab.delete("pod", "pod");
+    lab.delete("pvc", "data");
+    lab.nothing_is_left();
+}

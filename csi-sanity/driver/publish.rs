@@ -1,0 +1,525 @@
+//! Volumes are mounted as asked for, and never a wrong or an empty directory in their place.
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use hostdir::csi::proto::CreateVolumeRequest;
+use hostdir::csi::proto::volume_capability::access_mode::Mode;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use tonic::Code;
+
+use hostdir_lab::client::{create_request, map};
+use hostdir_lab::scene::start;
+use hostdir_lab::scratch::{is_mounted, names};
+use hostdir_lab::{Client, Driver, Mount, Process, Scratch, needs};
+
+/// A driver with one pool, and a directory for targets.
+struct Node {
+    scratch: Scratch,
+    process: Process,
+    client: Client,
+    pods: PathBuf,
+}
+
+impl Node {
+    fn new() -> Self {
+        let scratch = Scratch::new();
+        let (process, client) = start(&driver(&scratch));
+        let pods = scratch.mkdir("pods");
+        Self {
+            scratch,
+            process,
+            client,
+            pods,
+        }
+    }
+
+    fn restart(self) -> Self {
+        let Self {
+            scratch,
+            process,
+            client,
+            pods,
+        } = self;
+        process.kill();
+        drop(client);
+        let (process, client) = start(&driver(&scratch));
+        Self {
+            scratch,
+            process,
+            client,
+            pods,
+        }
+    }
+
+    fn target(&self, name: &str) -> PathBuf {
+        self.pods.join(name)
+    }
+
+    fn publish_as(&self, target: &Path, mount: Mount) -> Result<(), tonic::Status> {
+        self.client.publish_as("pvc-1", &target.to_string_lossy(), mount)
+    }
+}
+
+fn driver(scratch: &Scratch) -> Driver {
+    Driver::new(scratch).pool("default", &scratch.path("pool"))
+}
+
+/// The options of the mount at a path, from the mount table.
+fn options(path: &Path) -> String {
+    let table = fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
+    let line = table
+        .lines()
+        .find(|line| line.split(' ').nth(4) == path.to_str())
+        .expect("it is mounted");
+    line.split(' ').nth(5).unwrap().to_owned()
+}
+
+#[needs(Root)]
+fn the_first_publish_makes_the_directory_and_later_ones_find_the_data() {
+    let node = Node::new();
+    let target = node.target("a");
+    node.client.create("pvc-1").unwrap();
+    let data = node.scratch.path("pool/volumes/pvc-1/data");
+    assert!(!data.exists(), "made before anybody asked");
+    node.client.publish("pvc-1", &target).unwrap();
+    let made = fs::metadata(&target).unwrap();
+    assert_eq!((made.mode() & 0o7777, made.uid(), made.gid()), (0o770, 0, 0));
+    fs::write(target.join("file"), "kept").unwrap();
+    node.client.unpublish("pvc-1", &target).unwrap();
+    assert!(!target.exists());
+    let node = node.restart();
+    node.client.publish("pvc-1", &target).unwrap();
+    assert_eq!(fs::read_to_string(target.join("file")).unwrap(), "kept");
+}
+
+#[needs(Root)]
+fn a_pod_that_is_not_root_writes_through_its_group() {
+    let node = Node::new();
+    for path in [node.scratch.path(""), node.pods.clone()] {
+        fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    let write = |target: &Path, user: u32, group: u32| {
+        let touch = Command::new("touch")
+            .arg(target.join("file"))
+            .uid(user)
+            .gid(group)
+            .output()
+            .unwrap();
+        touch.status.success()
+    };
+    node.client.create("pvc-1").unwrap();
+    let target = node.target("a");
+    node.client.publish("pvc-1", &target).unwrap();
+    assert!(!write(&target, 1000, 2000), "a stranger could write");
+    // What the kubelet does for fsGroup 2000 (fsGroupPolicy File): SetVolumeOwnership, pkg/volume/volume_linux.go.
+    chown(&target, None, Some(2000)).unwrap();
+    fs::set_permissions(&target, fs::Permissions::from_mode(0o2770)).unwrap();
+    assert!(write(&target, 1000, 2000), "fsGroup did not help");
+    let file = fs::metadata(target.join("file")).unwrap();
+    assert_eq!((file.uid(), file.gid()), (1000, 2000));
+    // A later publish leaves to the tenant what is the tenant's.
+    node.client.unpublish("pvc-1", &target).unwrap();
+    node.client.publish("pvc-1", &target).unwrap();
+    assert_eq!(fs::metadata(&target).unwrap().gid(), 2000);
+
+    // Without fsGroup the StorageClass can name the owner.
+    let parameters = map(&[("uid", "1000"), ("gid", "1000"), ("mode", "0700")]);
+    node.client
+        .create_as(CreateVolumeRequest {
+            parameters,
+            ..create_request("pvc-2")
+        })
+        .unwrap();
+    let target = node.target("b");
+    node.client.publish("pvc-2", &target).unwrap();
+    assert!(write(&target, 1000, 1000), "the owner cannot write");
+}
+
+type Flags = &'static [&'static str];
+
+#[needs(Root)]
+fn mount_options_are_set_before_anybody_sees_the_mount() {
+    let node = Node::new();
+    node.client.create("pvc-1").unwrap();
+    let cases: [(&str, bool, Mode, Flags, Flags); 5] = [
+        ("plain", false, Mode::SingleNodeMultiWriter, &[], &["rw"]),
+        ("read-only", true, Mode::SingleNodeMultiWriter, &[], &["ro"]),
+        ("reader", false, Mode::SingleNodeReaderOnly, &[], &["ro"]),
+        ("option", false, Mode::SingleNodeWriter, &["ro"], &["ro"]),
+        (
+            "all",
+            false,
+            Mode::SingleNodeWriter,
+            &["nosuid", "nodev", "noexec", "noatime"],
+            &["rw", "nosuid", "nodev", "noexec", "noatime"],
+        ),
+    ];
+    for (name, read_only, mode, flags, expected) in cases {
+        let target = node.target(name);
+        let wanted = Mount {
+            mode,
+            read_only,
+            flags: flags.to_vec(),
+            ..Mount::default()
+        };
+        node.publish_as(&target, wanted.clone()).unwrap();
+        let options = options(&target);
+        for option in expected {
+            assert!(
+                options.split(',').any(|set| set == *option),
+                "{name}: {option} is not in {options}"
+            );
+        }
+        let written = fs::write(target.join("file"), "x");
+        assert_eq!(written.is_err(), expected.contains(&"ro"), "{name}: {written:?}");
+        node.publish_as(&target, wanted).expect("the same again is no error");
+        let other = Mount {
+            read_only: !expected.contains(&"ro"),
+            ..Mount::default()
+        };
+        let status = node
+            .publish_as(&target, other)
+            .expect_err("other options at the same target");
+        assert_eq!(status.code(), Code::AlreadyExists, "{name}: {status}");
+    }
+}
+
+#[needs(Root)]
+fn read_write_once_pod_is_one_mount_and_no_other() {
+    let node = Node::new();
+    node.client.create("pvc-1").unwrap();
+    let alone = || Mount {
+        mode: Mode::SingleNodeSingleWriter,
+        ..Mount::default()
+    };
+    let (first, second) = (node.target("first"), node.target("second"));
+    node.publish_as(&first, alone()).unwrap();
+    node.publish_as(&first, alone()).expect("the same again is no error");
+    for mount in [alone(), Mount::default()] {
+        let status = node.publish_as(&second, mount).unwrap_err();
+        assert_eq!(status.code(), Code::FailedPrecondition);
+        assert!(status.message().contains("first"), "it does not say where: {status}");
+    }
+    let node = node.restart();
+    assert_eq!(
+        node.publish_as(&second, alone()).unwrap_err().code(),
+        Code::FailedPrecondition,
+        "forgotten by a restart"
+    );
+    node.client.unpublish("pvc-1", &first).unwrap();
+    node.publish_as(&second, alone()).unwrap();
+    // An administrator's umount(8) counts, too.
+    umount2(&second, MntFlags::empty()).unwrap();
+    let third = node.target("third");
+    node.publish_as(&third, alone()).unwrap();
+}
+
+#[needs(Root)]
+fn read_write_once_is_any_number_of_mounts_on_the_node() {
+    let node = Node::new();
+    node.client.create("pvc-1").unwrap();
+    for (name, mode) in [
+        ("a", Mode::SingleNodeMultiWriter),
+        ("b", Mode::SingleNodeMultiWriter),
+        ("c", Mode::SingleNodeWriter),
+    ] {
+        node.publish_as(
+            &node.target(name),
+            Mount {
+                mode,
+                ..Mount::default()
+            },
+        )
+        .unwrap();
+        fs::write(node.target(name).join(name), "x").unwrap();
+    }
+    assert_eq!(names(node.target("a")), ["a", "b", "c"]);
+}
+
+#[needs(Root)]
+fn a_directory_that_is_gone_is_an_error_and_never_an_empty_one() {
+    let node = Node::new();
+    let target = node.target("a");
+    for (id, lost) in [("pvc-1", "volumes/pvc-1/data"), ("pvc-2", "volumes/pvc-2")] {
+        let volume = node.client.create(id).unwrap();
+        node.client.publish(id, &target).unwrap();
+        node.client.unpublish(id, &target).unwrap();
+        fs::rename(node.scratch.path("pool").join(lost), node.scratch.path("elsewhere")).unwrap();
+        let status = node.client.publish(id, &target).unwrap_err();
+        assert_eq!(status.code(), Code::FailedPrecondition);
+        assert!(status.message().contains(&volume.volume_context["poolId"]), "{status}");
+        assert!(
+            !target.exists() && !node.scratch.path("pool").join(lost).exists(),
+            "something was made"
+        );
+        fs::rename(node.scratch.path("elsewhere"), node.scratch.path("pool").join(lost)).unwrap();
+        node.client.publish(id, &target).expect("it is back");
+        node.client.unpublish(id, &target).unwrap();
+    }
+}
+
+#[needs(Root)]
+fn a_new_disk_is_not_taken_for_the_old_one() {
+    let scratch = Scratch::new();
+    let disk = scratch.tmpfs("disk", "16M");
+    let pool = disk.join("pool");
+    let driver = Driver::new(&scratch).pool("default", &pool);
+    let (process, client) = start(&driver);
+    let volume = client.create("pvc-1").unwrap();
+    let target = scratch.mkdir("pods").join("a");
+    client.publish("pvc-1", &target).unwrap();
+    client.unpublish("pvc-1", &target).unwrap();
+
+    // Another disk is mounted over the old one while the driver runs.
+    let other_disk = || {
+        mount(Some("tmpfs"), &disk, Some("tmpfs"), MsFlags::empty(), Some("size=16M")).unwrap();
+        fs::create_dir(&pool).unwrap();
+    };
+    other_disk();
+    for status in [
+        client.create("pvc-2").unwrap_err(),
+        client.publish("pvc-1", &target).unwrap_err(),
+    ] {
+        assert_eq!(status.code(), Code::Unavailable);
+        assert!(status.message().contains("unmounted or replaced"), "{status}");
+    }
+    assert_eq!(client.probe().unwrap_err().code(), Code::FailedPrecondition);
+    assert_eq!(
+        client.delete("pvc-1").unwrap_err().code(),
+        Code::Unavailable,
+        "it may be on the old disk"
+    );
+    umount2(&disk, MntFlags::empty()).unwrap();
+    client.probe().expect("the old disk is back");
+    client.publish("pvc-1", &target).unwrap();
+    client.unpublish("pvc-1", &target).unwrap();
+    process.kill();
+
+    // A new disk, found at start.
+    other_disk();
+    let (_process, client) = start(&driver);
+    let mount = Mount {
+        context: volume.volume_context.clone(),
+        ..Mount::default()
+    };
+    let status = client
+        .publish_as("pvc-1", &target.to_string_lossy(), mount)
+        .unwrap_err();
+    assert_eq!(status.code(), Code::FailedPrecondition);
+    let new = client.create("pvc-2").unwrap().volume_context["poolId"].clone();
+    for id in [&volume.volume_context["poolId"], &new] {
+        assert!(
+            status.message().contains(id.as_str()),
+            "{status} does not name pool {id}"
+        );
+    }
+    assert!(!target.exists());
+}
+
+#[needs(Root)]
+fn unpublish_takes_what_it_finds() {
+    let node = Node::new();
+    let target = node.target("a");
+    node.client.create("pvc-1").unwrap();
+    node.client.unpublish("pvc-1", &target).expect("never published");
+    node.client
+        .unpublish("pvc-1", &node.target("no/such/parent"))
+        .expect("no parent");
+    node.client.publish("pvc-1", &target).unwrap();
+    umount2(&target, MntFlags::empty()).unwrap();
+    node.client
+        .unpublish("pvc-1", &target)
+        .expect("unmounted by somebody else");
+    assert!(!target.exists());
+    // Mounted twice, as a driver without our care would have left it.
+    node.client.publish("pvc-1", &target).unwrap();
+    let data = node.scratch.path("pool/volumes/pvc-1/data");
+    mount(Some(&data), &target, None::<&str>, MsFlags::MS_BIND, None::<&str>).unwrap();
+    node.client.unpublish("pvc-1", &target).unwrap();
+    assert!(!target.exists() && data.exists());
+    // Of a volume that is known to nobody any more.
+    node.client.unpublish("pvc-unknown", &target).expect("nothing is there");
+}
+
+#[needs(Root)]
+fn a_mount_in_use_stays_and_says_so() {
+    let node = Node::new();
+    let target = node.target("a");
+    node.client.create("pvc-1").unwrap();
+    node.client.publish("pvc-1", &target).unwrap();
+    let open = fs::File::create(target.join("file")).unwrap();
+    let status = node.client.unpublish("pvc-1", &target).unwrap_err();
+    assert!(
+        status.message().contains("pvc-1") && status.message().contains("EBUSY"),
+        "{status}"
+    );
+    assert!(is_mounted(&target));
+    drop(open);
+    node.client.unpublish("pvc-1", &target).unwrap();
+}
+
+#[needs(Root)]
+fn a_mounted_volume_is_not_deleted() {
+    let node = Node::new();
+    let target = node.target("a");
+    node.client.create("pvc-1").unwrap();
+    node.client.publish("pvc-1", &target).unwrap();
+    let node = node.restart();
+    let status = node.client.delete("pvc-1").unwrap_err();
+    assert_eq!(status.code(), Code::FailedPrecondition);
+    assert!(status.message().contains(&target.display().to_string()), "{status}");
+    fs::write(target.join("file"), "still here").unwrap();
+    node.client.unpublish("pvc-1", &target).unwrap();
+    node.client.delete("pvc-1").unwrap();
+    node.client.delete("pvc-1").expect("deleting twice is no error");
+}
+
+#[needs(Root)]
+fn pods_end_although_the_pool_is_gone() {
+    let node = Node::new();
+    let target = node.target("a");
+    node.client.create("pvc-1").unwrap();
+    node.client.publish("pvc-1", &target).unwrap();
+    fs::rename(node.scratch.path("pool"), node.scratch.path("moved")).unwrap();
+    fs::write(node.scratch.path("pool"), "in the way").unwrap();
+    let node = node.restart();
+    assert_eq!(node.client.probe().unwrap_err().code(), Code::FailedPrecondition);
+    node.client.unpublish("pvc-1", &target).unwrap();
+    assert!(!target.exists());
+    assert!(node.scratch.path("moved/volumes/pvc-1/data").exists());
+}
+
+#[needs(Root)]
+fn what_is_mounted_in_the_pool_does_not_show_in_the_pod() {
+    let node = Node::new();
+    let target = node.target("a");
+    node.client.create("pvc-1").unwrap();
+    node.client.publish("pvc-1", &target).unwrap();
+    fs::create_dir(target.join("dir")).unwrap();
+    node.client.unpublish("pvc-1", &target).unwrap();
+    let dir = node.scratch.path("pool/volumes/pvc-1/data/dir");
+    mount(Some("tmpfs"), &dir, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+    fs::write(dir.join("foreign"), "x").unwrap();
+    node.client.publish("pvc-1", &target).unwrap();
+    assert_eq!(names(target.join("dir")), [""; 0]);
+}
+
+#[needs(Root)]
+fn statistics_are_given_where_the_volume_is_mounted() {
+    let node = Node::new();
+    let target = node.target("a");
+    let path = target.to_string_lossy().into_owned();
+    node.client.create("pvc-1").unwrap();
+    assert_eq!(node.client.stats("pvc-1", &path).unwrap_err().code(), Code::NotFound);
+    node.client.publish("pvc-1", &target).unwrap();
+    let usage = node.client.stats("pvc-1", &path).unwrap();
+    assert_eq!(usage.len(), 2, "bytes and inodes");
+    assert!(
+        usage
+            .iter()
+            .all(|unit| unit.total > 0 && unit.used > 0 && unit.available > 0),
+        "{usage:?}"
+    );
+    for (id, path) in [
+        ("pvc-2", path.as_str()),
+        ("pvc-1", "/"),
+        ("pvc-1", "some/path"),
+        ("pvc-1", "/no/such"),
+    ] {
+        assert_eq!(node.client.stats(id, path).unwrap_err().code(), Code::NotFound);
+    }
+}
+
+#[needs(Root)]
+fn a_mount_that_another_one_covers_is_still_a_mount() {
+    let node = Node::new();
+    let target = node.target("a");
+    node.client.create("pvc-1").unwrap();
+    node.client.publish("pvc-1", &target).unwrap();
+    fs::write(target.join("file"), "kept").unwrap();
+    mount(Some("tmpfs"), &target, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+    assert_eq!(
+        node.client.delete("pvc-1").unwrap_err().code(),
+        Code::FailedPrecondition
+    );
+    assert_eq!(
+        node.client
+            .stats("pvc-1", &target.to_string_lossy())
+            .unwrap_err()
+            .code(),
+        Code::NotFound
+    );
+    let node = node.restart();
+    assert_eq!(
+        node.client.delete("pvc-1").unwrap_err().code(),
+        Code::FailedPrecondition,
+        "forgotten by a restart"
+    );
+    umount2(&target, MntFlags::empty()).unwrap();
+    assert_eq!(fs::read_to_string(target.join("file")).unwrap(), "kept");
+    node.client.unpublish("pvc-1", &target).unwrap();
+    node.client.delete("pvc-1").unwrap();
+}
+
+#[needs(Root)]
+fn a_mount_that_only_looks_like_ours_is_not_ours() {
+    let node = Node::new();
+    let target = node.target("a");
+    node.client.create("pvc-1").unwrap();
+    node.client.publish("pvc-1", &target).unwrap();
+    node.client.unpublish("pvc-1", &target).unwrap();
+    let foreign = node.scratch.tmpfs("foreign", "1M").join("volumes/pvc-1/data");
+    fs::create_dir_all(&foreign).unwrap();
+    fs::create_dir(node.target("b")).unwrap();
+    mount(
+        Some(&foreign),
+        &node.target("b"),
+        None::<&str>,
+        MsFlags::MS_BIND,
+        None::<&str>,
+    )
+    .unwrap();
+    let node = node.restart();
+    node.client.delete("pvc-1").expect("it is mounted nowhere");
+}
+
+#[needs(Root)]
+fn one_target_has_one_access_mode() {
+    let node = Node::new();
+    let in_mode = |mode| Mount {
+        mode,
+        ..Mount::default()
+    };
+    node.client.create("pvc-1").unwrap();
+    node.publish_as(&node.target("a"), in_mode(Mode::SingleNodeSingleWriter))
+        .unwrap();
+    let status = node
+        .publish_as(&node.target("a"), in_mode(Mode::SingleNodeMultiWriter))
+        .unwrap_err();
+    assert_eq!(status.code(), Code::AlreadyExists, "{status}");
+    let status = node
+        .publish_as(&node.target("b"), in_mode(Mode::SingleNodeMultiWriter))
+        .unwrap_err();
+    assert_eq!(status.code(), Code::FailedPrecondition, "{status}");
+}
+
+#[needs(Root)]
+fn a_pool_remounted_under_a_mount_changes_no_answer_but_read_only() {
+    let scratch = Scratch::new();
+    let disk = scratch.tmpfs("disk", "16M");
+    let (_process, client) = start(&Driver::new(&scratch).pool("default", &disk));
+    let (a, b) = (scratch.path("a"), scratch.path("b"));
+    client.create("pvc-1").unwrap();
+    client.publish("pvc-1", &a).unwrap();
+    let change = MsFlags::MS_REMOUNT | MsFlags::MS_BIND;
+    hostdir_lab::scratch::remount(&disk, change | MsFlags::MS_NODEV);
+    client.publish("pvc-1", &a).expect("it is published");
+    hostdir_lab::scratch::remount(&disk, change | MsFlags::MS_RDONLY);
+    let status = client.publish("pvc-1", &b).unwrap_err();
+    assert!(status.message().contains("read-only"), "{status}");
+    assert!(!b.exists());
+}

@@ -1,0 +1,460 @@
+//! The process: its socket, its pools, its end, its log.
+
+use std::fs;
+
+use hostdir::csi::proto::volume_capability::access_mode::Mode;
+use hostdir::csi::proto::{CreateVolumeRequest, DeleteVolumeRequest, NodeGetInfoRequest, NodePublishVolumeRequest};
+use nix::errno::Errno;
+use nix::sys::signal::Signal;
+use tonic::Code;
+
+use hostdir_lab::client::{capability, create_request, map};
+use hostdir_lab::disk::run;
+use hostdir_lab::faults::{Fault, Step};
+use hostdir_lab::scene::start;
+use hostdir_lab::scratch::names;
+use hostdir_lab::{Driver, Scratch, needs, wait_until};
+
+#[needs(Root)]
+fn one_operation_at_a_time_per_volume_and_different_ones_in_parallel() {
+    let scratch = Scratch::new();
+    let driver = Driver::new(&scratch)
+        .pool("default", &scratch.path("pool"))
+        .with_faults();
+    let (mut process, client) = start(&driver);
+    let other = process.connect();
+    client.create("pvc-2").unwrap();
+    std::thread::scope(|scope| {
+        process.faults().arm(Step::Named("mkdirat", 0), Fault::Hold);
+        let first = scope.spawn(|| client.create("pvc-1"));
+        wait_until("the first call is under way", || process.faults().holds());
+        for answer in [
+            other.create("pvc-1").map(drop),
+            other.delete("pvc-1"),
+            other.publish("pvc-1", &scratch.path("t")),
+        ] {
+            let status = answer.unwrap_err();
+            assert_eq!(status.code(), Code::Aborted);
+            assert!(status.message().contains("pvc-1"), "{status}");
+        }
+        other.publish("pvc-2", &scratch.path("t")).expect("another volume");
+        other.probe().expect("the driver as a whole");
+        process.faults().release();
+        first.join().expect("no panic").expect("the first call");
+    });
+    client.create("pvc-1").expect("the same call again");
+}
+
+#[needs(Root)]
+fn sigterm_lets_running_calls_end_and_leaves_no_socket() {
+    let scratch = Scratch::new();
+    let driver = Driver::new(&scratch)
+        .pool("default", &scratch.path("pool"))
+        .with_faults();
+    let (mut process, client) = start(&driver);
+    std::thread::scope(|scope| {
+        process.faults().arm(Step::Named("mkdirat", 0), Fault::Hold);
+        let call = scope.spawn(|| client.create("pvc-1"));
+        wait_until("the call is under way", || process.faults().holds());
+        process.signal(Signal::SIGTERM);
+        process.wait_for_log("stopping");
+        process.faults().release();
+        call.join().expect("no panic").expect("the call that was running");
+    });
+    assert!(process.ended().success(), "{}", process.log());
+    assert!(!driver.socket.exists(), "the socket was left behind");
+    let (restarted, client) = start(&driver);
+    assert_eq!(client.list(0), ["pvc-1"]);
+    assert!(restarted.stop().success());
+}
+
+#[needs(Root)]
+fn a_stale_socket_is_replaced_and_a_live_one_refused() {
+    let scratch = Scratch::new();
+    let driver = Driver::new(&scratch).pool("default", &scratch.path("pool"));
+    driver.start().kill();
+    assert!(driver.socket.exists());
+    let (_process, client) = start(&driver);
+    let refusal = driver.refuses();
+    assert!(refusal.contains("another process is listening"), "{refusal}");
+    client.probe().expect("the first one still answers");
+    fs::remove_file(&driver.socket).unwrap();
+    fs::write(&driver.socket, "a file").unwrap();
+    let refusal = driver.refuses();
+    assert!(refusal.contains("is no socket"), "{refusal}");
+}
+
+#[needs(Root)]
+fn a_second_process_on_a_pool_says_so_and_takes_over_when_the_first_ends() {
+    let scratch = Scratch::new();
+    let pool = scratch.path("pool");
+    let (first, client) = start(&Driver::new(&scratch).pool("default", &pool));
+    client.create("pvc-1").unwrap();
+    let mut second = Driver::new(&scratch).pool("default", &pool);
+    second.socket = scratch.path("second.sock");
+    let (_second, other) = start(&second);
+    for status in [other.probe().unwrap_err(), other.create("pvc-2").unwrap_err()] {
+        assert!(
+            status.message().contains("another hostdir process serves it"),
+            "{status}"
+        );
+    }
+    first.kill();
+    other.probe().expect("the pool is free");
+    assert_eq!(other.list(0), ["pvc-1"]);
+}
+
+#[needs(Root)]
+fn mistakes_on_the_command_line_are_named() {
+    let scratch = Scratch::new();
+    let pool = scratch.path("pool");
+    for (driver, word) in [
+        (Driver::new(&scratch), "no pool is configured"),
+        (Driver::new(&scratch).arg("--pool").arg("default"), "NAME=PATH"),
+        (Driver::new(&scratch).pool("Default", &pool), "pool name"),
+        (
+            Driver::new(&scratch).pool("default", "relative".as_ref()),
+            "must be absolute",
+        ),
+        (
+            Driver::new(&scratch)
+                .pool("default", &pool)
+                .pool("default", &scratch.path("b")),
+            "configured twice",
+        ),
+        (
+            Driver::new(&scratch).arg("--config").arg("/no/such/file"),
+            "/no/such/file",
+        ),
+    ] {
+        let refusal = driver.refuses();
+        assert!(refusal.contains(word), "{word:?} is not in {refusal}");
+    }
+    assert!(!pool.exists());
+}
+
+#[needs(Root)]
+fn the_log_is_json_and_has_no_secrets() {
+    let scratch = Scratch::new();
+    let driver = Driver::new(&scratch).pool("default", &scratch.path("pool"));
+    let driver = driver.arg("--log-format").arg("json").arg("--log-level=trace");
+    let (process, client) = start(&driver);
+    let secrets = || map(&[("password", "s3cr3t-value")]);
+    let create = || CreateVolumeRequest {
+        secrets: secrets(),
+        ..create_request("pvc-1")
+    };
+    client.create_as(create()).unwrap();
+    client
+        .create_as(CreateVolumeRequest {
+            parameters: map(&[("x", "1")]),
+            ..create()
+        })
+        .unwrap_err();
+    let publish = |target: &str, volume_id: &str| NodePublishVolumeRequest {
+        volume_id: volume_id.into(),
+        target_path: target.into(),
+        volume_capability: Some(capability(Mode::SingleNodeWriter, &[])),
+        secrets: secrets(),
+        volume_context: map(&[("csi.storage.k8s.io/serviceAccount.tokens", "t0k3n-value")]),
+        publish_context: map(&[("device", "publ1sh-value")]),
+        ..NodePublishVolumeRequest::default()
+    };
+    let target = scratch.path("t").display().to_string();
+    client
+        .wait(client.node().node_publish_volume(publish(&target, "pvc-1")))
+        .unwrap();
+    client
+        .wait(client.node().node_publish_volume(publish("relative", "pvc-1")))
+        .unwrap_err();
+    client
+        .wait(client.node().node_publish_volume(publish(&target, "pvc-2")))
+        .unwrap_err();
+    let delete = DeleteVolumeRequest {
+        volume_id: "pvc-1".into(),
+        secrets: secrets(),
+    };
+    client.wait(client.controller().delete_volume(delete)).unwrap_err();
+    let log = process.log();
+    for line in log.lines() {
+        let line: serde_json::Value = serde_json::from_str(line).expect("each line is JSON");
+        assert!(line["level"].is_string() && line["timestamp"].is_string(), "{line}");
+    }
+    assert!(
+        log.contains("volume created") && log.contains("\"volume.id\":\"pvc-1\""),
+        "{log}"
+    );
+    for secret in ["s3cr3t", "t0k3n", "publ1sh"] {
+        assert!(!log.contains(secret), "{secret} was logged");
+    }
+}
+
+#[needs(Root)]
+fn a_node_name_longer_than_a_label_has_a_topology_all_the_same() {
+    let scratch = Scratch::new();
+    let name = format!("{}.example.com", "n".repeat(100));
+    let driver = Driver::on_node(&scratch, &name).pool("default", &scratch.path("pool"));
+    let (_process, client) = start(&driver);
+    let info = client.wait(client.node().node_get_info(NodeGetInfoRequest {})).unwrap();
+    assert_eq!(info.node_id, name);
+    let segment = info.accessible_topology.unwrap().segments["topology.hostdir.csi/node"].clone();
+    assert!(segment.len() <= 63 && segment.starts_with("hash-"), "{segment}");
+}
+
+#[needs(Root)]
+fn a_sync_that_failed_is_made_good_before_the_next_answer() {
+    let scratch = Scratch::new();
+    let driver = Driver::new(&scratch)
+        .pool("default", &scratch.path("pool"))
+        .with_faults();
+    let (process, client) = start(&driver);
+    client.create("pvc-0").unwrap();
+    // The third sync is that of the directory into which the volume was renamed.
+    process.faults().arm(Step::Named("fsync", 2), Fault::Fail(Errno::EIO));
+    assert_eq!(client.create("pvc-1").unwrap_err().code(), Code::Unavailable);
+    process.faults().arm(Step::Never, Fault::Die);
+    client.create("pvc-1").unwrap();
+    let steps = process.faults().disarm();
+    assert!(steps.contains(&"fsync"), "answered without a sync: {steps:?}");
+    assert_eq!(names(scratch.path("pool/volumes")), ["pvc-0", "pvc-1"]);
+    assert!(client.capacity("default") > 0);
+}
+
+#[needs(Root)]
+fn it_keeps_only_the_capabilities_it_needs() {
+    let scratch = Scratch::new();
+    let (process, _client) = start(&Driver::new(&scratch).pool("default", &scratch.path("pool")));
+    // CHOWN 0, DAC_OVERRIDE 1, FOWNER 3, FSETID 4, LINUX_IMMUTABLE 9, SYS_ADMIN 21: linux/capability.h
+    let kept = format!("{:016x}", 1 << 0 | 1 << 1 | 1 << 3 | 1 << 4 | 1 << 9 | 1 << 21);
+    // Every thread, and those of the eraser and the calls, too.
+    for task in names(format!("/proc/{}/task", process.pid())) {
+        let status = fs::read_to_string(format!("/proc/{}/task/{task}/status", process.pid())).unwrap();
+        let field = |name: &str| {
+            status
+                .lines()
+                .find_map(|line| line.strip_prefix(name))
+                .unwrap()
+                .trim()
+                .to_owned()
+        };
+        for set in ["CapPrm:", "CapEff:", "CapBnd:"] {
+            assert_eq!(field(set), kept, "{set} of thread {task}");
+        }
+        assert_eq!(field("CapInh:"), "0".repeat(16));
+        assert_eq!(field("NoNewPrivs:"), "1");
+    }
+}
+
+#[needs(Root)]
+fn a_probe_says_whether_it_answers_and_whether_it_is_ready() {
+    let scratch = Scratch::new();
+    let driver = Driver::new(&scratch).pool("default", &scratch.path("absent/pool"));
+    let probe = |ready: &[&str]| {
+        let output = std::process::Command::new(env!("CARGO_BIN_EXE_hostdir"))
+            .args(["probe", "--endpoint"])
+            .arg(format!("unix://{}", driver.socket.display()))
+            .args(ready)
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        output.status.success().then_some(()).ok_or(text)
+    };
+    assert!(probe(&[]).unwrap_err().contains("csi.sock"));
+    let (process, _client) = start(&driver);
+    probe(&[]).expect("it answers");
+    assert!(probe(&["--ready"]).unwrap_err().contains("pool default"));
+    scratch.mkdir("absent");
+    probe(&["--ready"]).expect("it is ready");
+    process.signal(Signal::SIGSTOP);
+    assert!(probe(&[]).is_err(), "a hung driver passed for alive");
+    process.signal(Signal::SIGCONT);
+}
+
+#[needs(Root)]
+fn the_first_volume_of_the_readme_lives_its_life() {
+    let scratch = Scratch::new();
+    let driver = Driver::new(&scratch).pool("default", &scratch.path("pool"));
+    let (_process, client) = start(&driver);
+    let output = std::process::Command::new(env!("CARGO"))
+        .args(["run", "--locked", "--quiet", "--example", "first-volume", "--"])
+        .arg(format!("unix://{}", driver.socket.display()))
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        output.status.success(),
+        "{text}{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    // What the README shows, line by line, but for figures and paths.
+    let readme = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/README.md")).unwrap();
+    for line in text.lines() {
+        let step = &line[..20];
+        assert!(readme.contains(step), "the README does not show {line:?}");
+    }
+    assert_eq!(text.lines().count(), 9, "{text}");
+    assert!(client.list(0).is_empty());
+}
+
+#[needs(Root)]
+fn steps_come_in_the_order_that_a_power_cut_demands() {
+    let scratch = Scratch::new();
+    let driver = Driver::new(&scratch)
+        .pool("default", &scratch.path("pool"))
+        .with_faults();
+    let (process, client) = start(&driver);
+    let changes = |call: &dyn Fn()| -> Vec<&'static str> {
+        process.faults().arm(Step::Never, Fault::Die);
+        call();
+        let kept = [
+            "mkdirat",
+            "write",
+            "fsync",
+            "renameat",
+            "renameat2",
+            "fchmod",
+            "move_mount",
+        ];
+        let steps = process.faults().disarm();
+        // The only use of openat: to read the mount table, which grows with the node's pods.
+        assert!(!steps.contains(&"openat"), "a call reads the mount table: {steps:?}");
+        steps.into_iter().filter(|step| kept.contains(step)).collect()
+    };
+    // The record, the directory it is in; the rename, the directory that it is renamed into.
+    let create = changes(&|| drop(client.create("pvc-1").unwrap()));
+    assert_eq!(create, ["mkdirat", "write", "fsync", "fsync", "renameat2", "fsync"]);
+    // The directory and its name before the record that speaks of it; the record before the mount.
+    let publish = changes(&|| client.publish("pvc-1", &scratch.path("t")).unwrap());
+    assert_eq!(
+        publish,
+        [
+            "mkdirat",
+            "fchmod",
+            "fsync",
+            "fsync",
+            "write",
+            "fsync",
+            "renameat",
+            "fsync",
+            "mkdirat",
+            "move_mount"
+        ]
+    );
+    client.unpublish("pvc-1", &scratch.path("t")).unwrap();
+    // Where it is gone to, and where it is gone from; what the eraser does later is not asked here.
+    let delete = changes(&|| client.delete("pvc-1").unwrap());
+    assert_eq!(delete[..3], ["renameat2", "fsync", "fsync"]);
+}
+
+#[needs(Root)]
+fn what_a_restart_finds_is_made_durable_before_it_is_answered_for() {
+    let scratch = Scratch::new();
+    let driver = Driver::new(&scratch)
+        .pool("default", &scratch.path("pool"))
+        .with_faults();
+    let (mut process, client) = start(&driver);
+    // Dies between the rename and its sync.
+    process.faults().arm(Step::Named("fsync", 2), Fault::Die);
+    client.create("pvc-1").unwrap_err();
+    process.ended();
+    let (process, client) = start(&driver);
+    client.create("pvc-1").unwrap();
+    let steps = process.faults().disarm();
+    assert!(
+        steps.contains(&"syncfs"),
+        "answered for what was never synced: {steps:?}"
+    );
+}
+
+#[needs(Root)]
+fn probes_at_once_do_not_disturb_each_other() {
+    let scratch = Scratch::new();
+    let (mut process, _client) = start(&Driver::new(&scratch).pool("default", &scratch.path("pool")));
+    let clients: Vec<_> = (0..4).map(|_| process.connect()).collect();
+    std::thread::scope(|scope| {
+        for client in &clients {
+            scope.spawn(|| (0..200).for_each(|_| client.probe().expect("the pool is fine")));
+        }
+    });
+}
+
+#[needs(Root)]
+fn a_list_without_a_pool_is_no_list() {
+    let scratch = Scratch::new();
+    let driver = Driver::new(&scratch)
+        .pool("default", &scratch.path("pool"))
+        .pool("bad", &scratch.path("no/disk"));
+    let (_process, client) = start(&driver);
+    let request = hostdir::csi::proto::ListVolumesRequest::default();
+    let status = client.wait(client.controller().list_volumes(request)).unwrap_err();
+    assert_eq!(status.code(), Code::Unavailable);
+    assert!(status.message().contains("pool bad"), "{status}");
+}
+
+#[needs(Root)]
+fn a_node_without_its_api_server_mounts_what_is_there_and_nothing_else() {
+    let scratch = Scratch::new();
+    let (pool, target) = (scratch.path("pool"), scratch.path("t"));
+    let (process, client) = start(&Driver::new(&scratch).pool("default", &pool));
+    for id in ["used", "unused"] {
+        client.create(id).unwrap();
+    }
+    client.publish("used", &target).unwrap();
+    fs::write(target.join("file"), "data").unwrap();
+    client.unpublish("used", &target).unwrap();
+    process.kill();
+    let (_process, client) = start(&Driver::without_api_server(&scratch).pool("default", &pool));
+    client.publish("used", &target).unwrap();
+    assert_eq!(fs::read_to_string(target.join("file")).unwrap(), "data");
+    client.unpublish("used", &target).unwrap();
+    for id in ["unused", "unknown"] {
+        let status = client.publish(id, &target).unwrap_err();
+        assert_eq!(status.code(), Code::Unavailable);
+        assert!(status.message().contains("cannot read its HostVolume"), "{status}");
+    }
+    assert!(
+        !pool.join("volumes/unused/data").exists(),
+        "a directory was made unasked"
+    );
+    assert_eq!(names(pool.join("volumes")), ["unused", "used"]);
+    // A node makes no volumes.
+    assert_eq!(client.create("new").unwrap_err().code(), Code::Unimplemented);
+}
+
+#[needs(Root, LoopDevices)]
+fn a_disk_that_hangs_holds_up_nobody_else() {
+    let scratch = Scratch::new();
+    let disk = scratch.mkdir("disk");
+    let sh = |script: &str| run(std::process::Command::new("sh").args(["-ec", script]));
+    let at = disk.display();
+    sh(&format!(
+        "truncate -s 16M {at}.img && mkfs.ext4 -q {at}.img && mount -o loop {at}.img {at}"
+    ));
+    let thaw = Thaw(disk.clone());
+    sh(&format!("fsfreeze -f {at}"));
+    let driver = Driver::new(&scratch)
+        .pool("default", &scratch.path("pool"))
+        .pool("slow", &disk.join("pool"));
+    let (_process, client) = start(&driver);
+    client.create("pvc-1").unwrap();
+    client.publish("pvc-1", &scratch.path("t")).unwrap();
+    client.unpublish("pvc-1", &scratch.path("t")).unwrap();
+    client.probe().unwrap();
+    let status = client.delete("never-made").unwrap_err();
+    assert!(
+        status.message().contains("pool slow") && status.message().contains("still being opened"),
+        "{status}"
+    );
+    drop(thaw);
+    wait_until("the disk answers", || client.delete("never-made").is_ok());
+}
+
+/// Lets a frozen filesystem go on: frozen, it cannot even be unmounted.
+struct Thaw(std::path::PathBuf);
+
+impl Drop for Thaw {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("fsfreeze").arg("-u").arg(&self.0).status();
+    }
+}

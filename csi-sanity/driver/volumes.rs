@@ -1,0 +1,387 @@
+//! Volumes come, are counted, and go.
+
+use std::fs;
+
+use hostdir::csi::proto::volume_capability::access_mode::Mode;
+use hostdir::csi::proto::volume_capability::{AccessType, BlockVolume};
+use hostdir::csi::proto::volume_content_source::{SnapshotSource, Type as Source};
+use hostdir::csi::proto::{
+    CreateVolumeRequest, GetCapacityRequest, ListVolumesRequest, Topology, TopologyRequirement,
+    ValidateVolumeCapabilitiesRequest, VolumeContentSource,
+};
+use tonic::Code;
+
+use hostdir_lab::client::{capability, create_request, map, of_size};
+use hostdir_lab::scene::start;
+use hostdir_lab::scratch::names;
+use hostdir_lab::{Client, Driver, Process, Scratch, needs, wait_until};
+
+const MIB: i64 = 1 << 20;
+
+/// A driver with one pool on a filesystem of 256 MiB.
+fn small() -> (Scratch, Process, Client) {
+    let scratch = Scratch::new();
+    let pool = scratch.tmpfs("disk", "256M").join("pool");
+    let (process, client) = start(&Driver::new(&scratch).pool("default", &pool));
+    (scratch, process, client)
+}
+
+/// Nowhere but on this node.
+fn only_on(node: &str) -> TopologyRequirement {
+    let segments = map(&[("topology.hostdir.csi/node", node)]);
+    TopologyRequirement {
+        requisite: vec![Topology { segments }],
+        preferred: Vec::new(),
+    }
+}
+
+/// Refused with `code`, in words that hold `word`.
+fn refused(client: &Client, request: CreateVolumeRequest, code: Code, word: &str) {
+    let status = client.create_as(request).expect_err(word);
+    assert_eq!(status.code(), code, "{}", status.message());
+    assert!(
+        status.message().contains(word),
+        "{word:?} is not in {:?}",
+        status.message()
+    );
+}
+
+#[needs(Root)]
+fn creating_a_volume_twice_gives_one_volume() {
+    let (_scratch, _process, client) = small();
+    let first = client.create("pvc-1").unwrap();
+    assert_eq!(client.create("pvc-1").unwrap(), first);
+    assert_eq!(first.capacity_bytes, MIB);
+    assert_eq!(client.list(0), ["pvc-1"]);
+}
+
+#[needs(Root)]
+fn a_name_is_taken_by_one_size_one_class_and_one_node() {
+    let (_scratch, _process, client) = small();
+    let request = || create_request("pvc-1");
+    client.create_as(request()).unwrap();
+    refused(
+        &client,
+        of_size(request(), 1, 0),
+        Code::AlreadyExists,
+        "another size (1 MiB)",
+    );
+    let parameters = |entries| CreateVolumeRequest {
+        parameters: map(entries),
+        ..request()
+    };
+    refused(
+        &client,
+        parameters(&[("mode", "0700")]),
+        Code::AlreadyExists,
+        "other parameters",
+    );
+    refused(
+        &client,
+        parameters(&[("pool", "other")]),
+        Code::AlreadyExists,
+        "other parameters",
+    );
+    let there = CreateVolumeRequest {
+        accessibility_requirements: Some(only_on("node-b")),
+        ..request()
+    };
+    refused(&client, there, Code::AlreadyExists, "another topology");
+    let here = CreateVolumeRequest {
+        accessibility_requirements: Some(only_on("node-a")),
+        ..request()
+    };
+    client.create_as(here).unwrap();
+}
+
+#[needs(Root)]
+fn what_cannot_be_here_is_refused_so_that_the_pod_goes_elsewhere() {
+    let (scratch, _process, client) = small();
+    let request = || create_request("pvc-1");
+    let there = CreateVolumeRequest {
+        accessibility_requirements: Some(only_on("node-b")),
+        ..request()
+    };
+    refused(&client, there, Code::ResourceExhausted, "does not include this node");
+    let other_pool = CreateVolumeRequest {
+        parameters: map(&[("pool", "fast")]),
+        ..request()
+    };
+    refused(&client, other_pool, Code::ResourceExhausted, "it has: default");
+    refused(
+        &client,
+        of_size(request(), 1, 0),
+        Code::ResourceExhausted,
+        "1 GiB do not fit in pool default",
+    );
+    assert_eq!(names(scratch.path("disk/pool/volumes")), [""; 0]);
+}
+
+#[needs(Root)]
+fn what_no_node_can_do_is_refused_in_words() {
+    let (_scratch, _process, client) = small();
+    let request = || create_request("pvc-1");
+    let with = |capability| CreateVolumeRequest {
+        volume_capabilities: vec![capability],
+        ..request()
+    };
+    let block = AccessType::Block(BlockVolume {});
+    let block = hostdir::csi::proto::VolumeCapability {
+        access_type: Some(block),
+        ..capability(Mode::SingleNodeWriter, &[])
+    };
+    refused(
+        &client,
+        with(block),
+        Code::InvalidArgument,
+        "block volumes are not supported",
+    );
+    refused(
+        &client,
+        with(capability(Mode::MultiNodeMultiWriter, &[])),
+        Code::InvalidArgument,
+        "lives on one node",
+    );
+    refused(
+        &client,
+        with(capability(Mode::SingleNodeWriter, &["suid"])),
+        Code::InvalidArgument,
+        "suid",
+    );
+    let snapshot = Source::Snapshot(SnapshotSource {
+        snapshot_id: "s".into(),
+    });
+    let copy = CreateVolumeRequest {
+        volume_content_source: Some(VolumeContentSource { r#type: Some(snapshot) }),
+        ..request()
+    };
+    refused(
+        &client,
+        copy,
+        Code::InvalidArgument,
+        "snapshots and clones are not supported",
+    );
+    let attributes = CreateVolumeRequest {
+        mutable_parameters: map(&[("iops", "1")]),
+        ..request()
+    };
+    refused(&client, attributes, Code::InvalidArgument, "VolumeAttributesClasses");
+    let unknown = CreateVolumeRequest {
+        parameters: map(&[("poool", "x")]),
+        ..request()
+    };
+    refused(&client, unknown, Code::InvalidArgument, "poool");
+    refused(&client, of_size(request(), 2, 1), Code::OutOfRange, "no size");
+}
+
+#[needs(Root)]
+fn the_last_room_is_given_once_however_many_ask() {
+    let (scratch, mut process, client) = small();
+    let clients: Vec<Client> = (0..8).map(|_| process.connect()).collect();
+    let made: usize = std::thread::scope(|scope| {
+        let callers = clients.iter().enumerate().map(|(number, client)| {
+            let request = CreateVolumeRequest {
+                capacity_range: Some(hostdir::csi::proto::CapacityRange {
+                    required_bytes: 100 * MIB,
+                    limit_bytes: 0,
+                }),
+                ..create_request(&format!("pvc-{number}"))
+            };
+            scope.spawn(move || match client.create_as(request) {
+                Ok(_) => 1,
+                Err(status) => {
+                    assert_eq!(status.code(), Code::ResourceExhausted, "{status}");
+                    0
+                }
+            })
+        });
+        let callers: Vec<_> = callers.collect();
+        callers.into_iter().map(|caller| caller.join().expect("no panic")).sum()
+    });
+    assert_eq!(made, 2, "256 MiB hold two volumes of 100 MiB");
+    assert_eq!(names(scratch.path("disk/pool/volumes")).len(), 2);
+    assert!(client.capacity("default") < 100 * MIB);
+}
+
+#[needs(Root)]
+fn capacity_is_what_can_still_be_promised() {
+    let (scratch, process, client) = small();
+    let empty = client.capacity("default");
+    assert!((192 * MIB..=256 * MIB).contains(&empty), "{empty}");
+    let request = |mib| CreateVolumeRequest {
+        capacity_range: Some(hostdir::csi::proto::CapacityRange {
+            required_bytes: mib * MIB,
+            limit_bytes: 0,
+        }),
+        ..create_request("pvc-1")
+    };
+    client.create_as(request(150)).unwrap();
+    assert_eq!(client.capacity("default"), 256 * MIB - 150 * MIB);
+    drop(process);
+    let (process, client) = start(&Driver::new(&scratch).pool("default", &scratch.path("disk/pool")));
+    assert_eq!(
+        client.capacity("default"),
+        256 * MIB - 150 * MIB,
+        "forgotten by a restart"
+    );
+    client.delete("pvc-1").unwrap();
+    assert_eq!(client.capacity("default"), empty);
+
+    fs::write(scratch.path("disk/somebody-elses"), vec![1; 128 << 20]).unwrap();
+    let room = client.capacity("default");
+    assert!(room <= 128 * MIB, "what others use was promised: {room}");
+    refused(&client, request(129), Code::ResourceExhausted, "do not fit");
+    // What no node can do must come to CreateVolume, which says why; without capacity it would never get there.
+    assert_eq!(client.capacity("no-such-pool"), i64::MAX);
+    let request = GetCapacityRequest {
+        parameters: map(&[("poool", "x")]),
+        ..GetCapacityRequest::default()
+    };
+    let wrong = client.wait(client.controller().get_capacity(request)).unwrap();
+    assert_eq!(wrong.available_capacity, i64::MAX);
+    let request = GetCapacityRequest {
+        accessible_topology: Some(Topology {
+            segments: map(&[("topology.hostdir.csi/node", "node-b")]),
+        }),
+        ..GetCapacityRequest::default()
+    };
+    let elsewhere = client.wait(client.controller().get_capacity(request)).unwrap();
+    assert_eq!(elsewhere.available_capacity, 0);
+    drop(process);
+}
+
+#[needs(Root)]
+fn the_administrator_limits_what_is_promised() {
+    let scratch = Scratch::new();
+    let disk = scratch.tmpfs("disk", "256M");
+    let config = format!(
+        "pools:\n- {{name: kept, path: {0}/kept, reserve: 25%}}\n- {{name: thin, path: {0}/thin, overcommit: 4}}\n",
+        disk.display()
+    );
+    fs::write(scratch.path("config.yaml"), config).unwrap();
+    let driver = Driver::new(&scratch)
+        .arg("--config")
+        .arg(scratch.path("config.yaml").display().to_string());
+    let (_process, client) = start(&driver);
+    assert!(client.capacity("kept") <= 192 * MIB && client.capacity("kept") > 64 * MIB);
+    assert!(client.capacity("thin") > 900 * MIB);
+}
+
+#[needs(Root)]
+fn a_list_is_given_by_pages_and_strange_tokens_are_refused() {
+    let (_scratch, _process, client) = small();
+    let ids: Vec<String> = (0..7).map(|number| format!("pvc-{number}")).collect();
+    for id in &ids {
+        client.create(id).unwrap();
+    }
+    for page in [0, 1, 3, 7, 8] {
+        assert_eq!(client.list(page), ids, "by pages of {page}");
+    }
+    for token in ["pvc-1", "after:", "after:../x", "7"] {
+        let request = ListVolumesRequest {
+            max_entries: 1,
+            starting_token: token.into(),
+        };
+        let status = client.wait(client.controller().list_volumes(request)).unwrap_err();
+        assert_eq!(status.code(), Code::Aborted);
+    }
+    let request = ListVolumesRequest {
+        max_entries: -1,
+        starting_token: String::new(),
+    };
+    assert_eq!(
+        client
+            .wait(client.controller().list_volumes(request))
+            .unwrap_err()
+            .code(),
+        Code::InvalidArgument
+    );
+    // A volume deleted between two pages does not break the token that names it.
+    client.delete("pvc-3").unwrap();
+    let request = ListVolumesRequest {
+        max_entries: 1,
+        starting_token: "after:pvc-3".into(),
+    };
+    let page = client.wait(client.controller().list_volumes(request)).unwrap();
+    assert_eq!(page.entries[0].volume.as_ref().unwrap().volume_id, "pvc-4");
+}
+
+#[needs(Root)]
+fn capabilities_are_confirmed_or_not_in_words() {
+    let (_scratch, _process, client) = small();
+    client.create("pvc-1").unwrap();
+    let validate = |mode, parameters| {
+        let request = ValidateVolumeCapabilitiesRequest {
+            volume_id: "pvc-1".into(),
+            volume_capabilities: vec![capability(mode, &[])],
+            parameters,
+            ..ValidateVolumeCapabilitiesRequest::default()
+        };
+        client
+            .wait(client.controller().validate_volume_capabilities(request))
+            .unwrap()
+    };
+    assert!(validate(Mode::SingleNodeSingleWriter, map(&[])).confirmed.is_some());
+    let refusal = validate(Mode::MultiNodeMultiWriter, map(&[]));
+    assert!(
+        refusal.confirmed.is_none() && refusal.message.contains("one node"),
+        "{refusal:?}"
+    );
+    assert!(
+        validate(Mode::SingleNodeWriter, map(&[("mode", "0700")]))
+            .confirmed
+            .is_none()
+    );
+}
+
+#[needs(Root)]
+fn a_claim_is_kept_with_its_volume() {
+    let (scratch, _process, client) = small();
+    let parameters = map(&[
+        ("csi.storage.k8s.io/pvc/name", "data"),
+        ("csi.storage.k8s.io/pvc/namespace", "shop"),
+    ]);
+    client
+        .create_as(CreateVolumeRequest {
+            parameters,
+            ..create_request("pvc-1")
+        })
+        .unwrap();
+    let record = fs::read(scratch.path("disk/pool/volumes/pvc-1/volume.json")).unwrap();
+    let record: serde_json::Value = serde_json::from_slice(&record).unwrap();
+    assert_eq!(
+        record["claim"],
+        serde_json::json!({"namespace": "shop", "name": "data"})
+    );
+    assert_eq!(record["phase"], "claimed");
+    assert_eq!(record["bytes"], MIB);
+}
+
+#[needs(Root)]
+fn a_deleted_volume_can_be_made_again_and_is_empty() {
+    let (scratch, _process, client) = small();
+    let target = scratch.mkdir("pods").join("target");
+    for _ in 0..3 {
+        client.create("pvc-1").unwrap();
+        client.publish("pvc-1", &target).unwrap();
+        assert_eq!(names(&target), [""; 0]);
+        fs::write(target.join("secret"), "x").unwrap();
+        client.unpublish("pvc-1", &target).unwrap();
+        client.delete("pvc-1").unwrap();
+    }
+    wait_until("the trash is empty", || {
+        names(scratch.path("disk/pool/trash")).is_empty()
+    });
+}
+
+#[needs(Root)]
+fn what_others_give_back_can_be_promised() {
+    let scratch = Scratch::new();
+    let disk = scratch.tmpfs("disk", "256M");
+    fs::write(disk.join("junk"), vec![1; 100 << 20]).unwrap();
+    let (_process, client) = start(&Driver::new(&scratch).pool("default", &disk.join("pool")));
+    let before = client.capacity("default");
+    assert!(before <= 156 * MIB, "{before}");
+    fs::remove_file(disk.join("junk")).unwrap();
+    assert!(client.capacity("default") > 250 * MIB);
+}

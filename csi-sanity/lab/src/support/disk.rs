@@ -1,0 +1,100 @@
+//! Disks of our own: image files with filesystems that have quotas, mounted here or in a machine of our own.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use nix::mount::{MsFlags, mount};
+
+/// A filesystem that has quotas.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Filesystem {
+    Xfs,
+    Ext4,
+    Btrfs,
+}
+
+impl Filesystem {
+    pub const ALL: [Self; 3] = [Self::Xfs, Self::Ext4, Self::Btrfs];
+
+    /// As mount(8) calls it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Xfs => "xfs",
+            Self::Ext4 => "ext4",
+            Self::Btrfs => "btrfs",
+        }
+    }
+
+    pub fn named(name: &str) -> Self {
+        let found = Self::ALL.into_iter().find(|filesystem| filesystem.name() == name);
+        found.unwrap_or_else(|| panic!("{name} is no filesystem with quotas"))
+    }
+
+    /// Whether volumes are limited by project.
+    pub fn has_projects(self) -> bool {
+        self != Self::Btrfs
+    }
+
+    /// An image file with an empty one.
+    pub fn make(self, dir: &Path, mib: u64) -> PathBuf {
+        let image = dir.join(format!("{}.img", self.name()));
+        let file = File::create(&image).expect("make an image");
+        file.set_len(mib << 20).expect("size an image");
+        let args: &[&str] = match self {
+            Self::Xfs => &["mkfs.xfs", "-q", "-K"],
+            Self::Ext4 => &["mkfs.ext4", "-q", "-O", "quota,project", "-E", "quotatype=prjquota"],
+            Self::Btrfs => &["mkfs.btrfs", "-q", "-K"],
+        };
+        run(Command::new(args[0]).args(&args[1..]).arg(&image));
+        image
+    }
+
+    /// Mounts a device with one of them, with quotas or without.
+    pub fn mount(self, device: &Path, at: &Path, quotas: bool) {
+        let options = (self.has_projects() && quotas).then_some("prjquota");
+        mount(Some(device), at, Some(self.name()), MsFlags::empty(), options)
+            .unwrap_or_else(|errno| panic!("mount {} at {}: {errno}", device.display(), at.display()));
+    }
+}
+
+/// Runs a program, which must succeed; what it says.
+pub fn run(command: &mut Command) -> String {
+    let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    assert!(
+        output.status.success(),
+        "{command:?}: {}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// `struct btrfs_ioctl_quota_ctl_args`.
+#[repr(C)]
+struct Control {
+    command: u64,
+    status: u64,
+}
+
+mod raw {
+    nix::ioctl_readwrite!(quota_control, 0x94, 40, super::Control);
+    nix::ioctl_none!(rescan_wait, 0x94, 46);
+}
+
+/// Switches the quotas of a btrfs filesystem on, and waits until they count. (`btrfs quota enable`; Debian's knows no `--simple`.)
+pub fn enable_btrfs_quotas(at: &Path, simple: bool) {
+    // BTRFS_QUOTA_CTL_ENABLE_SIMPLE_QUOTA, BTRFS_QUOTA_CTL_ENABLE
+    let command = if simple { 4 } else { 1 };
+    let mut control = Control { command, status: 0 };
+    let dir = File::open(at).expect("open a filesystem");
+    let fd = std::os::fd::AsRawFd::as_raw_fd(&dir);
+    #[expect(unsafe_code, reason = "system calls without a safe wrapper")]
+    // SAFETY: the structure is of the size that the number of the call says, and outlives it.
+    unsafe { raw::quota_control(fd, &raw mut control) }.expect("enable quotas");
+    if !simple {
+        #[expect(unsafe_code, reason = "system calls without a safe wrapper")]
+        // SAFETY: the call takes no argument.
+        unsafe { raw::rescan_wait(fd) }.expect("wait for the count");
+    }
+}

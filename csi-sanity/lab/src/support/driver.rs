@@ -1,0 +1,236 @@
+//! The driver as a process.
+
+use std::fs::{self, File};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus};
+use std::time::Duration;
+
+use nix::sys::prctl::set_pdeathsig;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::client::Client;
+use super::faults::{self, Faults};
+use super::scratch::Scratch;
+use super::{DEADLINE, wait_for};
+
+/// How to start the driver.
+pub struct Driver {
+    pub socket: PathBuf,
+    log: PathBuf,
+    args: Vec<String>,
+    kubeconfig: Option<PathBuf>,
+    with_faults: bool,
+}
+
+/// A driver that runs. It is killed when this is dropped.
+pub struct Process {
+    child: Child,
+    socket: PathBuf,
+    log: PathBuf,
+    faults: Option<Faults>,
+}
+
+impl Driver {
+    /// A driver in local mode whose socket and log are in `scratch`.
+    pub fn new(scratch: &Scratch) -> Self {
+        Self::on_node(scratch, "node-a")
+    }
+
+    /// The same, on a node of this name.
+    pub fn on_node(scratch: &Scratch, node: &str) -> Self {
+        let (socket, log) = (scratch.path("csi.sock"), scratch.path("log"));
+        let args = ["local", "--node-name", node].map(str::to_owned).to_vec();
+        Self {
+            socket,
+            log,
+            args,
+            kubeconfig: None,
+            with_faults: false,
+        }
+    }
+
+    pub fn arg(mut self, arg: impl Into<String>) -> Self {
+        self.args.push(arg.into());
+        self
+    }
+
+    /// A node of elected mode whose API server is not there.
+    pub fn without_api_server(scratch: &Scratch) -> Self {
+        let kubeconfig = scratch.path("kubeconfig");
+        let nobody = "apiVersion: v1\nkind: Config\ncurrent-context: c\n\
+            clusters: [{name: c, cluster: {server: 'http://127.0.0.1:1'}}]\n\
+            users: [{name: c, user: {token: none}}]\n\
+            contexts: [{name: c, context: {cluster: c, user: c}}]\n";
+        fs::write(&kubeconfig, nobody).expect("write a kubeconfig");
+        let mut driver = Self::new(scratch);
+        "node".clone_into(&mut driver.args[0]);
+        driver.kubeconfig = Some(kubeconfig);
+        driver
+    }
+
+    /// With a pool.
+    pub fn pool(self, name: &str, path: &Path) -> Self {
+        self.arg("--pool").arg(format!("{name}={}", path.display()))
+    }
+
+    /// With its system calls in our hands.
+    pub fn with_faults(mut self) -> Self {
+        self.with_faults = true;
+        self
+    }
+
+    fn command(&self) -> Command {
+        let mut command = Command::new(crate::harness::hostdir());
+        command
+            .args(&self.args)
+            .arg("--endpoint")
+            .arg(format!("unix://{}", self.socket.display()));
+        if let Some(kubeconfig) = &self.kubeconfig {
+            command.env("KUBECONFIG", kubeconfig);
+        }
+        let log = File::options()
+            .create(true)
+            .append(true)
+            .open(&self.log)
+            .expect("open the log");
+        command.stderr(log).stdin(std::process::Stdio::null());
+        die_with_the_test(&mut command);
+        command
+    }
+
+    /// Starts it and does not wait for anything.
+    pub fn spawn(&self) -> Process {
+        let mut command = self.command();
+        let (child, faults) = if self.with_faults {
+            let (child, faults) = faults::spawn(&mut command);
+            (child, Some(faults))
+        } else {
+            (command.spawn().expect("start the driver"), None)
+        };
+        Process {
+            child,
+            socket: self.socket.clone(),
+            log: self.log.clone(),
+            faults,
+        }
+    }
+
+    /// Starts it and waits until it answers, with its pools open or refused.
+    pub fn start(&self) -> Process {
+        let mut process = self.spawn();
+        process.connect_ready();
+        process
+    }
+
+    /// Starts it where it must refuse to; what it says.
+    pub fn refuses(&self) -> String {
+        let output = self
+            .command()
+            .stderr(std::process::Stdio::piped())
+            .output()
+            .expect("start the driver");
+        assert!(!output.status.success(), "it started");
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    }
+}
+
+/// Lets the kernel kill a child whose test is gone.
+pub fn die_with_the_test(command: &mut Command) {
+    let die = || set_pdeathsig(Signal::SIGKILL).map_err(std::io::Error::from);
+    #[expect(unsafe_code, reason = "the only way to run code between fork and exec")]
+    // SAFETY: prctl(2) is async-signal-safe.
+    unsafe {
+        command.pre_exec(die);
+    }
+}
+
+impl Process {
+    /// A new connection, when the driver answers.
+    pub fn connect(&mut self) -> Client {
+        let mut client = None;
+        wait_for(DEADLINE, "the driver answers", || {
+            if let Ok(Some(status)) = self.child.try_wait() {
+                panic!("the driver ended with {status}:\n{}", self.log());
+            }
+            client = Client::connect(&self.socket).ok();
+            client.is_some()
+        });
+        client.expect("waited for")
+    }
+
+    /// A new connection, when no pool is being opened any more: that syncs the filesystem it is on, which takes as long as what
+    /// other tests have written there.
+    pub fn connect_ready(&mut self) -> Client {
+        let client = self.connect();
+        wait_for(DEADLINE, "the pools are no longer being opened", || {
+            let probed = client.probe();
+            !probed.is_err_and(|status| status.message().contains("is still being opened"))
+        });
+        client
+    }
+
+    pub fn pid(&self) -> Pid {
+        Pid::from_raw(self.child.id().try_into().expect("a process id"))
+    }
+
+    pub fn faults(&self) -> &Faults {
+        self.faults.as_ref().expect("started with faults")
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        kill(self.pid(), signal).expect("signal the driver");
+    }
+
+    /// `kill -9`.
+    pub fn kill(mut self) {
+        self.child.kill().expect("kill the driver");
+        self.child.wait().expect("reap the driver");
+    }
+
+    /// SIGTERM, and the end.
+    pub fn stop(mut self) -> ExitStatus {
+        self.signal(Signal::SIGTERM);
+        self.ended()
+    }
+
+    pub fn is_dead(&mut self) -> bool {
+        self.child.try_wait().expect("wait for the driver").is_some()
+    }
+
+    /// Waits until it has ended by itself.
+    pub fn ended(&mut self) -> ExitStatus {
+        let mut status = None;
+        wait_for(DEADLINE, "the driver ends", || {
+            status = self.child.try_wait().expect("wait for the driver");
+            status.is_some()
+        });
+        status.expect("waited for")
+    }
+
+    pub fn log(&self) -> String {
+        fs::read_to_string(&self.log).expect("read the log")
+    }
+
+    /// Waits until the log says something.
+    pub fn wait_for_log(&self, text: &str) {
+        let start = std::time::Instant::now();
+        while !self.log().contains(text) {
+            assert!(
+                start.elapsed() < DEADLINE,
+                "{text:?} does not come in the log:
+{}",
+                self.log()
+            );
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}

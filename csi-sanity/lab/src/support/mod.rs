@@ -1,0 +1,41 @@
+//! The driver as a process, and places for it to work in.
+#![expect(missing_docs, reason = "these are the words of tests")]
+#![expect(
+    clippy::must_use_candidate,
+    clippy::missing_errors_doc,
+    clippy::missing_panics_doc,
+    clippy::unwrap_used,
+    reason = "a test that cannot go on has failed"
+)]
+
+pub mod client;
+pub mod disk;
+pub mod driver;
+pub mod faults;
+pub mod scene;
+pub mod scratch;
+pub mod steps;
+pub mod uml;
+
+use std::time::{Duration, Instant};
+
+pub use client::{Client, Mount};
+pub use driver::{Driver, Process};
+pub use scratch::Scratch;
+
+/// How long anything may take that is waited for. Far beyond what it takes: a test that fails by this has failed.
+pub const DEADLINE: Duration = Duration::from_mins(1);
+
+/// Waits until `condition` holds.
+pub fn wait_until(what: &str, condition: impl FnMut() -> bool) {
+    wait_for(DEADLINE, what, condition);
+}
+
+/// Waits until `condition` holds, for at most `limit`.
+pub fn wait_for(limit: Duration, what: &str, mut condition: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !condition() {
+        assert!(start.elapsed() < limit, "waited {limit:?} in vain until {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}

@@ -1,0 +1,219 @@
+//! One volume at one point of its life beside a bystander, for tests that break the next call.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use tonic::Status;
+
+use super::scratch::{is_mounted, mounts_below, names};
+use super::{Client, Driver, Process, Scratch, wait_until};
+
+const VOLUME: &str = "victim";
+const BYSTANDER: &str = "bystander";
+/// What the volume grows to, and has before, in bytes.
+const GROWN: i64 = 2 << 20;
+const BEFORE: i64 = 1 << 20;
+const CONTENT: &str = "written by a pod";
+
+/// The call that is broken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Call {
+    Create,
+    FirstPublish,
+    LaterPublish,
+    Expand,
+    Unpublish,
+    /// Of a volume that no pod ever used.
+    DeleteUnused,
+    /// Of a volume with files and directories, and their erasure.
+    DeleteAndErase,
+}
+
+impl Call {
+    pub const ALL: [Self; 7] = [
+        Self::Create,
+        Self::FirstPublish,
+        Self::LaterPublish,
+        Self::Expand,
+        Self::Unpublish,
+        Self::DeleteUnused,
+        Self::DeleteAndErase,
+    ];
+
+    /// Whether a pod had written into the volume before the call.
+    fn has_data(self) -> bool {
+        match self {
+            Self::Create | Self::FirstPublish | Self::DeleteUnused => false,
+            Self::LaterPublish | Self::Expand | Self::Unpublish | Self::DeleteAndErase => true,
+        }
+    }
+
+    pub fn deletes(self) -> bool {
+        matches!(self, Self::DeleteUnused | Self::DeleteAndErase)
+    }
+}
+
+/// A pool, two targets, and the driver on them.
+pub struct Scene {
+    scratch: Scratch,
+    pub driver: Driver,
+    pool: PathBuf,
+    target: PathBuf,
+    other_target: PathBuf,
+}
+
+impl Scene {
+    #[expect(clippy::new_without_default, reason = "it changes the thread")]
+    pub fn new() -> Self {
+        Self::with(Scratch::new())
+    }
+
+    /// A scene whose pool and everything else is below `dir`.
+    pub fn new_in(dir: &Path) -> Self {
+        Self::with(Scratch::new_in(dir))
+    }
+
+    fn with(scratch: Scratch) -> Self {
+        let pool = scratch.path("pool");
+        let targets = scratch.mkdir("pods");
+        let driver = Driver::new(&scratch).pool("default", &pool).with_faults();
+        let (target, other_target) = (targets.join(VOLUME), targets.join(BYSTANDER));
+        Self {
+            scratch,
+            driver,
+            pool,
+            target,
+            other_target,
+        }
+    }
+
+    /// A driver whose calls are not touched.
+    pub fn healthy(&self) -> Driver {
+        Driver::new(&self.scratch).pool("default", &self.pool)
+    }
+
+    /// Brings both volumes to where `call` comes next.
+    pub fn set(&self, client: &Client, call: Call) {
+        client.create(BYSTANDER).expect("create");
+        client.publish(BYSTANDER, &self.other_target).expect("publish");
+        fs::write(self.other_target.join("file"), CONTENT).expect("write");
+        if call == Call::Create {
+            return;
+        }
+        client.create(VOLUME).expect("create");
+        if call.has_data() {
+            client.publish(VOLUME, &self.target).expect("publish");
+            fs::create_dir_all(self.target.join("a/b")).expect("make directories");
+            for file in ["file", "a/file", "a/b/file"] {
+                fs::write(self.target.join(file), CONTENT).expect("write");
+            }
+        }
+        if matches!(call, Call::LaterPublish | Call::DeleteAndErase) {
+            client.unpublish(VOLUME, &self.target).expect("unpublish");
+        }
+    }
+
+    /// Makes the call.
+    pub fn act(&self, client: &Client, call: Call) -> Result<(), Status> {
+        match call {
+            Call::Create => client.create(VOLUME).map(drop),
+            Call::FirstPublish | Call::LaterPublish => client.publish(VOLUME, &self.target),
+            Call::Expand => client.expand(VOLUME, GROWN).map(drop),
+            Call::Unpublish => client.unpublish(VOLUME, &self.target),
+            Call::DeleteUnused | Call::DeleteAndErase => client.delete(VOLUME),
+        }
+    }
+
+    pub fn trash_is_empty(&self) -> bool {
+        names(self.pool.join("trash")).is_empty()
+    }
+
+    /// Whether the volume is in the pool.
+    pub fn exists(&self) -> bool {
+        self.pool.join("volumes").join(VOLUME).exists()
+    }
+
+    /// What its record says of its size.
+    fn size(&self) -> i64 {
+        let record = fs::read(self.pool.join("volumes").join(VOLUME).join("volume.json")).expect("a record is there");
+        let record: serde_json::Value = serde_json::from_slice(&record).expect("a record is whole");
+        record["bytes"].as_i64().expect("a size")
+    }
+
+    /// Whether the volume has the size it had at first.
+    pub fn is_as_it_was(&self) -> bool {
+        self.size() == BEFORE
+    }
+
+    /// What must hold whatever happened to the call: no half volume, no lost data, no harm to the bystander.
+    pub fn check_integrity(&self, call: Call) {
+        let bystander = fs::read_to_string(self.other_target.join("file")).expect("the bystander's file is there");
+        assert_eq!(bystander, CONTENT);
+        for id in names(self.pool.join("volumes")) {
+            let record = fs::read(self.pool.join("volumes").join(&id).join("volume.json")).expect("a record is there");
+            let record: serde_json::Value = serde_json::from_slice(&record).expect("a record is whole");
+            assert_eq!(record["id"], id);
+            assert!(record["bytes"] == BEFORE || (call == Call::Expand && record["bytes"] == GROWN));
+        }
+        if call.has_data() && (self.exists() || !call.deletes()) {
+            let file = self.pool.join("volumes").join(VOLUME).join("data/a/b/file");
+            assert_eq!(fs::read_to_string(file).expect("the volume's file is there"), CONTENT);
+        }
+    }
+
+    /// What must hold when the call was answered with success.
+    pub fn check_effect(&self, client: &Client, call: Call) {
+        let listed = client.list(0).iter().any(|id| id == VOLUME);
+        assert_eq!(listed, !call.deletes(), "{call:?}: wrongly listed");
+        assert_eq!(self.exists(), listed, "{call:?}: wrongly on disk");
+        if call == Call::Expand {
+            assert_eq!(self.size(), GROWN, "it did not grow");
+        }
+        let mounted = matches!(call, Call::FirstPublish | Call::LaterPublish | Call::Expand);
+        assert_eq!(is_mounted(&self.target), mounted, "{call:?}: wrongly mounted");
+        if call == Call::LaterPublish {
+            assert_eq!(fs::read_to_string(self.target.join("file")).expect("read"), CONTENT);
+        }
+        if call == Call::Unpublish {
+            assert!(!self.target.exists(), "the target was left behind");
+        }
+    }
+
+    /// What must hold when a call was refused and only one step had failed: the half-made is unmade at once.
+    pub fn check_unmade(&self, call: Call) {
+        assert_eq!(
+            names(self.pool.join(".hostdir/new")),
+            [""; 0],
+            "{call:?}: half a volume was left"
+        );
+        if matches!(call, Call::FirstPublish | Call::LaterPublish) && !self.is_mounted() {
+            assert!(!self.target.exists(), "{call:?}: the target was left");
+        }
+    }
+
+    /// Whether the volume is mounted.
+    pub fn is_mounted(&self) -> bool {
+        is_mounted(&self.target)
+    }
+
+    /// Ends the life of both volumes, and finds nothing left.
+    pub fn clear(&self, client: &Client) {
+        for (id, target) in [(VOLUME, &self.target), (BYSTANDER, &self.other_target)] {
+            client.unpublish(id, target).expect("unpublish");
+            client.delete(id).expect("delete");
+        }
+        wait_until("the trash is empty", || self.trash_is_empty());
+        assert_eq!(names(self.pool.join("volumes")), [""; 0]);
+        assert_eq!(names(self.pool.join(".hostdir")), ["lock", "new", "pool.json"]);
+        assert_eq!(names(self.pool.join(".hostdir/new")), [""; 0]);
+        assert!(mounts_below(&self.scratch.path("")).is_empty());
+        assert_eq!(names(self.scratch.path("pods")), [""; 0]);
+    }
+}
+
+/// Starts a driver and its client.
+pub fn start(driver: &Driver) -> (Process, Client) {
+    let mut process = driver.spawn();
+    let client = process.connect_ready();
+    (process, client)
+}

@@ -1,0 +1,212 @@
+//! A machine of our own to test in: User-Mode Linux, whose kernel has the project quotas that this machine's may not have, and
+//! whose power can be cut. It is one process; its root is this machine's own file tree.
+//!
+//! What runs inside is this very program: it then has the tests that need [`Need::Guest`](crate::harness::Need::Guest).
+
+use std::fmt::Write as _;
+use std::fs::{self, File};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
+use tempfile::TempDir;
+
+use super::disk::Filesystem;
+use super::driver::die_with_the_test;
+
+/// Where the disk is mounted inside; its device is [`DEVICE`].
+pub const DISK: &str = "/run/disk";
+pub const DEVICE: &str = "/dev/ubda";
+/// Says inside which filesystem the disk has, and outside nothing.
+const FILESYSTEM: &str = "HOSTDIR_GUEST_FILESYSTEM";
+/// The directory that both sides see.
+const SHARED: &str = "HOSTDIR_GUEST_SHARED";
+/// How long a run may take; they take a minute or two.
+const LIMIT: Duration = Duration::from_mins(15);
+
+/// A machine that is switched off, and its disk.
+pub struct Machine {
+    dir: TempDir,
+    image: PathBuf,
+    filesystem: Filesystem,
+}
+
+/// A machine that runs. Dropping it cuts its power.
+pub struct Running {
+    process: Child,
+    verdict: PathBuf,
+    log: PathBuf,
+}
+
+impl Machine {
+    /// A machine with an empty filesystem on its disk, for a test that needs [`Need::Uml`](crate::harness::Need::Uml).
+    pub fn new(filesystem: Filesystem, mib: u64) -> Self {
+        // Not in a directory that something is mounted on inside.
+        let tmp = hostdir_prove::target_dir().join("tmp");
+        fs::create_dir_all(&tmp).expect("make a directory");
+        let dir = tempfile::Builder::new()
+            .prefix("uml-")
+            .tempdir_in(tmp)
+            .expect("make a directory");
+        let image = filesystem.make(dir.path(), mib);
+        Self { dir, image, filesystem }
+    }
+
+    /// What both sides see.
+    pub fn shared(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Switches it on, to run the tests inside whose names contain `tests`. `files` says where temporary files of the tests go.
+    pub fn start(&self, tests: &str, files: Files, settings: &[(&str, String)]) -> Running {
+        let path = |name: &str| self.dir.path().join(name);
+        let (init, verdict, log, console) = (path("init"), path("verdict"), path("log"), path("console"));
+        let _ = fs::remove_file(&verdict);
+        let program = std::env::current_exe().expect("the path of this program");
+        let mut script = format!(
+            "#!/bin/sh\n\
+             mount -t proc proc /proc; mount -t sysfs sysfs /sys; mount -t tmpfs tmpfs /run\n\
+             mkdir -p /run/tmp {DISK}\n\
+             for module in quota_tree quota_v2; do insmod /usr/lib/uml/modules/$(uname -r)/kernel/fs/quota/$module.ko; done\n\
+             ip link set lo up\n\
+             export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/run CI=true RUST_BACKTRACE=0\n\
+             export {FILESYSTEM}={} {SHARED}={}\n",
+            self.filesystem.name(),
+            self.dir.path().display(),
+        );
+        for (name, value) in settings {
+            writeln!(script, "export {name}='{value}'").expect("write");
+        }
+        script += match files {
+            Files::InMemory => "export TMPDIR=/run/tmp\n",
+            Files::OnDisk => "mount -o prjquota /dev/ubda /run/disk; export TMPDIR=/run/disk\n",
+        };
+        writeln!(
+            script,
+            "cd /run\n\
+             {} {} --test-threads=1 > {} 2>&1\n\
+             echo $? > {}\n\
+             echo o > /proc/sysrq-trigger; sleep 60",
+            program.display(),
+            tests,
+            log.display(),
+            verdict.display(),
+        )
+        .expect("write");
+        fs::write(&init, script).expect("write the init script");
+        fs::set_permissions(&init, fs::Permissions::from_mode(0o755)).expect("make it executable");
+        let console = File::create(console).expect("make a log");
+        let mut command = Command::new("/usr/bin/linux.uml");
+        command
+            .args(["mem=768M", "root=/dev/root", "rootfstype=hostfs", "rootflags=/", "rw"])
+            .args(["con=null", "con0=null,fd:1", "con1=null", "quiet", "panic=-1"])
+            .arg(format!("ubd0={}", self.image.display()))
+            .arg(format!("uml_dir={}/", self.dir.path().display()))
+            .arg(format!("init={}", init.display()))
+            .env("HOME", self.dir.path())
+            .stdin(Stdio::null())
+            .stdout(console.try_clone().expect("share a file"))
+            .stderr(console)
+            .process_group(0);
+        die_with_the_test(&mut command);
+        Running {
+            process: command.spawn().expect("start User-Mode Linux"),
+            verdict,
+            log,
+        }
+    }
+
+    /// Runs the tests inside whose names contain `tests`. All of them must succeed, and there must be some.
+    pub fn run(&self, tests: &str, files: Files, settings: &[(&str, String)]) {
+        let count = crate::harness::count_inside(self.filesystem, tests);
+        let mut running = self.start(tests, files, settings);
+        let start = Instant::now();
+        while !running.is_off() && running.verdict().is_none() {
+            assert!(
+                start.elapsed() < LIMIT,
+                "{tests} does not end:\n{}\n{}",
+                running.log(),
+                self.console()
+            );
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        assert!(
+            running.verdict() == Some(0),
+            "{tests} failed on {}:\n{}\n{}",
+            self.filesystem.name(),
+            running.log(),
+            self.console()
+        );
+        let passed = format!("\n{count} passed, 0 failed, 0 skipped\n");
+        assert!(
+            count > 0 && running.log().contains(&passed),
+            "not {count} tests passed:\n{}",
+            running.log()
+        );
+    }
+
+    fn console(&self) -> String {
+        let text = fs::read(self.dir.path().join("console")).unwrap_or_default();
+        String::from_utf8_lossy(&text).into_owned()
+    }
+}
+
+/// Where temporary files of tests go, inside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Files {
+    InMemory,
+    /// On the disk, mounted with its quotas on.
+    OnDisk,
+}
+
+impl Running {
+    /// How the tests ended, once they have.
+    pub fn verdict(&self) -> Option<i32> {
+        fs::read_to_string(&self.verdict).ok()?.trim().parse().ok()
+    }
+
+    /// Whether the machine is off.
+    pub fn is_off(&mut self) -> bool {
+        self.process.try_wait().expect("wait for the machine").is_some()
+    }
+
+    /// What the tests have said.
+    pub fn log(&self) -> String {
+        fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// Cuts the power: what was not on the disk is gone.
+    pub fn cut_power(self) {
+        drop(self);
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // It is several processes, of one group.
+        let group = Pid::from_raw(self.process.id().try_into().expect("a process id"));
+        let _ = killpg(group, Signal::SIGKILL);
+        let _ = self.process.wait();
+    }
+}
+
+/// The filesystem of the disk, if this process runs inside.
+pub fn filesystem_inside() -> Option<Filesystem> {
+    std::env::var(FILESYSTEM).ok().map(|name| Filesystem::named(&name))
+}
+
+/// Inside: the filesystem of the disk.
+pub fn filesystem() -> Filesystem {
+    filesystem_inside().expect("this runs inside a machine of the test's")
+}
+
+/// Inside: what both sides see.
+pub fn shared() -> PathBuf {
+    std::env::var_os(SHARED)
+        .expect("this runs inside a machine of the test's")
+        .into()
+}

@@ -1,0 +1,126 @@
+//! Sizes that the kernel enforces: on XFS, ext4 and btrfs in a machine of our own, and on btrfs here; and power cuts.
+//!
+//! This program runs on both sides: outside it starts machines ([`hostdir_lab::uml`]) in which it runs itself, with the tests that
+//! need `Guest`.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+mod inside;
+mod place;
+mod power;
+mod scenarios;
+mod wishes;
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Instant;
+
+use hostdir_lab::disk::{Filesystem, enable_btrfs_quotas, run};
+use hostdir_lab::scene::{Call, Scene};
+use hostdir_lab::uml::{Files, Machine};
+use hostdir_lab::{Scratch, needs, steps};
+use nix::errno::Errno;
+use place::Place;
+
+fn main() -> std::process::ExitCode {
+    hostdir_lab::harness::main(env!("CARGO_BIN_EXE_hostdir"))
+}
+
+/// Size of the disks, in MiB: XFS takes none below 300, and a thousand subvolumes take room.
+const DISK: u64 = 1536;
+
+#[needs(Root, Uml)]
+fn sizes_hold_on_xfs() {
+    Machine::new(Filesystem::Xfs, DISK).run("inside::", Files::InMemory, &[]);
+}
+
+#[needs(Root, Uml)]
+fn sizes_hold_on_ext4() {
+    Machine::new(Filesystem::Ext4, DISK).run("inside::", Files::InMemory, &[]);
+}
+
+#[needs(Root, Uml)]
+fn sizes_hold_on_btrfs() {
+    Machine::new(Filesystem::Btrfs, DISK).run("inside::", Files::InMemory, &[]);
+}
+
+/// What death and failure at every step do to a pool without quotas, they do to one with them.
+#[needs(Root, Uml)]
+fn death_at_every_step_leaves_limits_and_projects_whole_on_xfs() {
+    Machine::new(Filesystem::Xfs, DISK).run("guest_dies_", Files::OnDisk, &[]);
+}
+
+#[needs(Root, Uml)]
+fn death_at_every_step_leaves_limits_and_projects_whole_on_ext4() {
+    Machine::new(Filesystem::Ext4, DISK).run("guest_dies_", Files::OnDisk, &[]);
+}
+
+#[needs(Root, Uml)]
+fn failure_at_every_step_leaves_limits_and_projects_whole_on_xfs() {
+    Machine::new(Filesystem::Xfs, DISK).run("guest_fails_", Files::OnDisk, &[]);
+}
+
+/// The calls that change what quotas know.
+#[needs(Guest)]
+fn guest_dies_at_every_step() {
+    let scene = Scene::new();
+    for call in [Call::FirstPublish, Call::Expand, Call::DeleteAndErase] {
+        steps::dies_at_every_step(&scene, call);
+    }
+}
+
+#[needs(Guest)]
+fn guest_fails_at_every_step() {
+    let scene = Scene::new();
+    for call in [Call::FirstPublish, Call::Expand] {
+        steps::fails_at_every_step(&scene, call, Errno::EIO);
+    }
+}
+
+#[needs(Root, Btrfs)]
+fn death_at_every_step_leaves_quota_groups_whole_on_btrfs_of_this_machine() {
+    let scratch = Scratch::new();
+    let scene = Scene::new_in(&btrfs(&scratch, false));
+    for call in Call::ALL {
+        steps::dies_at_every_step(&scene, call);
+    }
+}
+
+#[needs(Root, Btrfs)]
+fn failure_at_every_step_leaves_quota_groups_whole_on_btrfs_of_this_machine() {
+    let scratch = Scratch::new();
+    let scene = Scene::new_in(&btrfs(&scratch, false));
+    for call in Call::ALL {
+        steps::fails_at_every_step(&scene, call, Errno::EIO);
+    }
+}
+
+#[needs(Root, Btrfs)]
+fn sizes_hold_on_btrfs_of_this_machine() {
+    on_this_machine(false);
+}
+
+#[needs(Root, Btrfs)]
+fn sizes_hold_on_btrfs_of_this_machine_with_simple_quotas() {
+    on_this_machine(true);
+}
+
+/// A filesystem with quotas on a loop device, which goes with the mount.
+fn btrfs(scratch: &Scratch, simple: bool) -> PathBuf {
+    let image = Filesystem::Btrfs.make(&scratch.path(""), DISK);
+    let disk = scratch.mkdir("disk");
+    run(Command::new("mount").args(["-o", "loop"]).arg(image).arg(&disk));
+    enable_btrfs_quotas(&disk, simple);
+    disk
+}
+
+/// The scenarios on a loop device.
+fn on_this_machine(simple: bool) {
+    for (name, scenario) in scenarios::ALL {
+        let scratch = Scratch::new();
+        let disk = btrfs(&scratch, simple);
+        let start = Instant::now();
+        scenario(&Place::new(scratch, disk, Filesystem::Btrfs, simple));
+        println!("    {name}: {:.1} s", start.elapsed().as_secs_f64());
+    }
+}

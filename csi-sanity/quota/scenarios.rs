@@ -1,0 +1,330 @@
+//! Sizes that hold: what a tenant, its neighbours and an administrator may rely on, on any filesystem with quotas.
+
+use std::collections::HashSet;
+use std::fs;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use hostdir::csi::proto::volume_usage::Unit;
+use nix::errno::Errno;
+use nix::sys::statvfs::statvfs;
+use tonic::Code;
+
+use super::place::{MIB, Place, as_in_a_container, fill, user_writes};
+use hostdir_lab::disk::run;
+use hostdir_lab::scratch::names;
+use hostdir_lab::{Client, wait_until};
+
+/// A scenario, and what it is called.
+type Named = (&'static str, fn(&Place));
+
+/// All of them.
+pub(super) const ALL: [Named; 8] = [
+    ("a_volume_ends_at_its_size", a_volume_ends_at_its_size),
+    (
+        "a_volume_grows_while_it_is_written_to",
+        a_volume_grows_while_it_is_written_to,
+    ),
+    (
+        "a_deleted_volume_leaves_nothing_behind",
+        a_deleted_volume_leaves_nothing_behind,
+    ),
+    (
+        "many_callers_get_volumes_of_their_own",
+        many_callers_get_volumes_of_their_own,
+    ),
+    (
+        "inodes_are_limited_where_they_can_be",
+        inodes_are_limited_where_they_can_be,
+    ),
+    ("a_full_pool_answers_and_deletes", a_full_pool_answers_and_deletes),
+    ("nothing_leaves_a_volume_by_name", nothing_leaves_a_volume_by_name),
+    ("a_restart_puts_limits_right", a_restart_puts_limits_right),
+];
+
+pub(super) fn a_volume_ends_at_its_size(place: &Place) {
+    let served = place.start();
+    let (full, neighbour) = (served.volume("full", 16), served.volume("neighbour", 16));
+    let written = as_in_a_container(|| fill(&full.join("file"), 64 * MIB));
+    assert!(
+        (16 * MIB - place.slack()..=16 * MIB).contains(&written),
+        "{written} bytes of 16 MiB could be written"
+    );
+    assert!(!user_writes(&full.join("more"), 4 * MIB), "a user wrote past the limit");
+    let (total, used) = served.stats("full", Unit::Bytes);
+    assert_eq!(total, 16 * MIB);
+    assert!(used.abs_diff(16 * MIB) <= place.slack(), "it is full, and takes {used}");
+    if place.filesystem.has_projects() {
+        let df = statvfs(&full).expect("statvfs");
+        assert_eq!(df.blocks() * df.fragment_size(), 16 * MIB, "df shows another size");
+    }
+
+    assert!(user_writes(&neighbour.join("file"), 12 * MIB), "the neighbour suffers");
+    let (total, used) = served.stats("neighbour", Unit::Bytes);
+    assert_eq!(total, 16 * MIB);
+    assert!(used.abs_diff(12 * MIB) <= place.slack(), "12 MiB take {used}");
+    let pool = statvfs(&place.pool).expect("statvfs");
+    assert!(
+        pool.blocks_available() * pool.fragment_size() > 100 * MIB,
+        "the pool is harmed"
+    );
+    served.clear(&["full", "neighbour"]);
+}
+
+pub(super) fn a_volume_grows_while_it_is_written_to(place: &Place) {
+    let served = place.start();
+    let target = served.volume("growing", 16);
+    let (written, stop) = (AtomicU64::new(0), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        let writer = scope.spawn(|| {
+            as_in_a_container(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    written.fetch_add(fill(&target.join("file"), MIB), Ordering::Relaxed);
+                }
+            });
+        });
+        wait_until("it is nearly full", || written.load(Ordering::Relaxed) >= 12 * MIB);
+        served.expand("growing", 32);
+        wait_until("the writer goes on", || written.load(Ordering::Relaxed) > 20 * MIB);
+        assert_eq!(served.stats("growing", Unit::Bytes).0, 32 * MIB);
+        wait_until("it is full again", || {
+            written.load(Ordering::Relaxed) >= 32 * MIB - place.slack()
+        });
+        stop.store(true, Ordering::Relaxed);
+        writer.join().expect("the writer has ended");
+    });
+    let written = written.load(Ordering::Relaxed);
+    assert!(written <= 32 * MIB, "{written} bytes of 32 MiB could be written");
+
+    // It never shrinks, and not beyond the room of the pool.
+    let smaller = served.client.expand("growing", 1 << 20).expect("it has more than that");
+    assert_eq!(smaller, 32 << 20);
+    let refusal = served.client.expand("growing", 1 << 60).expect_err("it is too much");
+    assert_eq!(refusal.code(), Code::OutOfRange);
+    assert!(refusal.message().contains("has room for"), "{}", refusal.message());
+    served.clear(&["growing"]);
+}
+
+pub(super) fn a_deleted_volume_leaves_nothing_behind(place: &Place) {
+    let before = place.known_to_quotas();
+    let served = place.start();
+    for life in 0..3 {
+        let target = served.volume("again", 16);
+        let (total, used) = served.stats("again", Unit::Bytes);
+        assert_eq!(total, 16 * MIB);
+        assert!(used <= place.slack(), "life {life} begins with {used} bytes");
+        fs::create_dir_all(target.join("a/b/c")).expect("make directories");
+        fs::write(target.join("a/b/c/file"), "deep").expect("write");
+        as_in_a_container(|| fill(&target.join("file"), 64 * MIB));
+        served.clear(&["again"]);
+    }
+    // One that is empty, and one that nobody used.
+    served.volume("empty", 16);
+    served.clear(&["empty"]);
+    served.create("unused", 16);
+    served.client.delete("unused").expect("delete");
+    wait_until("quotas know nothing of them any more", || {
+        let left: Vec<u64> = place.known_to_quotas();
+        left.iter().all(|id| before.contains(id))
+    });
+}
+
+/// How many callers there are at once.
+const CALLERS: usize = 16;
+
+pub(super) fn many_callers_get_volumes_of_their_own(place: &Place) {
+    let served = place.start();
+    let socket = place.scratch.path("csi.sock");
+    let name = |caller: usize, number: usize| format!("v-{caller}-{number}");
+    // A thousand where hostdir gives out the ids. On btrfs the kernel does, and each subvolume costs a commit.
+    let each = if place.filesystem.has_projects() { 63 } else { 6 };
+    std::thread::scope(|scope| {
+        for caller in 0..CALLERS {
+            let socket = &socket;
+            scope.spawn(move || {
+                let client = Client::connect(socket).expect("connect");
+                for number in 0..each {
+                    let id = name(caller, number);
+                    client.create(&id).expect("create");
+                    client.publish(&id, &place.target(&id)).expect("publish");
+                    client.unpublish(&id, &place.target(&id)).expect("unpublish");
+                }
+            });
+        }
+    });
+    let ids: HashSet<u64> = names(place.pool.join("volumes"))
+        .iter()
+        .map(|id| {
+            if place.filesystem.has_projects() {
+                place.project(id)
+            } else {
+                // Every subvolume has a device number of its own.
+                fs::metadata(place.data(id)).expect("stat").dev()
+            }
+        })
+        .collect();
+    assert_eq!(ids.len(), CALLERS * each, "two volumes have the same");
+    let log = served.process.log();
+    assert!(!log.contains("WARN"), "{log}");
+    // A restart gives nobody another.
+    drop(served);
+    let served = place.start();
+    // Slow machines open a thousand volumes for more than a second.
+    wait_until("the pool is open", || served.client.probe().is_ok());
+    if place.filesystem.has_projects() {
+        let again: HashSet<u64> = names(place.pool.join("volumes"))
+            .iter()
+            .map(|id| place.project(id))
+            .collect();
+        assert_eq!(again, ids);
+        served.create("one-more", 1);
+        served.publish("one-more");
+        assert!(!ids.contains(&place.project("one-more")));
+    }
+    for id in names(place.pool.join("volumes")) {
+        let _ = served.client.unpublish(&id, &place.target(&id));
+        served.client.delete(&id).expect("delete");
+    }
+    served.trash_empties();
+}
+
+pub(super) fn inodes_are_limited_where_they_can_be(place: &Place) {
+    if !place.filesystem.has_projects() {
+        let (process, client) = hostdir_lab::scene::start(&place.driver("quota: required, inodesPerGiB: 100"));
+        let refusal = client.probe().expect_err("btrfs limits no inodes");
+        assert!(refusal.message().contains("inodesPerGiB"), "{}", refusal.message());
+        drop(process);
+        return;
+    }
+    let served = place.serve("quota: required, inodesPerGiB: 100");
+    let target = served.volume("many-files", 16);
+    let made = as_in_a_container(|| {
+        (0..200)
+            .take_while(|number| fs::write(target.join(number.to_string()), "").is_ok())
+            .count()
+    });
+    assert_eq!(made, 99, "its top directory is the hundredth");
+    assert_eq!(served.stats("many-files", Unit::Inodes), (100, 100));
+    served.expand("many-files", 1025);
+    assert_eq!(
+        served.stats("many-files", Unit::Inodes).0,
+        200,
+        "they grow with the size"
+    );
+    as_in_a_container(|| fs::write(target.join("one-more"), "")).expect("there are more now");
+    served.clear(&["many-files"]);
+}
+
+pub(super) fn a_full_pool_answers_and_deletes(place: &Place) {
+    let served = place.start();
+    let victim = served.volume("victim", 16);
+    as_in_a_container(|| fill(&victim.join("file"), 12 * MIB));
+    served.create("claimed", 16);
+    let foreign = place.disk.join("foreign");
+    fill(&foreign, u64::MAX);
+
+    // Each call has an answer that says what is the matter, or is carried out.
+    let told = |answer: Result<(), tonic::Status>, call: &str| {
+        if let Err(status) = answer {
+            let known = [Code::ResourceExhausted, Code::OutOfRange, Code::FailedPrecondition];
+            assert!(known.contains(&status.code()), "{call}: {status:?}");
+            assert!(status.message().contains("node-a"), "{call}: {status:?}");
+        }
+    };
+    told(served.client.create("new").map(drop), "create");
+    told(served.client.publish("claimed", &place.target("claimed")), "publish");
+    told(served.client.expand("victim", 32 << 20).map(drop), "expand");
+    served.client.probe().expect("a full pool is no broken pool");
+    assert_eq!(served.stats("victim", Unit::Bytes).0 % MIB, 0);
+    let _ = served.client.unpublish("claimed", &place.target("claimed"));
+    served.clear(&["victim"]);
+    let after = statvfs(&place.pool).expect("statvfs");
+    assert!(after.blocks_free() > 0, "nothing came back");
+
+    drop(served);
+    let served = place.start();
+    fs::remove_file(&foreign).expect("make room");
+    let target = served.publish("claimed");
+    assert!(user_writes(&target.join("file"), 12 * MIB), "there is room again");
+    served.clear(&["claimed"]);
+}
+
+pub(super) fn nothing_leaves_a_volume_by_name(place: &Place) {
+    let served = place.start();
+    served.volume("from", 16);
+    served.volume("to", 16);
+    // Below the mounts, where no mount is in the way.
+    let (from, to) = (place.data("from"), place.data("to"));
+    fs::write(from.join("file"), "mine").expect("write");
+    fs::create_dir(from.join("dir")).expect("make a directory");
+    let exdev = Some(Errno::EXDEV as i32);
+    let link = fs::hard_link(from.join("file"), to.join("file")).expect_err("linked");
+    assert_eq!(link.raw_os_error(), exdev, "link: {link}");
+    for name in ["file", "dir"] {
+        let renamed = fs::rename(from.join(name), to.join(name));
+        // rename(2) of XFS and ext4 checks the project, of btrfs the subvolume.
+        assert_eq!(renamed.expect_err("renamed").raw_os_error(), exdev, "{name}");
+    }
+    if !place.filesystem.has_projects() {
+        subvolumes_of_a_tenant(place);
+    }
+    served.clear(&["from", "to"]);
+}
+
+/// Subvolumes in a volume: a part of it with simple quotas; and they do not keep it from being erased.
+fn subvolumes_of_a_tenant(place: &Place) {
+    let btrfs = |args: &[&str], at: &Path| drop(run(Command::new("btrfs").args(args).arg(at)));
+    let nested = place.target("from").join("nested");
+    btrfs(&["subvolume", "create"], &nested);
+    if place.simple {
+        let written = as_in_a_container(|| fill(&nested.join("file"), 64 * MIB));
+        assert!(written <= 16 * MIB, "{written} bytes of 16 MiB could be written");
+        fs::remove_file(nested.join("file")).expect("remove");
+    }
+    fs::create_dir_all(nested.join("a/b")).expect("make directories");
+    let deeper = nested.join("a/b/deeper");
+    btrfs(&["subvolume", "create"], &deeper);
+    fs::write(deeper.join("file"), "nested").expect("write");
+    run(Command::new("chattr").arg("+i").arg(nested.join("a/b")));
+    for subvolume in [&deeper, &nested] {
+        run(Command::new("btrfs")
+            .args(["property", "set"])
+            .arg(subvolume)
+            .args(["ro", "true"]));
+    }
+}
+
+pub(super) fn a_restart_puts_limits_right(place: &Place) {
+    let served = place.start();
+    let target = served.volume("kept", 16);
+    drop(served);
+    // The pod writes on; somebody has taken the limit away, or set another.
+    if place.filesystem.has_projects() {
+        let project = place.project("kept").to_string();
+        run(Command::new("setquota")
+            .args(["-P", &project, "0", "0", "0", "0"])
+            .arg(&place.disk));
+    } else {
+        let group = if place.simple { "26724/" } else { "0/" };
+        let shown = run(Command::new("btrfs").args(["inspect-internal", "rootid"]).arg(&target));
+        run(Command::new("btrfs")
+            .args(["qgroup", "limit", "none"])
+            .arg(format!("{group}{}", shown.trim()))
+            .arg(&place.disk));
+    }
+    assert!(
+        user_writes(&target.join("before"), 24 * MIB),
+        "the limit is still there"
+    );
+    let served = place.start();
+    assert_eq!(served.stats("kept", Unit::Bytes).0, 16 * MIB);
+    assert!(
+        !user_writes(&target.join("after"), 4 * MIB),
+        "the limit was not set again"
+    );
+    fs::remove_file(target.join("before")).expect("remove");
+    wait_until("there is room again", || user_writes(&target.join("after"), 8 * MIB));
+    served.clear(&["kept"]);
+}
