@@ -41,7 +41,7 @@ fn main() -> anyhow::Result<()> {
         return Ok(());
     }
     let cluster = Cluster::up(0)?;
-    cluster.connect_this_machine()?;
+    cluster.join_network()?;
     let scratch = tempfile::tempdir()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(run(&cluster, scratch.path()))

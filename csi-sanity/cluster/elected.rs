@@ -657,7 +657,7 @@ impl Holder {
 #[needs(Root, Go, Cluster)]
 fn nobody_may_do_what_is_not_theirs_to_do() {
     let lab = lab(Mode::Elected, "privileges", "least privilege of controllers and nodes");
-    lab.connect_this_machine().unwrap();
+    lab.join_network().unwrap();
     for (name, node) in [("one", "node-1"), ("two", "node-2")] {
         lab.apply(&[lab.claim(name, "10Mi"), on_node(pod(name, name), node)]);
     }

@@ -755,7 +755,7 @@ impl Drop for Thaw<'_> {
 fn ghost_9_a_ghost_that_rises_again_and_again() {
     let story = Story::begin("ghost-9", "ghost 9. a ghost in a loop, with its old token");
     let kubectl = story.lab.kubectl();
-    story.lab.connect_this_machine().unwrap();
+    story.lab.join_network().unwrap();
     let (name, node) = story.leader();
     let token = story.token(Some(&name));
     {
@@ -834,7 +834,7 @@ fn ghost_10_a_rolling_update_under_load() {
 #[needs(Root, Go, Cluster)]
 fn nobody_holds_a_lease_in_anothers_name() {
     let story = Story::begin("ghost-policy", "who may write the Leases, and who says who leads");
-    story.lab.connect_this_machine().unwrap();
+    story.lab.join_network().unwrap();
     let (leader, _) = story.leader();
     let other = story
         .lab

@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 
-use hostdir_lab::{needs, sanity, tools};
+use hostdir_lab::{needs, sanity};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use serde_json::json;
@@ -18,7 +18,7 @@ const NODE: &str = "sanity";
 fn csi_sanity_passes_in_elected_mode() {
     let title = "csi-sanity passes against a controller and a node";
     let lab = lab(Mode::Elected, "sanity", title);
-    lab.connect_this_machine().unwrap();
+    lab.join_network().unwrap();
     // What is mounted here goes with this thread.
     unshare(CloneFlags::CLONE_NEWNS).unwrap();
     let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;

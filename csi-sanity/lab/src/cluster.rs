@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::Signal;
 
 use hostdir_prove::upstream;
@@ -218,15 +219,23 @@ impl Cluster {
         crate::machine::text_of(&output).with_context(|| format!("helm {}", args.join(" ")))
     }
 
-    /// A cable from this machine's own network to the cluster's, if there is none yet. It vanishes after the cluster, when
-    /// the kernel has given up the last connections.
+    /// Puts the calling thread into the network of the control plane: it, and what it starts from then on, reaches the API
+    /// server and pods, and nothing of this machine's own network.
+    ///
+    /// # Errors
+    /// It needs root.
+    pub fn join_network(&self) -> Result<()> {
+        let path = format!("/proc/{}/ns/net", self.control_plane.machine.pid());
+        let namespace = std::fs::File::open(&path).with_context(|| format!("open {path}"))?;
+        setns(namespace, CloneFlags::CLONE_NEWNET).context("enter the network of the control plane")
+    }
+
+    /// A cable from this machine's own network to the cluster's, for the cluster that people play in. It vanishes after the
+    /// cluster, when the kernel has given up the last connections.
     ///
     /// # Errors
     /// The address is taken.
     pub fn connect_this_machine(&self) -> Result<()> {
-        if self.control_plane.machine.sh("ip link show lab0").is_ok() {
-            return Ok(());
-        }
         let hub = self.control_plane.machine.pid();
         let script = format!(
             "ip link del hostdir-lab 2>/dev/null || :

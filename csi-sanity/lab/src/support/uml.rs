@@ -9,13 +9,14 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
-use super::disk::Filesystem;
+use super::disk::{Filesystem, run};
 use super::driver::die_with_the_test;
 
 /// Where the disk is mounted inside; its device is [`DEVICE`].
@@ -45,12 +46,9 @@ pub struct Running {
 impl Machine {
     /// A machine with an empty filesystem on its disk, for a test that needs [`Need::Uml`](crate::harness::Need::Uml).
     pub fn new(filesystem: Filesystem, mib: u64) -> Self {
-        // Not in a directory that something is mounted on inside.
-        let tmp = hostdir_prove::target_dir().join("tmp");
-        fs::create_dir_all(&tmp).expect("make a directory");
         let dir = tempfile::Builder::new()
             .prefix("uml-")
-            .tempdir_in(tmp)
+            .tempdir_in(tmp())
             .expect("make a directory");
         let image = filesystem.make(dir.path(), mib);
         Self { dir, image, filesystem }
@@ -108,6 +106,7 @@ impl Machine {
             .arg(format!("uml_dir={}/", self.dir.path().display()))
             .arg(format!("init={}", init.display()))
             .env("HOME", self.dir.path())
+            .env("LD_PRELOAD", preloaded())
             .stdin(Stdio::null())
             .stdout(console.try_clone().expect("share a file"))
             .stderr(console)
@@ -153,6 +152,33 @@ impl Machine {
         let text = fs::read(self.dir.path().join("console")).unwrap_or_default();
         String::from_utf8_lossy(&text).into_owned()
     }
+}
+
+/// The library that User-Mode Linux needs on new processors: see `xstate.c`.
+fn preloaded() -> &'static Path {
+    static LIBRARY: LazyLock<PathBuf> = LazyLock::new(|| {
+        let dir = tempfile::Builder::new()
+            .prefix("xstate-")
+            .tempdir_in(tmp())
+            .expect("make a directory");
+        let (source, built) = (dir.path().join("xstate.c"), dir.path().join("xstate.so"));
+        fs::write(&source, include_str!("xstate.c")).expect("write a source");
+        run(Command::new("cc")
+            .args(["-O2", "-shared", "-fPIC", "-o"])
+            .args([&built, &source]));
+        // Two programs may build it at once.
+        let library = tmp().join("xstate.so");
+        fs::rename(built, &library).expect("place a library");
+        library
+    });
+    &LIBRARY
+}
+
+/// A directory that nothing is mounted on inside.
+fn tmp() -> PathBuf {
+    let tmp = hostdir_prove::target_dir().join("tmp");
+    fs::create_dir_all(&tmp).expect("make a directory");
+    tmp
 }
 
 /// Where temporary files of tests go, inside.
