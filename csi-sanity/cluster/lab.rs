@@ -71,7 +71,7 @@ impl Mode {
                 r#"storageClasses=[{"name":"hostdir-local"}]"#,
             ],
             // Not for tests to wait five minutes.
-            Self::Elected => &["controller.nodeGrace=20", "controller.unusedAge=30"],
+            Self::Elected => &["controller.nodeGrace=20", "controller.unusedAge=15"],
         }
     }
 }
@@ -318,6 +318,19 @@ impl Lab {
         let node = format!("spec.nodeName={node}");
         let args = ["pods", "-n", NAMESPACE, "-l", &labels, "--field-selector", &node];
         self.kubectl().list(&args).unwrap().swap_remove(0)
+    }
+
+    /// How often the driver on a node has been started again.
+    pub(crate) fn restarts_of_driver(&self, node: &str) -> u64 {
+        let pod = self.driver_on(node);
+        let statuses = pod["status"]["containerStatuses"]
+            .as_array()
+            .cloned()
+            .unwrap_or_default();
+        let driver = statuses.iter().find(|status| status["name"] == "hostdir");
+        driver
+            .and_then(|status| status["restartCount"].as_u64())
+            .expect("the driver has a status")
     }
 
     /// The labels of the controllers' pods.

@@ -29,11 +29,9 @@ fn scenario_1_data_outlives_pods_drivers_kubelets_and_power(mode: Mode) {
     lab.running("pod");
     check(&lab, "a new pod");
 
-    let restarts = restarts_of_driver(&lab, "node-1");
+    let restarts = lab.restarts_of_driver("node-1");
     lab.kill_driver(0);
-    lab.wait("the driver is back", || {
-        Ok(restarts_of_driver(&lab, "node-1") > restarts)
-    });
+    lab.wait("the driver is back", || Ok(lab.restarts_of_driver("node-1") > restarts));
     check(&lab, "a new driver");
     lab.delete("pod", "pod");
     lab.apply(&[on_node(pod("pod", "data"), "node-1")]);
@@ -59,20 +57,6 @@ fn scenario_1_data_outlives_pods_drivers_kubelets_and_power(mode: Mode) {
     lab.delete("pod", "pod");
     lab.delete("pvc", "data");
     lab.nothing_is_left();
-}
-
-fn restarts_of_driver(lab: &crate::lab::Lab, node: &str) -> u64 {
-    let pod = lab.driver_on(node);
-    let statuses = pod["status"]["containerStatuses"]
-        .as_array()
-        .cloned()
-        .unwrap_or_default();
-    let driver = statuses
-        .iter()
-        .find(|status| status["name"] == "hostdir" && status["state"]["running"].is_object());
-    driver
-        .and_then(|status| status["restartCount"].as_u64())
-        .unwrap_or_default()
 }
 
 fn check_mounted(lab: &crate::lab::Lab) {
