@@ -39,6 +39,8 @@ pub enum Command {
     Crds,
     /// Ask a hostdir that serves whether it answers: for liveness and readiness probes.
     Probe(ProbeArgs),
+    /// Take a volume of a pool through its life over the socket of a hostdir that serves: create, publish, write, read, delete.
+    Selftest(SelftestArgs),
     /// Say who leads the controllers of elected mode, whether it should, and who stands by.
     Leader(LeaderArgs),
 }
@@ -126,6 +128,18 @@ impl FromStr for SidecarArg {
             address: address.parse().with_context(|| format!("address {address}"))?,
         })
     }
+}
+
+/// What a self-test is told.
+#[derive(Clone, Debug, Args)]
+pub struct SelftestArgs {
+    /// The socket that hostdir serves: unix:///path/to.sock
+    #[arg(long, env = "CSI_ENDPOINT", value_name = "URL")]
+    pub endpoint: Endpoint,
+
+    /// The pool to try; may be repeated
+    #[arg(long = "pool", value_name = "NAME", value_parser = PoolName::parse, default_value = PoolName::DEFAULT)]
+    pub pools: Vec<PoolName>,
 }
 
 /// The command line of `hostdir leader`.

@@ -13,7 +13,8 @@ use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 
 use crate::config::{
-    Cli, Command, ControllerArgs, LeaderArgs, Local, LocalArgs, LogFormat, ProbeArgs, ServeArgs, SidecarArg, host_name,
+    Cli, Command, ControllerArgs, LeaderArgs, Local, LocalArgs, LogFormat, ProbeArgs, SelftestArgs, ServeArgs,
+    SidecarArg, host_name,
 };
 use crate::csi::{self, Endpoint, Listener, Question, Serving};
 use crate::http;
@@ -22,7 +23,7 @@ use crate::linux::{self, Linux};
 use crate::metrics::Metrics;
 use crate::volume::ports::OnDisk;
 use crate::volume::registry::Registry;
-use crate::volume::{Control, Driver, Elected, Fence, Health};
+use crate::volume::{Control, Driver, Elected, Fence, Health, SelfTest};
 
 /// Threads for calls that block; more calls than that wait their turn. So many that calls stuck on one bad disk leave room
 /// for the others; a thread that waits costs some 10 KiB.
@@ -43,6 +44,7 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Controller(args) => controller(args),
         Command::Crds => crds(),
         Command::Probe(args) => probe(&args),
+        Command::Selftest(args) => selftest(&args),
         Command::Leader(args) => leader(&args),
     }
 }
@@ -55,6 +57,17 @@ fn probe(args: &ProbeArgs) -> anyhow::Result<()> {
         Question::Alive
     };
     small_runtime()?.block_on(csi::probe(&args.endpoint, question))
+}
+
+/// Takes a volume of each pool through its life; fails if a step does.
+fn selftest(args: &SelftestArgs) -> anyhow::Result<()> {
+    let runtime = small_runtime()?;
+    for pool in &args.pools {
+        let (table, passed) = runtime.block_on(csi::selftest(&args.endpoint, pool))?;
+        print!("{table}");
+        anyhow::ensure!(passed, "the self-test of pool {pool} failed");
+    }
+    Ok(())
 }
 
 /// Says who leads; fails if nobody does who may.
@@ -99,7 +112,7 @@ fn node(args: LocalArgs) -> anyhow::Result<()> {
     let driver = Arc::new(Driver::new(node, Arc::new(Linux), Arc::clone(&agent) as _, pools));
     let roles = Roles {
         health: Arc::clone(&driver) as _,
-        control: None,
+        control: Some(Arc::new(SelfTest(Arc::clone(&driver)))),
         node: Some(Arc::clone(&driver)),
     };
     process.serve(roles, agent.run(driver))

@@ -3,7 +3,9 @@
 use std::fs;
 
 use hostdir::csi::proto::volume_capability::access_mode::Mode;
-use hostdir::csi::proto::{CreateVolumeRequest, DeleteVolumeRequest, NodeGetInfoRequest, NodePublishVolumeRequest};
+use hostdir::csi::proto::{
+    CapacityRange, CreateVolumeRequest, DeleteVolumeRequest, NodeGetInfoRequest, NodePublishVolumeRequest,
+};
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
 use tonic::Code;
@@ -12,7 +14,7 @@ use hostdir_lab::client::{capability, create_request, map};
 use hostdir_lab::disk::run;
 use hostdir_lab::faults::{Fault, Step};
 use hostdir_lab::scene::start;
-use hostdir_lab::scratch::names;
+use hostdir_lab::scratch::{mounts_below, names};
 use hostdir_lab::{Driver, Scratch, needs, wait_until};
 
 #[needs(Root)]
@@ -271,30 +273,76 @@ fn a_probe_says_whether_it_answers_and_whether_it_is_ready() {
 }
 
 #[needs(Root)]
-fn the_first_volume_of_the_readme_lives_its_life() {
+fn a_self_test_takes_a_volume_through_its_life_as_the_readme_shows() {
     let scratch = Scratch::new();
-    let driver = Driver::new(&scratch).pool("default", &scratch.path("pool"));
-    let (_process, client) = start(&driver);
-    let output = std::process::Command::new(env!("CARGO"))
-        .args(["run", "--locked", "--quiet", "--example", "first-volume", "--"])
-        .arg(format!("unix://{}", driver.socket.display()))
-        .current_dir(env!("CARGO_MANIFEST_DIR"))
+    let (_process, client) = start(&Driver::new(&scratch).pool("default", &scratch.path("pool")));
+    let (table, _, passed) = selftest(&scratch, "default");
+    assert!(passed, "{table}");
+    // What the README shows, step by step.
+    let readme = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/README.md")).unwrap();
+    let steps = |text: &str| -> Vec<String> { text.lines().map(|line| line[..28].trim_end().to_owned()).collect() };
+    let shown = readme
+        .split("$ cargo run -- selftest")
+        .nth(1)
+        .expect("the README shows a self-test");
+    let shown: Vec<&str> = shown.lines().skip(1).take(11).map(str::trim_start).collect();
+    assert_eq!(steps(&table), steps(&shown.join("\n")));
+    assert!(client.list(0).is_empty());
+    assert!(mounts_below(&scratch.path("")).is_empty());
+
+    let (table, errors, passed) = selftest(&scratch, "fast");
+    assert!(
+        !passed && table.contains("there is no pool fast") && errors.contains("pool fast failed"),
+        "{table}{errors}"
+    );
+}
+
+#[needs(Root)]
+fn a_self_test_of_a_node_needs_no_api_server_and_makes_good_for_one_that_was_killed() {
+    let scratch = Scratch::new();
+    let pool = scratch.path("pool");
+    let (_process, client) = start(&Driver::without_api_server(&scratch).pool("default", &pool));
+    // What a self-test leaves that dies after its first publish.
+    client.create_as(of_self_test()).unwrap();
+    let mount = hostdir_lab::Mount {
+        mode: Mode::SingleNodeWriter,
+        ..hostdir_lab::Mount::default()
+    };
+    let target = scratch.path("csi.selftest-default").display().to_string();
+    client.publish_as("selftest-default", &target, mount).unwrap();
+    let (table, errors, passed) = selftest(&scratch, "default");
+    assert!(passed, "{table}{errors}");
+    assert_eq!(names(pool.join("volumes")), [""; 0]);
+    // For nothing else does a node take the place of a controller.
+    for answer in [
+        client.create("pvc-1").map(drop),
+        client.delete("pvc-1"),
+        client.expand("selftest-default", 1 << 30).map(drop),
+    ] {
+        assert_eq!(answer.unwrap_err().code(), Code::Unimplemented);
+    }
+}
+
+fn of_self_test() -> CreateVolumeRequest {
+    let range = CapacityRange {
+        required_bytes: 64 << 20,
+        limit_bytes: 0,
+    };
+    CreateVolumeRequest {
+        capacity_range: Some(range),
+        ..create_request("selftest-default")
+    }
+}
+
+/// Runs `hostdir selftest`: what it prints, what it says of errors, and whether it passed.
+fn selftest(scratch: &Scratch, pool: &str) -> (String, String, bool) {
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_hostdir"))
+        .args(["selftest", "--pool", pool, "--endpoint"])
+        .arg(format!("unix://{}", scratch.path("csi.sock").display()))
         .output()
         .unwrap();
-    let text = String::from_utf8_lossy(&output.stdout);
-    assert!(
-        output.status.success(),
-        "{text}{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    // What the README shows, line by line, but for figures and paths.
-    let readme = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/README.md")).unwrap();
-    for line in text.lines() {
-        let step = &line[..20];
-        assert!(readme.contains(step), "the README does not show {line:?}");
-    }
-    assert_eq!(text.lines().count(), 9, "{text}");
-    assert!(client.list(0).is_empty());
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (text(&output.stdout), text(&output.stderr), output.status.success())
 }
 
 #[needs(Root)]
@@ -314,6 +362,8 @@ fn steps_come_in_the_order_that_a_power_cut_demands() {
             "renameat",
             "renameat2",
             "fchmod",
+            "open_tree",
+            "mount_setattr",
             "move_mount",
         ];
         let steps = process.faults().disarm();
@@ -324,7 +374,8 @@ fn steps_come_in_the_order_that_a_power_cut_demands() {
     // The record, the directory it is in; the rename, the directory that it is renamed into.
     let create = changes(&|| drop(client.create("pvc-1").unwrap()));
     assert_eq!(create, ["mkdirat", "write", "fsync", "fsync", "renameat2", "fsync"]);
-    // The directory and its name before the record that speaks of it; the record before the mount.
+    // The directory and its name before the record that speaks of it; the record before the mount, which has its options before
+    // anybody sees it.
     let publish = changes(&|| client.publish("pvc-1", &scratch.path("t")).unwrap());
     assert_eq!(
         publish,
@@ -338,6 +389,8 @@ fn steps_come_in_the_order_that_a_power_cut_demands() {
             "renameat",
             "fsync",
             "mkdirat",
+            "open_tree",
+            "mount_setattr",
             "move_mount"
         ]
     );

@@ -8,6 +8,7 @@ mod identity;
 mod node;
 mod parse;
 mod probe;
+mod selftest;
 mod server;
 mod status;
 
@@ -19,6 +20,7 @@ use tonic::{Code, Status};
 use tracing::{error, warn};
 
 pub use probe::{Question, probe};
+pub use selftest::selftest;
 pub use server::{Endpoint, InvalidEndpoint, Listener, Serving, serve};
 
 use crate::metrics::Metrics;

@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, ensure};
+use anyhow::{anyhow, ensure};
 use tonic::metadata::MetadataValue;
-use tonic::transport::Endpoint as Address;
+use tonic::transport::{Channel, Endpoint as Address};
 use tonic::{Request, Response};
 
 use super::proto::identity_client::IdentityClient;
@@ -30,14 +30,7 @@ pub enum Question {
 /// # Errors
 /// It does not answer within five seconds, or says what is wrong.
 pub async fn probe(endpoint: &Endpoint, question: Question) -> anyhow::Result<()> {
-    let path = endpoint.path().display();
-    let channel = Address::try_from(format!("unix://{path}"))?
-        .timeout(TIMEOUT)
-        .connect_timeout(TIMEOUT)
-        .connect()
-        .await
-        .with_context(|| format!("connect to {path}"))?;
-    let mut client = IdentityClient::new(channel);
+    let mut client = IdentityClient::new(connect(endpoint, TIMEOUT).await?);
     let mut request = Request::new(ProbeRequest {});
     let answer = match question {
         Question::Alive => client.get_plugin_info(GetPluginInfoRequest {}).await.map(|_| true),
@@ -51,6 +44,21 @@ pub async fn probe(endpoint: &Endpoint, question: Question) -> anyhow::Result<()
     let ready = answer.map_err(|status| anyhow::anyhow!("{}", status.message()))?;
     ensure!(ready, "it is still starting");
     Ok(())
+}
+
+/// A connection to the driver on a socket. Each call on it may take `limit`.
+pub(super) async fn connect(endpoint: &Endpoint, limit: Duration) -> anyhow::Result<Channel> {
+    let path = endpoint.path().display();
+    let address = Address::try_from(format!("unix://{path}"))?;
+    let connected = address.timeout(limit).connect_timeout(limit).connect().await;
+    connected.map_err(|error| {
+        // The libraries between us and the kernel say the same, each once more.
+        let mut cause: &dyn std::error::Error = &error;
+        while let Some(next) = cause.source() {
+            cause = next;
+        }
+        anyhow!("cannot connect to {path}: {cause}; is hostdir running there?")
+    })
 }
 
 /// CSI: a driver that does not say is ready.

@@ -32,6 +32,8 @@ fn code(reason: &Reason) -> Code {
         Reason::EmptyRange(_) | Reason::Shrink { .. } | Reason::NoRoomToGrow { .. } | Reason::NotPromised { .. } => {
             Code::OutOfRange
         }
+        // The caller has the wrong socket.
+        Reason::NotOnNodes => Code::Unimplemented,
         // Nothing was recorded: the pod goes to another node.
         Reason::OtherNode | Reason::NoSuchPool { .. } | Reason::NoRoom { .. } | Reason::NoNode(_) => {
             Code::ResourceExhausted

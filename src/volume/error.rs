@@ -201,6 +201,9 @@ pub enum Reason {
     /// The controller that is asked must not act.
     #[error("the controller that was asked is not one any more: {0}; another one answers as soon as it leads")]
     Fenced(String),
+    /// A node of elected mode is asked for what controllers do.
+    #[error("a node makes and deletes no volumes but those of `hostdir selftest`; ask a controller")]
+    NotOnNodes,
     /// One or more pools are not what they should be.
     #[error("not ready: {0}")]
     NotReady(String),

@@ -13,6 +13,9 @@ pub const VOLUME_ID_MAX: usize = 63;
 /// Ids with this prefix only ever come from [`VolumeId::for_name`]: no literal name can pass for a hashed one.
 const HASHED: &str = "hash-";
 
+/// Ids with this prefix are of volumes that `hostdir selftest` makes and deletes.
+pub const SELF_TEST: &str = "selftest-";
+
 /// A text that is not a [`VolumeId`], [`PoolName`] or [`NodeName`], and why.
 #[derive(Debug, Error)]
 #[error("{what} {text:?} {why}")]
@@ -66,6 +69,12 @@ impl VolumeId {
     #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0
+    }
+
+    /// Whether the volume is one that `hostdir selftest` makes.
+    #[must_use]
+    pub fn is_of_self_test(&self) -> bool {
+        self.0.starts_with(SELF_TEST)
     }
 }
 

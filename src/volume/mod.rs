@@ -28,6 +28,7 @@ pub mod quota;
 pub mod record;
 pub mod registry;
 pub mod room;
+mod selftest;
 pub mod size;
 mod sizes;
 
@@ -36,3 +37,4 @@ pub use driver::{Driver, Held, PoolFacts, PoolState, Publish};
 pub use elected::Elected;
 pub use error::{Error, Reason};
 pub use fence::Fence;
+pub use selftest::SelfTest;

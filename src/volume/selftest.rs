@@ -1,0 +1,63 @@
+//! A node of elected mode makes no volumes, but for those by which `hostdir selftest` tries it: from the record to the mount they
+//! are like any other, and they exist on the node's disk alone, without a HostVolume.
+
+use std::sync::Arc;
+
+use super::control::{Control, Volume, Want};
+use super::driver::Driver;
+use super::error::{Error, Reason};
+use super::id::{PoolName, VolumeId};
+use super::size::{Bytes, SizeRange};
+
+/// Makes and deletes the volumes of self-tests on a node, and no others.
+pub struct SelfTest(pub Arc<Driver>);
+
+impl SelfTest {
+    fn refuse(&self, id: Option<&VolumeId>) -> Error {
+        self.0.error(id, Reason::NotOnNodes)
+    }
+
+    fn only_self_tests(&self, id: &VolumeId) -> Result<(), Error> {
+        if id.is_of_self_test() {
+            Ok(())
+        } else {
+            Err(self.refuse(Some(id)))
+        }
+    }
+}
+
+impl Control for SelfTest {
+    fn create(&self, want: &Want) -> Result<Volume, Error> {
+        self.only_self_tests(&VolumeId::for_name(&want.name))?;
+        self.0.create(want)
+    }
+
+    fn delete(&self, id: &VolumeId) -> Result<(), Error> {
+        self.only_self_tests(id)?;
+        self.0.delete(id)
+    }
+
+    fn expand(&self, id: &VolumeId, _: SizeRange) -> Result<Bytes, Error> {
+        Err(self.refuse(Some(id)))
+    }
+
+    fn expands_on_node(&self) -> bool {
+        false
+    }
+
+    fn get(&self, id: &VolumeId) -> Result<Volume, Error> {
+        Err(self.refuse(Some(id)))
+    }
+
+    fn list(&self, _: Option<&VolumeId>, _: usize) -> Result<Vec<Volume>, Error> {
+        Err(self.refuse(None))
+    }
+
+    fn room(&self, pool: &PoolName, segment: Option<&str>) -> Option<Bytes> {
+        self.0.room(pool, segment)
+    }
+
+    fn filesystem(&self, pool: &PoolName) -> Option<String> {
+        self.0.filesystem(pool)
+    }
+}
