@@ -1,4 +1,4 @@
-//! The order of the house: formatting, lints, documentation, who may know whom, and what the README says.
+//! Conventions that no lint knows: who may know whom, what the README says, and that what is generated is current.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,48 +10,6 @@ fn root() -> &'static Path {
 
 fn read(name: &str) -> String {
     fs::read_to_string(root().join(name)).unwrap_or_else(|error| panic!("read {name}: {error}"))
-}
-
-/// Runs cargo, which must find nothing to say.
-fn cargo(args: &[&str]) {
-    let output = Command::new(env!("CARGO"))
-        .args(args)
-        .current_dir(root())
-        .env("RUSTDOCFLAGS", "-D warnings")
-        .output()
-        .expect("run cargo");
-    let text = String::from_utf8_lossy(&output.stderr);
-    assert!(
-        output.status.success(),
-        "cargo {}:\n{}{text}",
-        args.join(" "),
-        String::from_utf8_lossy(&output.stdout)
-    );
-}
-
-#[test]
-fn the_code_is_formatted() {
-    cargo(&["fmt", "--all", "--check"]);
-}
-
-#[test]
-fn clippy_and_rustdoc_find_nothing() {
-    cargo(&[
-        "clippy",
-        "--locked",
-        "--workspace",
-        "--all-targets",
-        "--",
-        "-D",
-        "warnings",
-    ]);
-    cargo(&[
-        "doc",
-        "--locked",
-        "--workspace",
-        "--no-deps",
-        "--document-private-items",
-    ]);
 }
 
 /// All Rust files below a directory.
@@ -72,17 +30,59 @@ fn sources(dir: &str) -> Vec<PathBuf> {
     found
 }
 
-/// Whether a file names a crate or module in code (comments do not count).
-fn names(path: &Path, word: &str) -> bool {
-    let text = fs::read_to_string(path).expect("read a source");
-    text.lines()
-        .filter(|line| !line.trim_start().starts_with("//"))
-        .any(|line| {
-            line.match_indices(word).any(|(at, _)| {
-                let outside = |c: Option<char>| c.is_none_or(|c| !c.is_alphanumeric() && c != '_');
-                outside(line[..at].chars().next_back()) && outside(line[at + word.len()..].chars().next())
-            })
-        })
+/// The code of a file, without comments, with the paths of grouped imports spelled out: `use crate::{a::b, c}` has `crate::a::b`
+/// and `crate::c` in it.
+fn code(text: &str) -> String {
+    let lines = text.lines().map(|line| line.split("//").next().unwrap_or_default());
+    let code = lines.collect::<Vec<_>>().join("\n");
+    let imports = code
+        .split("use ")
+        .skip(1)
+        .filter_map(|rest| Some(rest.split_once(';')?.0));
+    let spelled: Vec<String> = imports.flat_map(|import| spell_out("", import)).collect();
+    format!("{code}\n{}", spelled.join("\n"))
+}
+
+/// The paths of an import.
+fn spell_out(prefix: &str, import: &str) -> Vec<String> {
+    let Some((before, group)) = import.split_once('{') else {
+        return vec![format!("{prefix}{}", import.trim())];
+    };
+    let prefix = format!("{prefix}{}", before.trim());
+    let group = group.rsplit_once('}').map_or(group, |(group, _)| group);
+    let (mut parts, mut depth, mut start) = (Vec::new(), 0, 0);
+    for (at, c) in group.char_indices() {
+        match c {
+            '{' => depth += 1,
+            '}' => depth -= 1,
+            ',' if depth == 0 => {
+                parts.push(&group[start..at]);
+                start = at + 1;
+            }
+            _ => {}
+        }
+    }
+    parts.push(&group[start..]);
+    parts.retain(|part| !part.trim().is_empty());
+    parts.into_iter().flat_map(|part| spell_out(&prefix, part)).collect()
+}
+
+/// Whether code names a crate or module.
+fn names(code: &str, word: &str) -> bool {
+    code.match_indices(word).any(|(at, _)| {
+        let outside = |c: Option<char>| c.is_none_or(|c| !c.is_alphanumeric() && c != '_');
+        outside(code[..at].chars().next_back()) && outside(code[at + word.len()..].chars().next())
+    })
+}
+
+#[test]
+fn grouped_imports_hide_nothing() {
+    let text = "// nix\nuse crate::{config, csi::{Endpoint, probe::Question}};\nuse tokio::time;";
+    let code = code(text);
+    for word in ["crate::csi", "crate::config", "crate::csi::probe", "tokio"] {
+        assert!(names(&code, word), "{word} is not in {code}");
+    }
+    assert!(!names(&code, "nix") && !names(&code, "crate::probe"));
 }
 
 #[test]
@@ -145,9 +145,10 @@ fn dependencies_point_to_the_core_and_the_edges_never_meet() {
     ];
     for (dir, forbidden) in rules {
         for path in sources(dir) {
+            let code = code(&fs::read_to_string(&path).expect("read a source"));
             for word in forbidden {
                 assert!(
-                    !names(&path, word),
+                    !names(&code, word),
                     "{} names {word}, which {dir} must not know",
                     path.display()
                 );
@@ -159,8 +160,9 @@ fn dependencies_point_to_the_core_and_the_edges_never_meet() {
 #[test]
 fn unsafe_code_is_in_one_directory() {
     for path in sources("src") {
+        let code = code(&fs::read_to_string(&path).expect("read a source"));
         assert!(
-            path.starts_with(root().join("src/linux/sys")) || !names(&path, "unsafe"),
+            path.starts_with(root().join("src/linux/sys")) || !names(&code, "unsafe"),
             "{} has unsafe code",
             path.display()
         );
@@ -175,37 +177,51 @@ fn the_readme_has_the_commands_that_ci_and_people_run() {
         readme.contains(test) && read(".ci/run").contains(test),
         "README and .ci/run run other tests"
     );
-    for flag in [
-        "--endpoint",
-        "--pool",
-        "--config",
-        "--node-name",
-        "--driver-name",
-        "--http-endpoint",
-        "--node-grace",
-        "--unused-age",
-        "--sidecar",
-        "--namespace",
-        "--controllers",
-        "--log-level",
-        "--log-format",
-    ] {
-        assert!(readme.contains(flag), "README does not explain {flag}");
+    for name in ["cargo prove", "cargo test --lib"] {
+        assert!(readme.contains(name), "README does not name {name}");
     }
-    for key in [
-        "`pool`",
-        "`mode`",
-        "`uid`",
-        "`gid`",
-        "reserve",
-        "overcommit",
-        "requireMount",
-        "quota",
-        "projectIds",
-        "inodesPerGiB",
-    ] {
-        assert!(readme.contains(key), "README does not explain {key}");
+    let readme_has = |word: &str| readme.contains(&format!("`{word}")) || readme.contains(&format!(", `{word}"));
+    for command in ["local", "node", "controller", "probe", "selftest", "leader"] {
+        for flag in flags_of(command) {
+            assert!(readme_has(&flag), "README does not explain {flag} of hostdir {command}");
+        }
     }
+    // What a StorageClass may say, and what a pool's entry in the configuration may: as the schema of the chart has both.
+    let schema: serde_json::Value = serde_json::from_str(&read("deploy/chart/values.schema.json")).expect("JSON");
+    let keys = |pointer: &str| -> Vec<String> {
+        let object = schema.pointer(pointer).and_then(serde_json::Value::as_object);
+        object
+            .unwrap_or_else(|| panic!("{pointer} is not in the schema"))
+            .keys()
+            .cloned()
+            .collect()
+    };
+    for key in keys("/properties/storageClasses/items/properties/parameters/properties") {
+        assert!(
+            readme.contains(&format!("`{key}`")),
+            "README does not explain the parameter {key}"
+        );
+    }
+    for key in keys("/properties/pools/items/properties") {
+        let line = |line: &str| line.trim_start_matches([' ', '-']).starts_with(&format!("{key}:"));
+        assert!(readme.lines().any(line), "README does not show {key} of a pool");
+    }
+}
+
+/// The flags of a command of hostdir, as `--help` lists them.
+fn flags_of(command: &str) -> Vec<String> {
+    let output = Command::new(env!("CARGO_BIN_EXE_hostdir"))
+        .args([command, "--help"])
+        .output();
+    let help = String::from_utf8(output.expect("run hostdir").stdout).expect("text");
+    let words = help.lines().filter_map(|line| {
+        let line = line.trim_start();
+        line.starts_with('-')
+            .then(|| line.split_whitespace().find(|word| word.starts_with("--")))?
+    });
+    let flags: Vec<String> = words.filter(|flag| *flag != "--help").map(str::to_owned).collect();
+    assert!(!flags.is_empty(), "{help}");
+    flags
 }
 
 #[test]
@@ -232,13 +248,35 @@ fn the_manifests_give_no_ghost_what_it_needs() {
     for word in ["service-account-token", "hostNetwork: true"] {
         assert!(!manifests.contains(word), "{word} is in deploy/hostdir.yaml");
     }
-    let rule = manifests
-        .split("resources: [leases]")
-        .nth(1)
-        .expect("a rule about Leases");
-    let rights = rule.lines().find(|line| line.contains("verbs:")).expect("its verbs");
-    assert_eq!(rights.trim(), "verbs: [get, list, watch, create, update]");
+    let documents: Vec<serde_json::Value> = serde_saphyr::from_multiple(&manifests).expect("YAML");
+    let roles = documents
+        .iter()
+        .filter(|object| object["kind"].as_str().is_some_and(|kind| kind.ends_with("Role")));
+    let rules: Vec<&serde_json::Value> = roles
+        .flat_map(|role| role["rules"].as_array().expect("rules"))
+        .collect();
+    let about_leases = rules
+        .iter()
+        .filter(|rule| list(&rule["resources"]).contains(&"leases".into()));
+    let mut count = 0;
+    for rule in about_leases {
+        count += 1;
+        for verb in list(&rule["verbs"]) {
+            let known = ["get", "list", "watch", "create", "update", "patch"].contains(&verb.as_str());
+            assert!(known, "{verb} of Leases is allowed: {rule}");
+        }
+    }
+    assert!(count > 0, "no rule is about Leases");
     assert!(manifests.contains("name: hostdir-leases"), "no policy for Leases");
+}
+
+fn list(value: &serde_json::Value) -> Vec<String> {
+    let texts = value
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(serde_json::Value::as_str);
+    texts.map(str::to_owned).collect()
 }
 
 #[test]

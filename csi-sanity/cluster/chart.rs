@@ -3,23 +3,43 @@
 use hostdir_lab::cluster::NAMESPACE;
 use hostdir_lab::prove::root;
 
-use crate::lab::{Mode, lab};
+use crate::lab::{Mode, PATIENCE, lab};
+use crate::objects::pod;
 use hostdir_lab::needs;
 
+/// What the manifests say at their top, done in place of the chart.
 #[needs(Root, Go, Cluster)]
-fn an_api_server_takes_the_plain_manifests() {
-    let lab = lab(Mode::Elected, "dry-run", "server-side dry run of the plain manifests");
-    let manifests = std::fs::read_to_string(root().join("deploy/hostdir.yaml")).unwrap();
-    let args = [
+fn the_plain_manifests_install_hostdir() {
+    let lab = lab(Mode::Elected, "manifests", "hostdir installed from the plain manifests");
+    let (definitions, manifests) = ("deploy/chart/files/crds.yaml", "deploy/hostdir.yaml");
+    let read = |path: &str| std::fs::read_to_string(root().join(path)).unwrap();
+    let kubectl = lab.kubectl();
+    lab.helm(&["uninstall", Mode::Elected.release(), "--namespace", NAMESPACE, "--wait"])
+        .unwrap();
+    let apply = [
         "apply",
         "--server-side",
-        "--dry-run=server",
         "--force-conflicts",
         "--validate=strict",
         "-f",
         "-",
     ];
-    lab.kubectl().feed(&args, &manifests).unwrap();
+    kubectl.feed(&apply, &read(definitions)).unwrap();
+    kubectl.feed(&apply, &read(manifests)).unwrap();
+    for workload in ["daemonset/hostdir", "deployment/hostdir-controller"] {
+        kubectl
+            .run(&["rollout", "status", workload, "-n", NAMESPACE, "--timeout=180s"])
+            .unwrap();
+    }
+    lab.apply(&[lab.claim("data", "10Mi"), pod("pod", "data")]);
+    lab.running("pod");
+    lab.exec("pod", "echo written > /data/file").unwrap();
+    lab.delete_all(PATIENCE);
+    lab.nothing_is_left();
+    kubectl
+        .feed(&["delete", "--wait", "--timeout=180s", "-f", "-"], &read(manifests))
+        .unwrap();
+    lab.install(&[]);
 }
 
 #[needs(Root, Go, Cluster)]

@@ -15,7 +15,7 @@ use k8s_openapi::api::coordination::v1::Lease;
 use serde_json::{Value, json};
 
 use crate::elected::{Holder, token};
-use crate::lab::{Lab, Mode, PATIENCE, is_ready, lab, report};
+use crate::lab::{Lab, Mode, PATIENCE, Thaw, is_ready, lab, report};
 use crate::objects::{claim_of, class, on_node, pod};
 use crate::scale::SetOnDrop;
 use hostdir_lab::needs;
@@ -61,7 +61,7 @@ impl Story {
 
     /// New controllers, none of which has seen a hand-over, that all run, and a leader among them.
     fn renew_controllers(&self) {
-        loop {
+        for _ in 0..5 {
             let before = self.last_hand_over();
             self.replace_controllers();
             // external-provisioner takes part in the election until it is killed when SIGTERM finds it standing by. One of
@@ -72,6 +72,10 @@ impl Story {
                 return;
             }
         }
+        panic!(
+            "there is a hand-over whenever the controllers are replaced: {}",
+            self.last_hand_over()
+        );
     }
 
     fn replace_controllers(&self) {
@@ -213,23 +217,32 @@ impl Story {
             self.bound(),
             "HostVolumes and PersistentVolumes differ"
         );
+        let mut logs = self.driver_logs();
         lab.delete_all(PATIENCE);
         lab.nothing_is_left();
+        logs.extend(self.driver_logs());
         for (done, words) in [("made", "volume made"), ("deleted", "volume deleted")] {
-            let mut times = BTreeMap::<String, usize>::new();
-            for node in &lab.nodes {
-                // Of all containers that the node's driver has had.
-                let script = format!("cat /var/log/pods/{NAMESPACE}_hostdir-?????_*/hostdir/*.log");
-                let log = node.sh(&script).unwrap();
-                for line in log.lines().filter(|line| line.contains(words)) {
-                    let id = line.split_once("volume.id=").unwrap().1;
-                    *times.entry(id.split(' ').next().unwrap().to_owned()).or_default() += 1;
-                }
+            let mut times = BTreeMap::<&str, usize>::new();
+            for (_, line) in logs.iter().filter(|(_, line)| line.contains(words)) {
+                let id = line.split_once("volume.id=").unwrap().1;
+                *times.entry(id.split(' ').next().unwrap()).or_default() += 1;
             }
-            assert!(!times.is_empty(), "one was {done}");
+            assert!(!times.is_empty(), "none was {done}");
             assert!(times.values().all(|times| *times == 1), "{done} twice: {times:?}");
         }
         lab.kubectl().run(&["delete", "storageclass", CLASS]).unwrap();
+    }
+
+    /// The lines that the drivers on nodes have logged, by node: of all containers of pods that are there. The kubelet takes away
+    /// the logs of a pod that has been replaced.
+    fn driver_logs(&self) -> BTreeSet<(String, String)> {
+        let script = format!("cat /var/log/pods/{NAMESPACE}_hostdir-?????_*/hostdir/*.log 2> /dev/null || :");
+        let mut logs = BTreeSet::new();
+        for node in &self.lab.nodes {
+            let log = node.sh(&script).unwrap();
+            logs.extend(log.lines().map(|line| (node.name.clone(), line.to_owned())));
+        }
+        logs
     }
 
     /// Where each volume is, by the HostVolumes.
@@ -700,53 +713,72 @@ fn ghost_7_nobody_is_fit_and_then_one_is() {
     story.end();
 }
 
+/// How often the API server is frozen: more often at night.
+fn frosts() -> usize {
+    if std::env::var_os("HOSTDIR_NIGHT").is_some() {
+        10
+    } else {
+        5
+    }
+}
+
 #[needs(Root, Go, Cluster)]
 fn ghost_8_a_leader_that_is_well_is_left_alone() {
-    let story = Story::begin("ghost-8", "ghost 8. API server slow, and frozen ten times for 8 s");
-    let (leader, _) = story.leader();
-    let transitions = story.transitions();
-    let thaw = Thaw(&story);
-    let freeze = |seconds: f64, then: f64| {
-        let start = Instant::now();
-        story.lab.freeze_api_server(true).unwrap();
-        std::thread::sleep(Duration::from_secs_f64(seconds));
-        story.lab.freeze_api_server(false).unwrap();
-        let frozen = start.elapsed();
-        std::thread::sleep(Duration::from_secs_f64(then));
-        frozen
-    };
-    let mut longest = Duration::ZERO;
-    for _ in 0..10 {
-        let claim = story.claim();
-        longest = longest.max(freeze(8.0, 5.0));
-        story
-            .lab
-            .wait("a claim is bound between two frosts", || story.is_bound(&claim));
-    }
-    story.tell(&format!("frozen ten times, for {:.1} s at most", longest.as_secs_f64()));
-    // Two seconds for whatever is asked.
-    let claim = story.claim();
-    for _ in 0..12 {
-        longest = longest.max(freeze(1.7, 0.3));
-    }
-    story.tell("slow for 24 s");
-    story.lab.wait("a claim is bound", || story.is_bound(&claim));
-    assert_eq!(story.hand_over(), None, "somebody was deposed");
-    // A sidecar ends after nine seconds without an answer: what a machine that stalls does to it is no news of ours.
-    if longest < Duration::from_millis(8800) {
-        assert_eq!((story.holder(), story.transitions()), (leader, transitions));
-    } else {
-        story.tell("this machine froze it for too long: not looked at whether the same one leads");
-    }
-    drop(thaw);
+    let story = Story::begin(
+        "ghost-8",
+        "ghost 8. API server slow, and frozen again and again for 8 s",
+    );
+    // A sidecar ends after nine seconds without an answer: a machine that stalls for that long is no news of ours.
+    let left_alone = (0..3).any(|_| story.is_left_alone_in_frost());
+    assert!(
+        left_alone,
+        "this machine stalls too long to tell whether a leader is left alone"
+    );
     story.end();
 }
 
-struct Thaw<'a>(&'a Story);
+impl Story {
+    /// Freezes the API server, and slows it down. Nothing can be told (false) if this machine froze it for longer than that.
+    fn is_left_alone_in_frost(&self) -> bool {
+        let (leader, _) = self.leader();
+        let transitions = self.transitions();
+        let _thaw = Thaw(&self.lab);
+        let mut longest = Duration::ZERO;
+        for _ in 0..frosts() {
+            let claim = self.claim();
+            longest = longest.max(self.freeze(8.0, 5.0));
+            self.lab
+                .wait("a claim is bound between two frosts", || self.is_bound(&claim));
+        }
+        self.tell(&format!(
+            "frozen again and again, for {:.1} s at most",
+            longest.as_secs_f64()
+        ));
+        // Two seconds for whatever is asked.
+        let claim = self.claim();
+        for _ in 0..6 {
+            longest = longest.max(self.freeze(1.7, 0.3));
+        }
+        self.tell("slow for 12 s");
+        self.lab.wait("a claim is bound", || self.is_bound(&claim));
+        assert_eq!(self.hand_over(), None, "somebody was deposed");
+        if longest >= Duration::from_millis(8800) {
+            self.tell("this machine froze it for too long: once more");
+            return false;
+        }
+        assert_eq!((self.holder(), self.transitions()), (leader, transitions));
+        true
+    }
 
-impl Drop for Thaw<'_> {
-    fn drop(&mut self) {
-        let _ = self.0.lab.freeze_api_server(false);
+    /// Freezes the API server for so many seconds; how long it took.
+    fn freeze(&self, seconds: f64, then: f64) -> Duration {
+        let start = Instant::now();
+        self.lab.freeze_api_server(true).unwrap();
+        std::thread::sleep(Duration::from_secs_f64(seconds));
+        self.lab.freeze_api_server(false).unwrap();
+        let frozen = start.elapsed();
+        std::thread::sleep(Duration::from_secs_f64(then));
+        frozen
     }
 }
 
@@ -794,8 +826,7 @@ fn ghost_10_a_rolling_update_under_load() {
     let kubectl = story.lab.kubectl();
     let deployment = "deployment/hostdir-controller";
     let done = AtomicBool::new(false);
-    let mut longest = Duration::ZERO;
-    let mut count = 0;
+    let mut waits = Vec::new();
     std::thread::scope(|scope| {
         let update = scope.spawn(|| {
             let _done = SetOnDrop(&done);
@@ -812,18 +843,24 @@ fn ghost_10_a_rolling_update_under_load() {
         while !done.load(Ordering::Relaxed) {
             let (claim, made) = (story.claim(), Instant::now());
             story.lab.wait("a claim is bound", || story.is_bound(&claim));
-            longest = longest.max(made.elapsed());
-            count += 1;
+            waits.push(made.elapsed());
         }
         update.join().unwrap();
     });
+    let longest = waits.iter().max().expect("there were claims");
     story.tell(&format!(
-        "{count} claims, one after the other; the longest wait was {:.1} s",
+        "{} claims, one after the other; the longest wait was {:.1} s",
+        waits.len(),
         longest.as_secs_f64()
     ));
-    // Beside the five seconds there may be those of a sidecar that is told to end while it stands by: it takes the Lease once
-    // more before it is killed, and lets go of it.
-    assert!(longest < Duration::from_secs(15), "nobody led for {longest:?}");
+    assert!(waits.len() > 10, "only {} claims in a rollout", waits.len());
+    // Once, there may be a sidecar that is told to end while it stands by: it takes the Lease once more before it is killed, and
+    // lets go of it.
+    let long = waits.iter().filter(|wait| **wait > Duration::from_secs(5)).count();
+    assert!(
+        long <= 1 && *longest < Duration::from_secs(15),
+        "nobody led for long: {waits:?}"
+    );
     if let Some(note) = story.hand_over() {
         story.tell(&format!("one that was killed as the leader was deposed: {note}"));
     }
@@ -905,13 +942,14 @@ impl Story {
     /// Writes a holder into a Lease, with a token.
     fn hold(&self, token: &str, lease: &str, holder: &str) -> kube::Result<()> {
         let writer = Holder::of(token.to_owned());
+        let start = Instant::now();
         loop {
             let object = self.lab.kubectl().get(&["lease", lease, "-n", NAMESPACE]).unwrap();
             let mut object: Lease = serde_json::from_value(object).unwrap();
             object.spec.as_mut().unwrap().holder_identity = Some(holder.to_owned());
             match writer.put_lease(&object) {
                 // Its holder has renewed meanwhile.
-                Err(kube::Error::Api(status)) if status.code == 409 => {}
+                Err(kube::Error::Api(status)) if status.code == 409 && start.elapsed() < PATIENCE => {}
                 other => return other,
             }
         }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use hostdir_lab::cluster::NAMESPACE;
 use hostdir_lab::prove::target_dir;
-use hostdir_lab::{Cluster, Kubectl};
+use hostdir_lab::{Client, Cluster, Kubectl};
 use serde_json::Value;
 
 /// How long anything may take that is waited for: pods start in seconds, but these machines are shared.
@@ -394,6 +394,18 @@ impl Lab {
         self.signal_drivers(node, self.mode.command(), "KILL");
     }
 
+    /// A client of the driver on a node, over its socket there, as soon as that answers.
+    pub(crate) fn driver_client(&self, node: usize) -> Client {
+        let socket = format!("var/lib/kubelet/plugins/{}/csi.sock", self.mode.driver());
+        let socket = self.nodes[node].root().unwrap().join(socket);
+        let mut client = None;
+        self.wait("the driver answers", || {
+            client = Client::connect(&socket).ok();
+            Ok(client.is_some())
+        });
+        client.expect("waited for")
+    }
+
     /// Sends a signal to the processes of hostdir on a node that run this command.
     pub(crate) fn signal_drivers(&self, node: usize, command: &str, signal: &str) {
         // The command line tells them from the probes of the kubelet.
@@ -424,6 +436,10 @@ impl Drop for Lab {
             let _ = std::fs::create_dir_all(&logs);
             let _ = std::fs::write(logs.join("state"), state.unwrap_or_else(|error| format!("{error:#}")));
             let _ = self.cluster.keep_logs(&logs);
+            // What the test has changed of hostdir's settings is not the next one's.
+            if let Err(error) = self.cluster.install(self.mode.release(), self.mode.settings()) {
+                report(&format!("{error:#}"));
+            }
         } else {
             report(&format!("{:<75} {:>5.1} s", self.title, time.as_secs_f64()));
         }
@@ -433,6 +449,15 @@ impl Drop for Lab {
         if let Err(error) = self.kubectl().run(&args) {
             report(&format!("{error:#}"));
         }
+    }
+}
+
+/// Lets a frozen API server go on.
+pub(crate) struct Thaw<'a>(pub(crate) &'a Cluster);
+
+impl Drop for Thaw<'_> {
+    fn drop(&mut self) {
+        let _ = self.0.freeze_api_server(false);
     }
 }
 

@@ -1,15 +1,17 @@
 //! What cannot be, what is upgraded, what is taken away, and what people are told.
 
 use hostdir_lab::cluster::NAMESPACE;
+use hostdir_lab::needs;
 use serde_json::json;
 
-use crate::lab::{Mode, PATIENCE, in_both_modes, lab};
+use crate::lab::{Lab, Mode, PATIENCE, Thaw, in_both_modes, lab};
 use crate::objects::{claim_of, class, on_node, pod};
 
 in_both_modes![
     scenario_7_pods_go_where_there_is_room_and_wait_where_there_is_none,
     scenario_8_upgrades_and_uninstalls_leave_pods_alone,
-    scenario_9_people_are_told_the_cause,
+    wrong_storage_classes_are_named,
+    a_self_test_passes_on_a_node,
     a_pod_goes_on_while_the_network_is_cut_and_the_api_server_hangs,
 ];
 
@@ -44,26 +46,19 @@ fn scenario_8_upgrades_and_uninstalls_leave_pods_alone(mode: Mode) {
     );
     lab.apply(&[lab.claim("data", "10Mi"), on_node(pod("pod", "data"), "node-1")]);
     lab.running("pod");
-    // A pod that notices when its volume blinks: it writes, without a pause, into a file that it opens anew each time.
-    lab.exec(
-        "pod",
-        "(while :; do echo x >> /data/log || echo blink >> /data/blinks; done) > /dev/null 2>&1 &",
-    )
-    .unwrap();
+    let volume = lab.volume_of("data");
     let id = mount_id(&lab);
+    let watch = MountWatch::start(&lab, &volume);
     lab.install(&["logLevel=\"debug\""]);
     assert_eq!(mount_id(&lab), id, "the volume was mounted anew");
-    lab.exec("pod", "test ! -e /data/blinks; test -s /data/log").unwrap();
+    watch.check();
 
     lab.helm(&["uninstall", mode.release(), "--namespace", NAMESPACE, "--wait"])
         .unwrap();
-    assert_eq!(mount_id(&lab), id);
-    let volume = lab.volume_of("data");
-    lab.nodes[0]
-        .sh(&format!("test -s {}", lab.on_disk(&volume, "log")))
-        .unwrap();
-    lab.exec("pod", "test ! -e /data/blinks; echo still here > /data/file")
-        .unwrap();
+    assert_eq!(mount_id(&lab), id, "the volume was mounted anew");
+    watch.check();
+    drop(watch);
+    lab.exec("pod", "echo still here > /data/file").unwrap();
 
     lab.install(&[]);
     lab.delete("pod", "pod");
@@ -76,14 +71,66 @@ fn scenario_8_upgrades_and_uninstalls_leave_pods_alone(mode: Mode) {
 }
 
 /// The mount of the one volume there is, as the kernel of its node numbers it.
-fn mount_id(lab: &crate::lab::Lab) -> String {
-    lab.nodes[0]
+fn mount_id(lab: &Lab) -> String {
+    let id = lab.nodes[0]
         .sh("grep ' /var/lib/kubelet/pods/.*kubernetes.io~csi' /proc/self/mountinfo | cut -d' ' -f1")
-        .unwrap()
+        .unwrap();
+    assert!(id.trim().parse::<u64>().is_ok(), "not one mount: {id:?}");
+    id
 }
 
-fn scenario_9_people_are_told_the_cause(mode: Mode) {
-    let mut lab = lab(mode, "causes", "9. kubectl describe names the cause");
+/// Looks at the kubelet's mount of a volume on the first node all the time, and notes when it is not there. A container would not
+/// notice: its mounts are its own.
+struct MountWatch<'a> {
+    lab: &'a Lab,
+    seen: std::cell::Cell<usize>,
+}
+
+impl<'a> MountWatch<'a> {
+    const DIR: &'static str = "/run/mount-watch";
+
+    fn start(lab: &'a Lab, volume: &str) -> Self {
+        let mark = lab.on_disk(volume, "mark");
+        let mount = format!("$(echo /var/lib/kubelet/pods/*/volumes/kubernetes.io~csi/{volume}/mount)");
+        let script = format!(
+            "touch {mark}; mkdir {dir}; : > {dir}/looks; mount={mount}; test -e $mount/mark
+             setsid sh -c \"while test -d {dir}; do
+                 if test -e $mount/mark; then echo x >> {dir}/looks; else echo x >> {dir}/gone; fi
+                 sleep 0.02
+             done\" > /dev/null 2>&1 < /dev/null &",
+            dir = Self::DIR
+        );
+        lab.nodes[0].sh(&script).unwrap();
+        Self { lab, seen: 0.into() }
+    }
+
+    /// The mount was there all the time since the last check, and it was looked at.
+    fn check(&self) {
+        let looks = || self.count("looks");
+        self.lab
+            .wait("the mount is looked at", || Ok(looks() > self.seen.get() + 10));
+        self.seen.set(looks());
+        assert_eq!(self.count("gone"), 0, "the mount was gone");
+    }
+
+    fn count(&self, file: &str) -> usize {
+        let script = format!("cat {}/{file} 2>/dev/null | wc -l", Self::DIR);
+        self.lab.nodes[0].sh(&script).unwrap().trim().parse().unwrap()
+    }
+}
+
+impl Drop for MountWatch<'_> {
+    fn drop(&mut self) {
+        let _ = self.lab.nodes[0].sh(&format!("rm -rf {}", Self::DIR));
+    }
+}
+
+fn wrong_storage_classes_are_named(mode: Mode) {
+    let lab = lab(
+        mode,
+        "causes",
+        "kubectl describe names what is wrong with a StorageClass",
+    );
     lab.apply(&[
         class(lab.mode.driver(), "typo", &json!({"poool": "default"}), "Delete", &[]),
         class(lab.mode.driver(), "no-pool", &json!({"pool": "fast"}), "Delete", &[]),
@@ -94,7 +141,35 @@ fn scenario_9_people_are_told_the_cause(mode: Mode) {
     ]);
     lab.described("pvc", "typo", "unknown field `poool`");
     lab.described("pvc", "no-pool", "has no pool fast (it has: default)");
+    lab.delete_all(PATIENCE);
+    lab.kubectl()
+        .run(&["delete", "storageclass", "typo", "no-pool"])
+        .unwrap();
+    lab.nothing_is_left();
+}
 
+fn a_self_test_passes_on_a_node(mode: Mode) {
+    let lab = lab(mode, "self-test", "hostdir selftest in hostdir's pod on a node");
+    let pod = lab.driver_on("node-2")["metadata"]["name"].as_str().unwrap().to_owned();
+    let exec = [
+        "exec", "-n", NAMESPACE, &pod, "-c", "hostdir", "--", "/hostdir", "selftest",
+    ];
+    let table = lab
+        .kubectl()
+        .run(&[&exec[..], &["--endpoint=unix:///csi/csi.sock"]].concat())
+        .unwrap();
+    assert!(table.contains("selftest-default is gone"), "{table}");
+    lab.nothing_is_left();
+}
+
+#[needs(Root, Go, Cluster)]
+fn a_disk_that_is_not_mounted_any_more_is_named() {
+    let mode = Mode::Elected;
+    let mut lab = lab(
+        mode,
+        "no-disk",
+        "kubectl describe names a disk that is not mounted any more",
+    );
     // The disk of a pool is gone when a pod comes back for its volume.
     let pools = json!([
         {"name": "default", "path": mode.pool()},
@@ -126,6 +201,10 @@ fn scenario_9_people_are_told_the_cause(mode: Mode) {
         format!("{said:#}").contains("not ready: pool disk: /mnt/disk/hostdir"),
         "{said:#}"
     );
+    lab.wait("after half a minute its HostVolume is Lost", || {
+        let volume = lab.kubectl().get(&["hostvolume", &lab.volume_of("disk")])?;
+        Ok(volume["status"]["phase"] == "Lost")
+    });
     lab.kubectl()
         .run(&["delete", "pods", "--all", "-n", &lab.namespace, "--wait"])
         .unwrap();
@@ -134,9 +213,7 @@ fn scenario_9_people_are_told_the_cause(mode: Mode) {
     lab.kubectl()
         .run(&["delete", "pvc", "--all", "-n", &lab.namespace, "--wait"])
         .unwrap();
-    lab.kubectl()
-        .run(&["delete", "storageclass", "typo", "no-pool", "disk"])
-        .unwrap();
+    lab.kubectl().run(&["delete", "storageclass", "disk"]).unwrap();
     lab.nothing_is_left();
 }
 
@@ -155,13 +232,25 @@ fn a_pod_goes_on_while_the_network_is_cut_and_the_api_server_hangs(mode: Mode) {
     let id = mount_id(&lab);
 
     lab.freeze_api_server(true).unwrap();
+    let thaw = Thaw(&lab);
     assert!(!answers(), "the API server is not frozen");
-    // The driver needs no API server: a volume that is there is mounted and unmounted as ever.
+    // The driver needs no API server: started anew, it mounts and unmounts a volume that is there.
     lab.kill_driver(0);
-    lab.nodes[0]
-        .sh(&format!("echo x > {}", lab.on_disk(&volume, "while-frozen")))
-        .unwrap();
-    lab.freeze_api_server(false).unwrap();
+    let client = lab.driver_client(0);
+    let pods = "/var/lib/kubelet/pods/*/volumes/kubernetes.io~csi";
+    let target = lab.nodes[0]
+        .sh(&format!("echo {pods}/{volume}"))
+        .unwrap()
+        .trim()
+        .to_owned()
+        + "/while-frozen";
+    client.publish(&volume, target.as_ref()).unwrap();
+    lab.nodes[0].sh(&format!("echo x > {target}/while-frozen")).unwrap();
+    assert_eq!(lab.mounts(), 2);
+    client.unpublish(&volume, target.as_ref()).unwrap();
+    assert_eq!(lab.mounts(), 1);
+    assert!(!answers(), "the API server was not frozen all the time");
+    drop(thaw);
     lab.wait("the API server answers again", || Ok(answers()));
 
     lab.stop_api_server().unwrap();

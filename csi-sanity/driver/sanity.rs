@@ -36,6 +36,7 @@ fn csi_sanity_passes_again_after_a_kill_and_with_another_pool() {
         format!("-csi.testvolumeparameters={}", parameters.display()),
     ];
     run("second-pool", &args);
-    let identity = fs::read_to_string(scratch.path("log")).expect("read the log");
-    assert!(identity.contains("pool=second"), "the second pool was never used");
+    let log = fs::read_to_string(scratch.path("log")).expect("read the log");
+    let on_second = |line: &str| line.contains("volume made") && line.contains("pool=second");
+    assert!(log.lines().any(on_second), "the second pool was never used");
 }

@@ -1,4 +1,4 @@
-//! Control groups (cgroups(7), version 1): a node's containers live in groups of its own.
+//! Control groups (cgroups(7)), of either version: a node's containers live in groups of its own.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,17 +7,34 @@ use anyhow::{Context, Result, ensure};
 
 use crate::machine::wait_until;
 
-/// Makes a group in every hierarchy, ready for processes. Its name, as the kubelet takes it.
+const ROOT: &str = "/sys/fs/cgroup";
+
+/// How this machine has them.
+enum Hierarchies {
+    /// Version 1: a hierarchy for each controller.
+    V1(Vec<PathBuf>),
+    /// Version 2: one hierarchy, in which groups pass controllers on.
+    V2,
+}
+
+/// Whether there are any that a cluster can use.
+pub(crate) fn are_here() -> bool {
+    hierarchies().is_ok()
+}
+
+/// Makes a group, ready for processes. Its name, as the kubelet takes it.
 pub(crate) fn make(group: &str) -> Result<String> {
-    let hierarchies = hierarchies()?;
-    ensure!(
-        !hierarchies.is_empty(),
-        "no cgroup hierarchy is mounted in /sys/fs/cgroup"
-    );
-    for hierarchy in hierarchies {
-        let path = hierarchy.join(group);
-        fs::create_dir_all(&path).with_context(|| format!("make {}", path.display()))?;
-        fill_cpuset(&hierarchy, group)?;
+    match hierarchies()? {
+        Hierarchies::V1(hierarchies) => {
+            for hierarchy in hierarchies {
+                make_dir(&hierarchy.join(group))?;
+                fill_cpuset(&hierarchy, group)?;
+            }
+        }
+        Hierarchies::V2 => {
+            make_dir(&Path::new(ROOT).join(group))?;
+            pass_controllers_on(group)?;
+        }
     }
     Ok(format!("/{group}"))
 }
@@ -25,13 +42,21 @@ pub(crate) fn make(group: &str) -> Result<String> {
 /// Removes all groups below one whose processes are gone, as a machine forgets them that loses its power. A kubelet that
 /// finds groups of containers that do not exist asks three seconds for each before it does anything else.
 pub(crate) fn clear(group: &str) -> Result<()> {
-    for hierarchy in hierarchies()? {
-        let path = hierarchy.join(group.trim_start_matches('/'));
+    let roots = match hierarchies()? {
+        Hierarchies::V1(hierarchies) => hierarchies,
+        Hierarchies::V2 => vec![ROOT.into()],
+    };
+    for root in roots {
+        let path = root.join(group.trim_start_matches('/'));
         wait_until("the groups of a machine without power are gone", || {
             clear_below(&path).map(|()| true)
         })?;
     }
     Ok(())
+}
+
+fn make_dir(path: &Path) -> Result<()> {
+    fs::create_dir_all(path).with_context(|| format!("make {}", path.display()))
 }
 
 fn clear_below(path: &Path) -> Result<()> {
@@ -45,19 +70,45 @@ fn clear_below(path: &Path) -> Result<()> {
     Ok(())
 }
 
-fn hierarchies() -> Result<Vec<PathBuf>> {
+fn hierarchies() -> Result<Hierarchies> {
+    if Path::new(ROOT).join("cgroup.controllers").exists() {
+        return Ok(Hierarchies::V2);
+    }
     let mut found = Vec::new();
-    for hierarchy in fs::read_dir("/sys/fs/cgroup").context("list the cgroup hierarchies")? {
+    for hierarchy in fs::read_dir(ROOT).with_context(|| format!("list {ROOT}"))? {
         let hierarchy = hierarchy?.path();
         // A link such as cpu -> cpu,cpuacct is a second name of one hierarchy.
         if hierarchy.is_dir() && !hierarchy.is_symlink() {
             found.push(hierarchy);
         }
     }
-    Ok(found)
+    ensure!(!found.is_empty(), "no cgroup hierarchy is mounted in {ROOT}");
+    Ok(Hierarchies::V1(found))
 }
 
-/// A new cpuset has no processors and no memory, and takes no process until it has (cpuset(7)); top down.
+/// Version 2: what a group's children may control, the group has to be told, top down, and the last group too, since the kubelet
+/// makes groups in it.
+fn pass_controllers_on(group: &str) -> Result<()> {
+    let mut path = PathBuf::from(ROOT);
+    let parts = [""].into_iter().chain(group.split('/'));
+    for part in parts {
+        path.push(part);
+        let read = fs::read_to_string(path.join("cgroup.controllers")).context("read the controllers")?;
+        let all: Vec<String> = read
+            .split_whitespace()
+            .map(|controller| format!("+{controller}"))
+            .collect();
+        fs::write(path.join("cgroup.subtree_control"), all.join(" ")).with_context(|| {
+            format!(
+                "pass controllers on in {}; it must have no processes of its own",
+                path.display()
+            )
+        })?;
+    }
+    Ok(())
+}
+
+/// Version 1: a new cpuset has no processors and no memory, and takes no process until it has (cpuset(7)); top down.
 fn fill_cpuset(hierarchy: &Path, group: &str) -> Result<()> {
     if !hierarchy.ends_with("cpuset") {
         return Ok(());

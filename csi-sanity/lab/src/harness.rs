@@ -200,6 +200,15 @@ fn run(hostdir: &str, arguments: Arguments) -> ExitCode {
 }
 
 impl Need {
+    /// Looks whether this machine meets it.
+    ///
+    /// # Errors
+    /// What is missing, and how to get it if it can be had.
+    pub fn check(self) -> anyhow::Result<()> {
+        self.unmet()
+            .map_err(|(Unmet::Never(why) | Unmet::Missing(why))| anyhow::anyhow!(why))
+    }
+
     fn unmet(self) -> Result<(), Unmet> {
         let never = |met: bool, why: &str| if met { Ok(()) } else { Err(Unmet::Never(why.into())) };
         match self {
@@ -221,7 +230,7 @@ impl Need {
                 have(packages::BTRFS)
             }
             Self::Cluster => {
-                never(Path::new("/sys/fs/cgroup").exists(), "there are no cgroups")?;
+                never(crate::cgroup::are_here(), "there are no cgroups")?;
                 have(packages::CLUSTER)
             }
             // Where they are not met, the test does not belong.

@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 
 use crate::cgroup;
 
-/// Below every hierarchy of `/sys/fs/cgroup`, the cgroups of all clusters.
+/// Below every hierarchy of cgroups, those of all clusters.
 const CGROUPS: &str = "hostdir-lab";
 
 /// Waits for its standard input to end, which happens when the maker of the cluster is gone, by whatever cause; then
@@ -15,16 +15,19 @@ const CGROUPS: &str = "hostdir-lab";
 const SCRIPT: &str = r#"
 trap '' INT TERM HUP
 read -r _ || :
+# Version 2 has one hierarchy, version 1 several.
 for attempt in $(seq 600); do
-    for hierarchy in /sys/fs/cgroup/*/; do
-        [ -d "$hierarchy$2" ] && find "$hierarchy$2" -depth -type d -exec rmdir {} + 2>/dev/null
+    left=
+    for hierarchy in /sys/fs/cgroup/ /sys/fs/cgroup/*/; do
+        [ -d "$hierarchy$2" ] || continue
+        find "$hierarchy$2" -depth -type d -exec rmdir {} + 2>/dev/null
+        [ -d "$hierarchy$2" ] && left=x
     done
-    left=$(for hierarchy in /sys/fs/cgroup/*/; do [ -d "$hierarchy$2" ] && echo x; done)
     [ -z "$left" ] && break
     sleep 0.1
 done
 # The parent of all clusters' cgroups, if this was the last one.
-rmdir /sys/fs/cgroup/*/"${2%/*}" 2>/dev/null
+rmdir /sys/fs/cgroup/"${2%/*}" /sys/fs/cgroup/*/"${2%/*}" 2>/dev/null
 rm -rf --one-file-system "$1"
 "#;
 

@@ -1,9 +1,11 @@
 //! A cluster to play in, with hostdir installed: `up [NODES]` and, from anywhere, `down`.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
-use hostdir_lab::Cluster;
+use anyhow::{Context, Result, bail, ensure};
+use hostdir_lab::cluster::BUSYBOX_IMAGE;
+use hostdir_lab::harness::{self, Need};
+use hostdir_lab::{Cluster, prove};
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::unistd::Pid;
 
@@ -25,25 +27,70 @@ fn up(nodes: usize) -> Result<()> {
     if let Ok(pid) = running() {
         bail!("a cluster is up already (process {pid}); take it down first: hostdir-lab down");
     }
+    for need in [Need::Root, Need::Go, Need::Cluster] {
+        need.check().context("a cluster cannot run here")?;
+    }
     // Blocked before any thread starts, so that every thread has them blocked, and taken below.
     let mut signals = SigSet::empty();
     signals.add(Signal::SIGINT);
     signals.add(Signal::SIGTERM);
     signals.thread_block().context("block signals")?;
+    harness::set_hostdir(build_hostdir()?);
     let cluster = Cluster::up(nodes)?;
     cluster.install("hostdir", &[])?;
     cluster.connect_this_machine()?;
     std::fs::write(PID_FILE, std::process::id().to_string()).context("write the process id")?;
-    println!("\nhostdir is installed; a claim needs storageClassName: hostdir\n");
-    println!(
-        "    export KUBECONFIG={} PATH=$PATH:{}",
-        cluster.kubeconfig,
-        cluster.bin.display()
-    );
-    println!("    kubectl get pods -A -o wide\n");
-    println!("Ctrl-C here, or `cargo run -p hostdir-lab -- down` anywhere, takes it down with all its data.");
+    print!("{}", welcome(&cluster));
     signals.wait().context("wait for a signal")?;
     std::fs::remove_file(PID_FILE).context("remove the file with the process id")
+}
+
+/// hostdir is built where this program is.
+fn build_hostdir() -> Result<PathBuf> {
+    let status = prove::cargo()
+        .args(["build", "--locked", "--bin", "hostdir"])
+        .status()
+        .context("run cargo")?;
+    ensure!(status.success(), "hostdir cannot be built");
+    Ok(std::env::current_exe()
+        .context("find this program")?
+        .with_file_name("hostdir"))
+}
+
+fn welcome(cluster: &Cluster) -> String {
+    let (kubeconfig, bin) = (&cluster.kubeconfig, cluster.bin.display());
+    format!(
+        r#"
+hostdir is installed. In another terminal:
+
+    export KUBECONFIG={kubeconfig} PATH=$PATH:{bin}
+    kubectl get pods -A -o wide
+    kubectl apply -f - <<'EOF'
+    apiVersion: v1
+    kind: PersistentVolumeClaim
+    metadata: {{name: data}}
+    spec:
+      storageClassName: hostdir
+      accessModes: [ReadWriteOnce]
+      resources: {{requests: {{storage: 1Gi}}}}
+    ---
+    apiVersion: v1
+    kind: Pod
+    metadata: {{name: pod}}
+    spec:
+      containers:
+        - name: main
+          image: {BUSYBOX_IMAGE}
+          args: ["-c", "while :; do date >> /data/log; sleep 1; done"]
+          volumeMounts: [{{name: data, mountPath: /data}}]
+      volumes: [{{name: data, persistentVolumeClaim: {{claimName: data}}}}]
+    EOF
+    kubectl exec pod -- cat /data/log
+
+There are no registries: {BUSYBOX_IMAGE} is the one image for pods.
+Ctrl-C here, or `cargo run -p hostdir-lab -- down` anywhere, takes the cluster down with all its data.
+"#
+    )
 }
 
 fn down() -> Result<()> {

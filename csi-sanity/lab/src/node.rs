@@ -64,6 +64,14 @@ impl Node {
             .with_context(|| format!("node {} is switched off", self.name))
     }
 
+    /// Its file tree, as this machine sees it.
+    ///
+    /// # Errors
+    /// It is switched off.
+    pub fn root(&self) -> Result<PathBuf> {
+        Ok(PathBuf::from(format!("/proc/{}/root", self.machine()?.pid())))
+    }
+
     fn file(&self, name: &str) -> String {
         self.dir.join(name).display().to_string()
     }

@@ -19,8 +19,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 use nix::unistd::Pid;
 
-/// The steps: all calls by which the driver looks at or changes a disk or a mount.
-const CALLS: [(libc::c_long, &str); 20] = [
+/// The steps: all calls by which the driver looks at or changes a disk or a mount, or starts a thread that does.
+const CALLS: [(libc::c_long, &str); 25] = [
     // glibc calls renameat where renameat2 has no flags.
     (libc::SYS_renameat, "renameat"),
     (libc::SYS_syncfs, "syncfs"),
@@ -42,6 +42,11 @@ const CALLS: [(libc::c_long, &str); 20] = [
     (libc::SYS_ioctl, "ioctl"),
     (libc::SYS_openat, "openat"),
     (libc::SYS_quotactl_fd, "quotactl_fd"),
+    (libc::SYS_read, "read"),
+    (libc::SYS_pread64, "pread64"),
+    (libc::SYS_lseek, "lseek"),
+    (libc::SYS_flock, "flock"),
+    (libc::SYS_clone3, "clone3"),
 ];
 
 /// What to do at a step.
@@ -280,7 +285,7 @@ fn decide(call: &libc::seccomp_notif, plan: &Mutex<Plan>) -> Option<Fault> {
 
 /// Not sockets, logs and event counters.
 fn is_step(call: &libc::seccomp_notif, name: &str) -> bool {
-    if !matches!(name, "write" | "ioctl") {
+    if !matches!(name, "write" | "ioctl" | "read" | "pread64" | "lseek") {
         return true;
     }
     let link = format!("/proc/{}/fd/{}", call.pid, call.data.args[0]);

@@ -7,22 +7,37 @@ use super::faults::{Fault, Step};
 use super::scene::{Call, Scene, start};
 use super::wait_until;
 
-/// A call must have at least so many steps, or some are not seen any more.
+/// A call must have at least so many steps, and these among them, or some are not seen any more.
 fn check_count(call: Call, steps: &[&str]) {
-    let least = match call {
-        Call::Create => 10,
-        Call::FirstPublish => 20,
-        Call::LaterPublish => 10,
-        Call::Expand => 8,
-        Call::Unpublish => 6,
-        Call::DeleteUnused => 8,
-        Call::DeleteAndErase => 20,
+    let (least, names): (usize, &[&str]) = match call {
+        Call::Create => (10, &["mkdirat", "write", "fsync", "renameat2"]),
+        Call::FirstPublish => (
+            20,
+            &[
+                "mkdirat",
+                "fchmod",
+                "write",
+                "fsync",
+                "renameat",
+                "open_tree",
+                "mount_setattr",
+                "move_mount",
+            ],
+        ),
+        Call::LaterPublish => (12, &["mkdirat", "open_tree", "mount_setattr", "move_mount"]),
+        Call::Expand => (8, &["write", "fsync", "renameat"]),
+        Call::Unpublish => (7, &["umount2", "unlinkat"]),
+        Call::DeleteUnused => (15, &["renameat2", "fsync", "getdents64", "unlinkat"]),
+        Call::DeleteAndErase => (60, &["renameat2", "fsync", "getdents64", "unlinkat"]),
     };
     assert!(
         steps.len() >= least,
         "{call:?} has only {} steps: {steps:?}",
         steps.len()
     );
+    for name in names {
+        assert!(steps.contains(name), "{call:?} has no {name}: {steps:?}");
+    }
 }
 
 /// Dies before every step of `call`. Afterwards the volume is wholly there or wholly not, what was answered holds, the same
