@@ -408,15 +408,25 @@ impl Lab {
 
     /// Sends a signal to the processes of hostdir on a node that run this command.
     pub(crate) fn signal_drivers(&self, node: usize, command: &str, signal: &str) {
+        self.for_drivers(node, command, &format!("kill -{signal} ${{p#/proc/}} || :"));
+    }
+
+    /// The processes of the driver on a node, by their directories in /proc.
+    pub(crate) fn driver_processes(&self, node: usize) -> String {
+        self.for_drivers(node, self.mode.command(), "echo $p")
+    }
+
+    /// Runs a shell command for each process of hostdir on a node that runs this command (`$p` is its directory in /proc).
+    fn for_drivers(&self, node: usize, command: &str, action: &str) -> String {
         // The command line tells them from the probes of the kubelet.
         let script = format!(
             "for p in /proc/[0-9]*; do
                 case \"$(tr '\\0' ' ' < $p/cmdline 2>/dev/null)\" in
-                '/hostdir {command} '*) kill -{signal} ${{p#/proc/}} || : ;;
+                '/hostdir {command} '*) {action} ;;
                 esac
             done"
         );
-        self.nodes[node].sh(&script).unwrap();
+        self.nodes[node].sh(&script).unwrap()
     }
 }
 

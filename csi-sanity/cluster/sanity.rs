@@ -74,7 +74,7 @@ impl Process {
         );
         let child = Command::new("setpriv")
             .args(["--pdeathsig", "KILL", "--"])
-            .arg(env!("CARGO_BIN_EXE_hostdir"))
+            .arg(hostdir_lab::harness::hostdir())
             .args(args)
             .arg(format!("--endpoint=unix://{}", socket.display()))
             .env("KUBECONFIG", &lab.kubeconfig)
@@ -86,7 +86,7 @@ impl Process {
 
     fn answers(&self) -> anyhow::Result<bool> {
         let endpoint = format!("--endpoint=unix://{}", self.socket.display());
-        let mut probe = Command::new(env!("CARGO_BIN_EXE_hostdir"));
+        let mut probe = Command::new(hostdir_lab::harness::hostdir());
         Ok(probe.args(["probe", "--ready", &endpoint]).output()?.status.success())
     }
 

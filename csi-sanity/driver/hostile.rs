@@ -651,7 +651,7 @@ fn one_bad_pool_does_not_stop_the_others() {
         .pool("bad", &scratch.path("no/disk"));
     let (_process, client) = start(&driver);
     client.probe().expect("sidecars end when this fails");
-    let probe = std::process::Command::new(env!("CARGO_BIN_EXE_hostdir"))
+    let probe = std::process::Command::new(hostdir_lab::harness::hostdir())
         .args(["probe", "--ready", "--endpoint"])
         .arg(format!("unix://{}", driver.socket.display()))
         .output()

@@ -192,6 +192,27 @@ fn the_log_is_json_and_has_no_secrets() {
 }
 
 #[needs(Root)]
+fn a_node_of_elected_mode_logs_no_secrets_either() {
+    let scratch = Scratch::new();
+    let driver = Driver::without_api_server(&scratch).pool("default", &scratch.path("pool"));
+    let (process, client) = start(&driver.arg("--log-level=trace"));
+    let publish = NodePublishVolumeRequest {
+        volume_id: "pvc-1".into(),
+        target_path: scratch.path("t").display().to_string(),
+        volume_capability: Some(capability(Mode::SingleNodeWriter, &[])),
+        secrets: map(&[("password", "s3cr3t-value")]),
+        volume_context: map(&[("csi.storage.k8s.io/serviceAccount.tokens", "t0k3n-value")]),
+        ..NodePublishVolumeRequest::default()
+    };
+    client.wait(client.node().node_publish_volume(publish)).unwrap_err();
+    let log = process.log();
+    assert!(log.contains("pvc-1"), "{log}");
+    for secret in ["s3cr3t", "t0k3n"] {
+        assert!(!log.contains(secret), "{secret} was logged");
+    }
+}
+
+#[needs(Root)]
 fn a_node_name_longer_than_a_label_has_a_topology_all_the_same() {
     let scratch = Scratch::new();
     let name = format!("{}.example.com", "n".repeat(100));
@@ -252,7 +273,7 @@ fn a_probe_says_whether_it_answers_and_whether_it_is_ready() {
     let scratch = Scratch::new();
     let driver = Driver::new(&scratch).pool("default", &scratch.path("absent/pool"));
     let probe = |ready: &[&str]| {
-        let output = std::process::Command::new(env!("CARGO_BIN_EXE_hostdir"))
+        let output = std::process::Command::new(hostdir_lab::harness::hostdir())
             .args(["probe", "--endpoint"])
             .arg(format!("unix://{}", driver.socket.display()))
             .args(ready)
@@ -336,7 +357,7 @@ fn of_self_test() -> CreateVolumeRequest {
 
 /// Runs `hostdir selftest`: what it prints, what it says of errors, and whether it passed.
 fn selftest(scratch: &Scratch, pool: &str) -> (String, String, bool) {
-    let output = std::process::Command::new(env!("CARGO_BIN_EXE_hostdir"))
+    let output = std::process::Command::new(hostdir_lab::harness::hostdir())
         .args(["selftest", "--pool", pool, "--endpoint"])
         .arg(format!("unix://{}", scratch.path("csi.sock").display()))
         .output()

@@ -127,7 +127,8 @@ pub fn set_hostdir(path: impl Into<PathBuf>) {
     let _ = HOSTDIR.set(path.into());
 }
 
-/// The main function of a test program: runs the tests of this crate, with `hostdir` as the program under test.
+/// The main function of a test program: runs the tests of this crate, with `hostdir` as the program under test, or the one that
+/// `HOSTDIR_BINARY` names.
 ///
 /// # Panics
 /// A thread cannot be started.
@@ -148,7 +149,7 @@ pub fn main_one_by_one(hostdir: &str) -> ExitCode {
 }
 
 fn run(hostdir: &str, arguments: Arguments) -> ExitCode {
-    set_hostdir(hostdir);
+    set_hostdir(std::env::var("HOSTDIR_BINARY").unwrap_or_else(|_| hostdir.to_owned()));
     let must_run = std::env::var_os("CI").is_some();
     let mut tests: Vec<&'static Test> = inventory::iter::<Test>
         .into_iter()
