@@ -165,7 +165,7 @@ fn run(hostdir: &str, arguments: Arguments) -> ExitCode {
                 Ok(())
             }),
             Some(Unmet::Never(why)) if !must_run => {
-                *skipped.entry(why).or_default() += 1;
+                *skipped.entry(why).or_default() += usize::from(is_selected(test, &arguments));
                 Trial::test(test.title(), || Ok(())).with_ignored_flag(true)
             }
             Some(Unmet::Never(why) | Unmet::Missing(why)) => Trial::test(test.title(), move || {
@@ -198,6 +198,18 @@ fn run(hostdir: &str, arguments: Arguments) -> ExitCode {
         );
     }
     conclusion.exit_code()
+}
+
+/// Whether the command line asks for a test, as `libtest_mimic` understands it.
+fn is_selected(test: &Test, arguments: &Arguments) -> bool {
+    let named = |name: &String| {
+        if arguments.exact {
+            test.title() == name
+        } else {
+            test.title().contains(name.as_str())
+        }
+    };
+    arguments.filter.as_ref().is_none_or(named) && !arguments.skip.iter().any(named)
 }
 
 impl Need {
