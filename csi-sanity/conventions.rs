@@ -32,7 +32,7 @@ fn sources(dir: &str) -> Vec<PathBuf> {
 
 /// The code of a file, without comments, with the paths of grouped imports spelled out: `use crate::{a::b, c}` has `crate::a::b`
 /// and `crate::c` in it.
-fn code(text: &str) -> String {
+fn code_in(text: &str) -> String {
     let lines = text.lines().map(|line| line.split("//").next().unwrap_or_default());
     let code = lines.collect::<Vec<_>>().join("\n");
     let imports = code
@@ -78,7 +78,7 @@ fn names(code: &str, word: &str) -> bool {
 #[test]
 fn grouped_imports_hide_nothing() {
     let text = "// nix\nuse crate::{config, csi::{Endpoint, probe::Question}};\nuse tokio::time;";
-    let code = code(text);
+    let code = code_in(text);
     for word in ["crate::csi", "crate::config", "crate::csi::probe", "tokio"] {
         assert!(names(&code, word), "{word} is not in {code}");
     }
@@ -145,10 +145,10 @@ fn dependencies_point_to_the_core_and_the_edges_never_meet() {
     ];
     for (dir, forbidden) in rules {
         for path in sources(dir) {
-            let code = code(&fs::read_to_string(&path).expect("read a source"));
+            let source = code_in(&fs::read_to_string(&path).expect("read a source"));
             for word in forbidden {
                 assert!(
-                    !names(&code, word),
+                    !names(&source, word),
                     "{} names {word}, which {dir} must not know",
                     path.display()
                 );
@@ -160,9 +160,9 @@ fn dependencies_point_to_the_core_and_the_edges_never_meet() {
 #[test]
 fn unsafe_code_is_in_one_directory() {
     for path in sources("src") {
-        let code = code(&fs::read_to_string(&path).expect("read a source"));
+        let source = code_in(&fs::read_to_string(&path).expect("read a source"));
         assert!(
-            path.starts_with(root().join("src/linux/sys")) || !names(&code, "unsafe"),
+            path.starts_with(root().join("src/linux/sys")) || !names(&source, "unsafe"),
             "{} has unsafe code",
             path.display()
         );
@@ -249,12 +249,10 @@ fn the_manifests_give_no_ghost_what_it_needs() {
         assert!(!manifests.contains(word), "{word} is in deploy/hostdir.yaml");
     }
     let documents: Vec<serde_json::Value> = serde_saphyr::from_multiple(&manifests).expect("YAML");
-    let roles = documents
+    let all = documents
         .iter()
         .filter(|object| object["kind"].as_str().is_some_and(|kind| kind.ends_with("Role")));
-    let rules: Vec<&serde_json::Value> = roles
-        .flat_map(|role| role["rules"].as_array().expect("rules"))
-        .collect();
+    let rules: Vec<&serde_json::Value> = all.flat_map(|role| role["rules"].as_array().expect("rules")).collect();
     let about_leases = rules
         .iter()
         .filter(|rule| list(&rule["resources"]).contains(&"leases".into()));

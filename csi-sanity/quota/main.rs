@@ -3,8 +3,6 @@
 //! This program runs on both sides: outside it starts machines ([`hostdir_lab::uml`]) in which it runs itself, with the tests that
 //! need `Guest`.
 
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
-
 mod inside;
 mod place;
 mod power;

@@ -22,7 +22,7 @@ use crate::volume::id::{PoolName, SELF_TEST};
 use crate::volume::size::Bytes;
 
 /// Longest time for one call: a slow disk syncs within it.
-const TIMEOUT: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_mins(1);
 const SIZE: i64 = 64 << 20;
 const CONTENT: &str = "written by one pod, read by the next\n";
 
@@ -66,7 +66,7 @@ impl SelfTest {
     async fn run(&mut self) -> bool {
         macro_rules! steps {
             ($($name:literal: $step:expr),+ $(,)?) => {
-                $( let start = Instant::now(); let ended = $step.await; if !self.note($name, start, ended) { return false; } )+
+                $( let start = Instant::now(); let ended = $step.await; if !self.note($name, start, &ended) { return false; } )+
             };
         }
         steps![
@@ -84,8 +84,8 @@ impl SelfTest {
         true
     }
 
-    fn note(&mut self, name: &str, start: Instant, ended: anyhow::Result<String>) -> bool {
-        let (result, detail) = match &ended {
+    fn note(&mut self, name: &str, start: Instant, ended: &anyhow::Result<String>) -> bool {
+        let (result, detail) = match ended {
             Ok(detail) => ("ok", detail.clone()),
             Err(error) => ("FAILED", format!("{error:#}")),
         };
@@ -151,7 +151,7 @@ impl SelfTest {
         let file = self.file();
         let read = tokio::task::spawn_blocking(move || std::fs::read_to_string(file)).await?;
         let text = read.with_context(|| format!("read {}", self.file().display()))?;
-        ensure!(text == CONTENT, "{:?} was written, and {text:?} read", CONTENT);
+        ensure!(text == CONTENT, "{CONTENT:?} was written, and {text:?} read");
         Ok("what was written".to_owned())
     }
 
@@ -186,7 +186,7 @@ impl SelfTest {
             .delete()
             .await
             .map(|_| format!("nothing is left of {}", self.volume));
-        self.note("clean up", start, deleted);
+        self.note("clean up", start, &deleted);
     }
 
     fn controller(&self) -> ControllerClient<Channel> {

@@ -132,6 +132,7 @@ pub fn set_hostdir(path: impl Into<PathBuf>) {
 ///
 /// # Panics
 /// A thread cannot be started.
+#[must_use]
 pub fn main(hostdir: &str) -> ExitCode {
     run(hostdir, Arguments::from_args())
 }
@@ -140,6 +141,7 @@ pub fn main(hostdir: &str) -> ExitCode {
 ///
 /// # Panics
 /// A thread cannot be started.
+#[must_use]
 pub fn main_one_by_one(hostdir: &str) -> ExitCode {
     let arguments = Arguments {
         test_threads: Some(1),

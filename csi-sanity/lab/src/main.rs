@@ -1,6 +1,7 @@
 //! A cluster to play in, with hostdir installed: `up [NODES]` and, from anywhere, `down`.
 
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail, ensure};
 use hostdir_lab::cluster::BUSYBOX_IMAGE;
@@ -12,7 +13,17 @@ use nix::unistd::Pid;
 /// Who runs the cluster.
 const PID_FILE: &str = "/run/hostdir-lab.pid";
 
-fn main() -> Result<()> {
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("hostdir-lab: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["up"] => up(3),

@@ -41,7 +41,14 @@ const OWN: &[&str] = &["test", "--locked", "--package", "hostdir-prove"];
 const QUOTA: &[&str] = &["test", "--locked", "--no-fail-fast", "--test", "quota"];
 const CLUSTER: &[&str] = &["test", "--locked", "--no-fail-fast", "--test", "cluster"];
 
-fn main() -> Result<ExitCode> {
+fn main() -> ExitCode {
+    run().unwrap_or_else(|error| {
+        eprintln!("prove: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+fn run() -> Result<ExitCode> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         [] => prove(true),

@@ -12,11 +12,11 @@ pub fn needs(needs: TokenStream, item: TokenStream) -> TokenStream {
             .parse()
             .unwrap_or_default();
     };
-    let needs: String = needs
-        .into_iter()
-        .filter(|tree| matches!(tree, TokenTree::Ident(_)))
-        .map(|need| format!("::hostdir_lab::harness::Need::{need},"))
+    let idents = needs.into_iter().filter(|tree| matches!(tree, TokenTree::Ident(_)));
+    let needs: Vec<String> = idents
+        .map(|need| format!("::hostdir_lab::harness::Need::{need}"))
         .collect();
+    let needs = needs.join(", ");
     let test = format!(
         "::hostdir_lab::harness::inventory::submit! {{ ::hostdir_lab::harness::Test {{
             name: concat!(module_path!(), \"::\", stringify!({name})), needs: &[{needs}], run: {name},

@@ -1,7 +1,7 @@
 //! A process whose system calls are in our hands: any of them can be made to fail, or the process to die before it.
 //!
 //! The driver under test is the ordinary binary. A seccomp filter, installed between fork and exec, sends each call of
-//! [`CALLS`] to a listener here (`SECCOMP_RET_USER_NOTIF`, seccomp_unotify(2)); a thread lets it pass, answers with an
+//! `CALLS` to a listener here (`SECCOMP_RET_USER_NOTIF`, seccomp_unotify(2)); a thread lets it pass, answers with an
 //! error in its place, or kills the process while the call has not yet happened.
 #![expect(unsafe_code, reason = "seccomp has no safe wrapper")]
 

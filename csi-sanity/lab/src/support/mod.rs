@@ -2,9 +2,9 @@
 #![expect(missing_docs, reason = "these are the words of tests")]
 #![expect(
     clippy::must_use_candidate,
+    clippy::return_self_not_must_use,
     clippy::missing_errors_doc,
     clippy::missing_panics_doc,
-    clippy::unwrap_used,
     reason = "a test that cannot go on has failed"
 )]
 
