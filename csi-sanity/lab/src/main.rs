@@ -56,8 +56,11 @@ fn up(nodes: usize) -> Result<()> {
     std::fs::remove_file(PID_FILE).context("remove the file with the process id")
 }
 
-/// hostdir is built where this program is.
+/// hostdir is built where this program is, unless `HOSTDIR_BINARY` names another.
 fn build_hostdir() -> Result<PathBuf> {
+    if let Some(binary) = std::env::var_os("HOSTDIR_BINARY") {
+        return Ok(binary.into());
+    }
     let status = prove::cargo()
         .args(["build", "--locked", "--bin", "hostdir"])
         .status()
