@@ -1,4 +1,4 @@
-//! Conventions that no lint knows: who may know whom, what the README says, and that what is generated is current.
+//! Conventions that no lint knows: who may know whom, what the READMEs say, and that what is generated is current.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -170,58 +170,99 @@ fn unsafe_code_is_in_one_directory() {
 }
 
 #[test]
-fn the_readme_has_the_commands_that_ci_and_people_run() {
+fn the_readmes_have_the_commands_that_ci_and_people_run() {
     let readme = read("README.md");
+    let words = readme.split_whitespace().count();
+    assert!(
+        words <= 1200,
+        "README has {words} words; what is not for everybody belongs elsewhere"
+    );
     let test = "cargo test --locked";
     assert!(
         readme.contains(test) && read(".ci/run").contains(test),
         "README and .ci/run run other tests"
     );
-    for name in ["cargo prove", "cargo test --lib"] {
-        assert!(readme.contains(name), "README does not name {name}");
+    for (file, command) in [
+        ("README.md", "cargo prove"),
+        (".ci/run", "cargo prove rest"),
+        ("csi-sanity/README.md", "cargo test --lib"),
+        ("csi-sanity/README.md", "cargo prove prepare"),
+    ] {
+        assert!(read(file).contains(command), "{file} does not name {command}");
     }
-    let readme_has = |word: &str| readme.contains(&format!("`{word}")) || readme.contains(&format!(", `{word}"));
-    for command in ["local", "node", "controller", "probe", "selftest", "leader"] {
-        for flag in flags_of(command) {
-            assert!(readme_has(&flag), "README does not explain {flag} of hostdir {command}");
+}
+
+#[test]
+fn links_between_the_readmes_lead_somewhere() {
+    for file in ["README.md", "deploy/README.md", "csi-sanity/README.md"] {
+        let text = read(file);
+        let dir = Path::new(file).parent().expect("a file is in a directory");
+        for link in text
+            .split("](")
+            .skip(1)
+            .filter_map(|rest| Some(rest.split_once(')')?.0))
+        {
+            if link.starts_with("https://") {
+                continue;
+            }
+            let (path, heading) = link.split_once('#').unwrap_or((link, ""));
+            let target = if path.is_empty() { file.into() } else { dir.join(path) };
+            let target = read(&target.to_string_lossy());
+            let headings = target.lines().filter_map(|line| line.strip_prefix('#'));
+            let mut anchors = headings.map(|line| anchor(line.trim_start_matches('#').trim()));
+            assert!(
+                heading.is_empty() || anchors.any(|anchor| anchor == heading),
+                "{file} links to {link}"
+            );
         }
     }
-    // What a StorageClass may say, and what a pool's entry in the configuration may: as the schema of the chart has both.
+}
+
+/// What a heading is called in a link: lower case, without punctuation, with dashes for spaces.
+fn anchor(heading: &str) -> String {
+    let kept = heading.chars().filter(|c| c.is_alphanumeric() || " -".contains(*c));
+    kept.collect::<String>().to_lowercase().replace(' ', "-")
+}
+
+/// What a StorageClass may say, and what a pool's entry in the configuration may: as the schema of the chart has both.
+#[test]
+fn every_parameter_and_every_key_of_a_pool_is_explained() {
+    let readme = read("deploy/README.md");
     let schema: serde_json::Value = serde_json::from_str(&read("deploy/chart/values.schema.json")).expect("JSON");
     let keys = |pointer: &str| -> Vec<String> {
         let object = schema.pointer(pointer).and_then(serde_json::Value::as_object);
-        object
+        let keys = object
             .unwrap_or_else(|| panic!("{pointer} is not in the schema"))
-            .keys()
-            .cloned()
-            .collect()
+            .keys();
+        keys.cloned().collect()
     };
     for key in keys("/properties/storageClasses/items/properties/parameters/properties") {
         assert!(
             readme.contains(&format!("`{key}`")),
-            "README does not explain the parameter {key}"
+            "the parameter {key} is not explained"
         );
     }
     for key in keys("/properties/pools/items/properties") {
         let line = |line: &str| line.trim_start_matches([' ', '-']).starts_with(&format!("{key}:"));
-        assert!(readme.lines().any(line), "README does not show {key} of a pool");
+        assert!(readme.lines().any(line), "{key} of a pool is not shown");
     }
 }
 
-/// The flags of a command of hostdir, as `--help` lists them.
-fn flags_of(command: &str) -> Vec<String> {
-    let output = Command::new(env!("CARGO_BIN_EXE_hostdir"))
-        .args([command, "--help"])
-        .output();
-    let help = String::from_utf8(output.expect("run hostdir").stdout).expect("text");
-    let words = help.lines().filter_map(|line| {
-        let line = line.trim_start();
-        line.starts_with('-')
-            .then(|| line.split_whitespace().find(|word| word.starts_with("--")))?
-    });
-    let flags: Vec<String> = words.filter(|flag| *flag != "--help").map(str::to_owned).collect();
-    assert!(!flags.is_empty(), "{help}");
-    flags
+#[test]
+fn every_flag_has_its_help() {
+    use clap::CommandFactory as _;
+    let command = hostdir::config::Cli::command();
+    for command in command.get_subcommands() {
+        assert!(command.get_about().is_some(), "hostdir {}: no help", command.get_name());
+        for flag in command.get_arguments() {
+            assert!(
+                flag.get_help().is_some(),
+                "hostdir {} {}: no help",
+                command.get_name(),
+                flag.get_id()
+            );
+        }
+    }
 }
 
 #[test]

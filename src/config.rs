@@ -195,7 +195,7 @@ pub struct LocalArgs {
     #[arg(long = "pool", value_name = "NAME=PATH")]
     pools: Vec<PoolArg>,
 
-    /// A YAML file that describes pools more closely: see the README
+    /// A YAML file that describes pools more closely: see deploy/README.md
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
 

@@ -360,7 +360,7 @@ fn scenario_5_deletes_wait_for_nodes_that_are_off_and_not_for_those_that_are_gon
     lab.running("kept");
     assert_eq!(lab.exec("kept", "cat /data/file").unwrap(), "kept\n");
 
-    // An administrator takes the orphan away, as the README says.
+    // An administrator takes the orphan away, as deploy/README.md says.
     lab.nodes[0]
         .sh(&format!("rm -r {}/volumes/{gone}", lab.mode.pool()))
         .unwrap();

@@ -189,7 +189,7 @@ fn scenario_4_deleted_is_gone_and_retained_is_kept(mode: Mode) {
         Ok(lab.capacity(mode.release(), "node-1")? + (1 << 30) > before)
     });
 
-    // Retain: the data stays, and a claim made for the volume has it again, as the README says.
+    // Retain: the data stays, and a claim made for the volume has it again, as deploy/README.md says.
     lab.apply(&[class(lab.mode.driver(), "kept", &json!({}), "Retain", &[])]);
     lab.apply(&[
         claim_of("kept", "10Mi", "kept", "ReadWriteOnce"),

@@ -120,7 +120,7 @@ pub(super) fn ids_in_use_are_given_to_nobody(place: &Place) {
 }
 
 /// The kernel lets an owner take a file out of its project, unless in a user namespace (`fileattr_set_prepare`, fs/file_attr.c):
-/// what the README tells people to do about tenants they do not trust.
+/// what deploy/README.md tells people to do about tenants they do not trust.
 pub(super) fn in_a_user_namespace_no_file_leaves_its_project(place: &Place) {
     let served = place.start();
     let target = served.volume("kept", 16);

@@ -85,7 +85,7 @@ fn holder(reading: &Reading, lease: &Lease) -> (String, bool) {
             "nobody leads: the Lease has expired, and whichever sidecar is well takes it within seconds".to_owned()
         }
         Some(guilt) => {
-            format!("it must not lead: {guilt}. A controller that can lead takes over; the README says when")
+            format!("it must not lead: {guilt}. A controller that can lead takes over; deploy/README.md says when")
         }
         None => "it leads".to_owned(),
     };
