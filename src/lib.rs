@@ -40,7 +40,7 @@
 //! volume's name; nothing is on any disk. NodePublishVolume mounts a volume that is on the disk without the API server. Else the
 //! HostVolume is looked up, its record is written to the pool, the HostVolume is marked `Ready` with the id of the pool, and only
 //! then `data/` is made. DeleteVolume deletes the HostVolume by its UID; its node moves the data into `trash/` and takes its finalizer
-//! off, and then the controller answers. A volume that is not `Ready` has no data and needs no node.
+//! off, and then the controller answers. A volume that is `Claimed` has no data and needs no node.
 //!
 //! # What holds
 //!
