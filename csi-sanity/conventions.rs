@@ -157,6 +157,26 @@ fn dependencies_point_to_the_core_and_the_edges_never_meet() {
     }
 }
 
+/// There nobody would run it: their harness is ours.
+#[test]
+fn tests_of_the_lab_say_what_they_need() {
+    for dir in [
+        "csi-sanity/driver",
+        "csi-sanity/quota",
+        "csi-sanity/cluster",
+        "csi-sanity/lab",
+    ] {
+        for path in sources(dir) {
+            let text = fs::read_to_string(&path).expect("read a source");
+            assert!(
+                !text.contains("#[test]"),
+                "{} has a #[test]: write #[needs()]",
+                path.display()
+            );
+        }
+    }
+}
+
 #[test]
 fn unsafe_code_is_in_one_directory() {
     for path in sources("src") {

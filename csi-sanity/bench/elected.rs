@@ -40,6 +40,7 @@ fn main() -> anyhow::Result<()> {
         println!("SKIPPED: the benchmark needs root, to make a cluster");
         return Ok(());
     }
+    hostdir_lab::harness::set_hostdir(env!("CARGO_BIN_EXE_hostdir"));
     let cluster = Cluster::up(0)?;
     cluster.join_network()?;
     let scratch = tempfile::tempdir()?;

@@ -13,8 +13,8 @@ use serde_json::{Value, json};
 
 use crate::lab::{Lab, Mode, PATIENCE, lab, report};
 use crate::objects::{claim_of, class, on_node, pod};
-use crate::scale::{SetOnDrop, many};
-use hostdir_lab::needs;
+use crate::scale::many;
+use hostdir_lab::{SetOnDrop, needs};
 
 /// Another node than that of the leader, by number.
 fn node_without_leader(lab: &Lab) -> (usize, String) {
@@ -328,7 +328,7 @@ fn scenario_5_deletes_wait_for_nodes_that_are_off_and_not_for_those_that_are_gon
         .run(&["delete", "pvc", "gone", "-n", &lab.namespace, "--wait=false"])
         .unwrap();
     lab.wait("the delete of a node that is gone lands", || {
-        Ok(lab.kubectl().get(&["pv", &gone]).is_err() && lab.kubectl().get(&["hostvolume", &gone]).is_err())
+        Ok(lab.kubectl().is_gone(&["pv", &gone])? && lab.kubectl().is_gone(&["hostvolume", &gone])?)
     });
     report(&format!(
         "gone {:.0?} after the Node, with a grace of 20 s",
@@ -378,14 +378,12 @@ fn scenario_5_deletes_wait_for_nodes_that_are_off_and_not_for_those_that_are_gon
 struct Disks<'a>(&'a Lab);
 
 impl Disks<'_> {
-    const DIR: &'static str = "/tmp/hostdir-disks";
-
     fn sh(&self, node: usize, script: &str) -> String {
         self.0.nodes[node].sh(script).unwrap()
     }
 
     fn plug(&self, node: usize, disk: &str) {
-        let dir = format!("{}/{disk}", Self::DIR);
+        let dir = format!("{}/{disk}", self.0.shared_dir().display());
         let script = format!("mkdir -p {dir}/hostdir /mnt/disk && mount --bind {dir} /mnt/disk");
         self.sh(node, &script);
     }
@@ -425,7 +423,7 @@ impl Drop for Disks<'_> {
         for node in [1, 2] {
             let _ = self.0.nodes[node].sh("umount -l /mnt/disk; rm -rf /mnt/disk");
         }
-        let _ = self.0.nodes[0].sh(&format!("rm -rf {}", Self::DIR));
+        let _ = self.0.nodes[0].sh(&format!("rm -rf {}", self.0.shared_dir().display()));
     }
 }
 
@@ -437,7 +435,7 @@ fn scenario_6_a_disk_that_is_another_is_never_taken_for_the_one_it_was() {
         "6. disks swapped, missing and fresh: right or refused",
     );
     let disks = Disks(&lab);
-    disks.sh(0, &format!("rm -rf {}", Disks::DIR));
+    disks.sh(0, &format!("rm -rf {}", lab.shared_dir().display()));
     disks.plug(1, "a");
     disks.plug(2, "b");
     lab.install(&[
@@ -589,7 +587,7 @@ fn a_claim_that_nobody_ever_used_is_swept_and_others_are_not() {
     };
     lab.kubectl().apply(&left("pvc-left-behind").to_string()).unwrap();
     lab.wait("what was left behind is swept", || {
-        Ok(lab.kubectl().get(&["hostvolume", "pvc-left-behind"]).is_err())
+        lab.kubectl().is_gone(&["hostvolume", "pvc-left-behind"])
     });
     // The claim that is bound is as old by now.
     assert!(

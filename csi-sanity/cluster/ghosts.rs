@@ -17,8 +17,7 @@ use serde_json::{Value, json};
 use crate::elected::{Holder, token};
 use crate::lab::{Lab, Mode, PATIENCE, Thaw, is_ready, lab, report};
 use crate::objects::{claim_of, class, on_node, pod};
-use crate::scale::SetOnDrop;
-use hostdir_lab::needs;
+use hostdir_lab::{SetOnDrop, needs};
 
 const LEASE: &str = "hostdir-csi";
 const RESIZER_LEASE: &str = "external-resizer-hostdir-csi";
@@ -425,7 +424,7 @@ fn ghost_1_a_removed_node_whose_containers_live_on() {
             log.contains("this controller is a ghost") && log.contains("does not exist any more"),
             "{log}"
         );
-        let gone = || Ok(story.lab.kubectl().get(&["pod", &ghost, "-n", NAMESPACE]).is_err());
+        let gone = || story.lab.kubectl().is_gone(&["pod", &ghost, "-n", NAMESPACE]);
         story.lab.wait("its Pod is gone", gone);
         story.tell("the ghost's Pod object is gone");
         story.binds_within(Instant::now(), 15, "its Pod's end");

@@ -380,8 +380,8 @@ impl Lab {
 
     /// The directory of a volume, on a node.
     pub(crate) fn is_on_node(&self, node: usize, volume: &str) -> bool {
-        let script = format!("test -d {}/volumes/{volume}", self.mode.pool());
-        self.nodes[node].sh(&script).is_ok()
+        let script = format!("if test -d {}/volumes/{volume}; then echo yes; fi", self.mode.pool());
+        !self.nodes[node].sh(&script).unwrap().is_empty()
     }
 
     /// A file of a volume, from its node's root.

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use hostdir_lab::SetOnDrop;
 use serde_json::Value;
 
 use crate::lab::{Lab, Mode, in_both_modes, lab, report};
@@ -71,14 +72,6 @@ pub(crate) fn many(lab: &Lab, count: usize, node: Option<&str>, meanwhile: impl 
         lab.nothing_is_left();
         report(&format!("all gone in {:.1?}", start.elapsed()));
     });
-}
-
-pub(crate) struct SetOnDrop<'a>(pub(crate) &'a AtomicBool);
-
-impl Drop for SetOnDrop<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
 }
 
 /// A claim, a PersistentVolume, a directory, a mount: as many of each.

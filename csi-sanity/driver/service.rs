@@ -313,7 +313,7 @@ fn a_self_test_takes_a_volume_through_its_life_as_the_readme_shows() {
 
     let (table, errors, passed) = selftest(&scratch, "fast");
     assert!(
-        !passed && table.contains("there is no pool fast") && errors.contains("pool fast failed"),
+        !passed && table.contains("there is no pool fast") && errors.contains("the self-test failed: pool fast"),
         "{table}{errors}"
     );
 }

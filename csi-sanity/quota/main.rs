@@ -9,14 +9,14 @@ mod power;
 mod scenarios;
 mod wishes;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
 
-use hostdir_lab::disk::{Filesystem, enable_btrfs_quotas, run};
-use hostdir_lab::scene::{Call, Scene};
-use hostdir_lab::uml::{Files, Machine};
-use hostdir_lab::{Scratch, needs, steps};
+use hostdir_lab::disk::{Filesystem, enable_btrfs_quotas, known_to_quotas, run};
+use hostdir_lab::scene::{Call, Scene, start};
+use hostdir_lab::uml::{self, Files, Machine};
+use hostdir_lab::{Scratch, needs, steps, wait_until};
 use nix::errno::Errno;
 use place::Place;
 
@@ -61,35 +61,46 @@ fn failure_at_every_step_leaves_limits_and_projects_whole_on_xfs() {
 /// The calls that change what quotas know.
 #[needs(Guest)]
 fn guest_dies_at_every_step() {
-    let scene = Scene::new();
-    for call in [Call::FirstPublish, Call::Expand, Call::DeleteAndErase] {
-        steps::dies_at_every_step(&scene, call);
-    }
+    let calls = [Call::FirstPublish, Call::Expand, Call::DeleteAndErase];
+    break_every_step(uml::filesystem(), uml::DISK.as_ref(), &calls, steps::dies_at_every_step);
 }
 
 #[needs(Guest)]
 fn guest_fails_at_every_step() {
-    let scene = Scene::new();
-    for call in [Call::FirstPublish, Call::Expand] {
-        steps::fails_at_every_step(&scene, call, Errno::EIO);
-    }
+    let calls = [Call::FirstPublish, Call::Expand];
+    break_every_step(uml::filesystem(), uml::DISK.as_ref(), &calls, fails_at_every_step);
 }
 
 #[needs(Root, Btrfs)]
 fn death_at_every_step_leaves_quota_groups_whole_on_btrfs_of_this_machine() {
     let scratch = Scratch::new();
-    let scene = Scene::new_in(&btrfs(&scratch, false));
-    for call in Call::ALL {
-        steps::dies_at_every_step(&scene, call);
-    }
+    let disk = btrfs(&scratch, false);
+    break_every_step(Filesystem::Btrfs, &disk, &Call::ALL, steps::dies_at_every_step);
 }
 
 #[needs(Root, Btrfs)]
 fn failure_at_every_step_leaves_quota_groups_whole_on_btrfs_of_this_machine() {
     let scratch = Scratch::new();
-    let scene = Scene::new_in(&btrfs(&scratch, false));
-    for call in Call::ALL {
-        steps::fails_at_every_step(&scene, call, Errno::EIO);
+    let disk = btrfs(&scratch, false);
+    break_every_step(Filesystem::Btrfs, &disk, &Call::ALL, fails_at_every_step);
+}
+
+fn fails_at_every_step(scene: &Scene, call: Call) {
+    steps::fails_at_every_step(scene, call, Errno::EIO);
+}
+
+/// Breaks every step of calls on a pool that requires quotas: each volume is then held to its size, or is refused. In the end quotas know
+/// nothing that they did not know before.
+fn break_every_step(filesystem: Filesystem, disk: &Path, calls: &[Call], break_steps: fn(&Scene, Call)) {
+    let before = known_to_quotas(filesystem, disk);
+    let scene = Scene::with_quotas_in(disk);
+    for call in calls {
+        break_steps(&scene, *call);
+        // What the last process had no time for, the next one does when it opens the pool.
+        let (_process, _client) = start(&scene.healthy());
+        wait_until("quotas know of no volume", || {
+            known_to_quotas(filesystem, disk) == before
+        });
     }
 }
 

@@ -11,7 +11,7 @@ use hostdir::csi::proto::volume_usage::Unit;
 use hostdir::csi::proto::{CapacityRange, CreateVolumeRequest};
 
 use hostdir_lab::client::{create_request, map};
-use hostdir_lab::disk::{Filesystem, run};
+use hostdir_lab::disk::{self, Filesystem};
 use hostdir_lab::scene::start;
 use hostdir_lab::scratch::names;
 use hostdir_lab::{Client, DEADLINE, Driver, Process, Scratch};
@@ -110,34 +110,9 @@ impl Place {
         }
     }
 
-    /// Ids that quotas know of on the whole disk, but for those of the filesystem itself: projects or subvolumes.
+    /// Ids that quotas know of on the whole disk: see [`disk::known_to_quotas`].
     pub(super) fn known_to_quotas(&self) -> Vec<u64> {
-        if !self.filesystem.has_projects() {
-            // The kernel forgets the group of a subvolume after the commit that follows its end, which this calls for.
-            run(Command::new("btrfs").args(["filesystem", "sync"]).arg(&self.disk));
-            let shown = run(Command::new("btrfs").args(["filesystem", "show"]).arg(&self.disk));
-            let uuid = shown
-                .split_whitespace()
-                .skip_while(|word| *word != "uuid:")
-                .nth(1)
-                .expect("a UUID");
-            let groups = names(Path::new("/sys/fs/btrfs").join(uuid).join("qgroups"));
-            return groups
-                .iter()
-                .filter_map(|name| name.split_once('_')?.1.parse().ok())
-                .filter(|id| *id >= 256)
-                .collect();
-        }
-        run(Command::new("sync").arg("-f").arg(&self.disk));
-        let report = run(Command::new("repquota").args(["-P", "-n", "-v"]).arg(&self.disk));
-        let ids = report.lines().filter_map(|line| {
-            let fields: Vec<&str> = line.split_whitespace().collect();
-            let id: u64 = fields.first()?.strip_prefix('#')?.parse().ok()?;
-            // Flags, then used, soft and hard blocks and inodes; a grace time is there when a limit is passed.
-            let counts: Vec<u64> = fields[2..].iter().filter_map(|field| field.parse().ok()).collect();
-            (id != 0 && counts.iter().any(|count| *count > 0)).then_some(id)
-        });
-        ids.collect()
+        disk::known_to_quotas(self.filesystem, &self.disk)
     }
 }
 

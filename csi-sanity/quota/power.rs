@@ -192,10 +192,22 @@ fn guest_load() {
             scope.spawn(move || {
                 let client = Client::connect(socket).expect("connect");
                 let random = fastrand::Rng::with_seed(seed ^ thread as u64);
+                let _failure = NoteFailure(journal);
                 work(place, &client, journal, now, thread, random);
             });
         }
     });
+}
+
+/// Notes that a thread has failed. The others go on until the power is cut; who reads the journal then, knows no such line.
+struct NoteFailure<'a>(&'a Journal);
+
+impl Drop for NoteFailure<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.note("failed a-call of-the-load");
+        }
+    }
 }
 
 /// Makes, fills, grows and deletes volumes until the power goes.

@@ -15,7 +15,7 @@ use tonic::Code;
 use super::place::{MIB, Place, as_in_a_container, fill, user_writes};
 use hostdir_lab::disk::run;
 use hostdir_lab::scratch::names;
-use hostdir_lab::{Client, wait_until};
+use hostdir_lab::{Client, SetOnDrop, wait_until};
 
 /// A scenario, and what it is called.
 type Named = (&'static str, fn(&Place));
@@ -85,6 +85,7 @@ pub(super) fn a_volume_grows_while_it_is_written_to(place: &Place) {
                 }
             });
         });
+        let _stop = SetOnDrop(&stop);
         wait_until("it is nearly full", || written.load(Ordering::Relaxed) >= 12 * MIB);
         served.expand("growing", 32);
         wait_until("the writer goes on", || written.load(Ordering::Relaxed) > 20 * MIB);

@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
+use tokio::task::spawn_blocking;
+use tokio::time::timeout;
 use tonic::transport::Channel;
 use tonic::{Code, Response, Status};
 
@@ -23,6 +25,8 @@ use crate::volume::size::Bytes;
 
 /// Longest time for one call: a slow disk syncs within it.
 const TIMEOUT: Duration = Duration::from_mins(1);
+/// What is said of a disk that does not answer in that time.
+const HANGS: &str = "the disk does not answer";
 const SIZE: i64 = 64 << 20;
 const CONTENT: &str = "written by one pod, read by the next\n";
 
@@ -38,10 +42,12 @@ pub async fn selftest(endpoint: &Endpoint, pool: &PoolName) -> anyhow::Result<(S
         volume: volume_of(pool),
         // In a container this is the one directory that can be written to, and a mount there reaches nobody else.
         target: endpoint.path().with_extension(format!("selftest-{pool}")),
+        created: false,
         table: format!("{:<21} {:<7} {:>8}  {}\n", "STEP", "RESULT", "TIME", "DETAIL"),
     };
     let passed = test.run().await;
-    if !passed {
+    // Only what this self-test has made, or found of an earlier one.
+    if !passed && test.created {
         test.clean_up().await;
     }
     Ok((test.table, passed))
@@ -58,6 +64,7 @@ struct SelfTest {
     pool: String,
     volume: String,
     target: PathBuf,
+    created: bool,
     table: String,
 }
 
@@ -114,7 +121,7 @@ impl SelfTest {
         Ok(format!("pool {} has room for {room}", self.pool))
     }
 
-    async fn create(&self) -> anyhow::Result<String> {
+    async fn create(&mut self) -> anyhow::Result<String> {
         let request = CreateVolumeRequest {
             name: self.volume.clone(),
             capacity_range: Some(CapacityRange {
@@ -127,6 +134,7 @@ impl SelfTest {
         };
         let volume = answer(self.controller().create_volume(request).await)?.volume;
         let volume = volume.context("the answer has no volume")?;
+        self.created = true;
         let size = Bytes(volume.capacity_bytes.try_into().unwrap_or_default());
         Ok(format!("{}, {size}", volume.volume_id))
     }
@@ -139,18 +147,28 @@ impl SelfTest {
             ..NodePublishVolumeRequest::default()
         };
         answer(NodeClient::new(self.channel.clone()).node_publish_volume(request).await)?;
+        // Without it the next steps would write beside the volume.
+        ensure!(
+            is_mount_point(&self.target)?,
+            "hostdir has mounted it, but nothing is mounted at {} here; run the self-test where hostdir runs",
+            self.target.display()
+        );
         Ok(format!("at {}", self.target.display()))
     }
 
     async fn write(&self) -> anyhow::Result<String> {
         let file = self.file();
-        tokio::task::spawn_blocking(move || write_durably(&file)).await?
+        timeout(TIMEOUT, spawn_blocking(move || write_durably(&file)))
+            .await
+            .context(HANGS)??
     }
 
     async fn read(&self) -> anyhow::Result<String> {
         let file = self.file();
-        let read = tokio::task::spawn_blocking(move || std::fs::read_to_string(file)).await?;
-        let text = read.with_context(|| format!("read {}", self.file().display()))?;
+        let read = timeout(TIMEOUT, spawn_blocking(move || std::fs::read_to_string(file))).await;
+        let text = read
+            .context(HANGS)??
+            .with_context(|| format!("read {}", self.file().display()))?;
         ensure!(text == CONTENT, "{CONTENT:?} was written, and {text:?} read");
         Ok("what was written".to_owned())
     }
@@ -196,6 +214,14 @@ impl SelfTest {
     fn file(&self) -> PathBuf {
         self.target.join("file")
     }
+}
+
+/// Whether something is mounted exactly there, as this process sees it (proc(5), mountinfo).
+fn is_mount_point(path: &Path) -> anyhow::Result<bool> {
+    let table = std::fs::read_to_string("/proc/self/mountinfo").context("cannot read the mount table")?;
+    // A space is escaped there.
+    let path = path.display().to_string().replace(' ', "\\040");
+    Ok(table.lines().any(|line| line.split(' ').nth(4) == Some(path.as_str())))
 }
 
 fn write_durably(file: &Path) -> anyhow::Result<String> {

@@ -274,7 +274,12 @@ fn found(agent: &Agent, promise: &Promise) -> Result<(), Reason> {
 
 /// Volumes on the pools that no HostVolume speaks of. What never had data is discarded; the rest is only named.
 fn find_orphans(agent: &Agent, driver: &Driver, held: Vec<Held>) -> Vec<Held> {
-    let unpromised: Vec<Held> = held.into_iter().filter(|held| !is_promised(agent, held)).collect();
+    let of_self_test =
+        |held: &Held| held.id.is_of_self_test() && held.record.as_ref().is_some_and(|record| record.uid.is_none());
+    let unpromised: Vec<Held> = held
+        .into_iter()
+        .filter(|held| !is_promised(agent, held) && !of_self_test(held))
+        .collect();
     if unpromised.is_empty() {
         return unpromised;
     }

@@ -34,6 +34,10 @@ impl Control for SelfTest {
 
     fn delete(&self, id: &VolumeId) -> Result<(), Error> {
         self.only_self_tests(id)?;
+        // One of such a name that a HostVolume speaks of is no self-test's.
+        if self.0.get(id).is_ok_and(|volume| volume.uid.is_some()) {
+            return Err(self.refuse(Some(id)));
+        }
         self.0.delete(id)
     }
 

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result};
 use nix::sched::{CloneFlags, setns};
@@ -162,6 +162,7 @@ impl Cluster {
             "--create-namespace",
             // What a scenario has patched by hand is the chart's again.
             "--force-conflicts",
+            "--take-ownership",
         ];
         // Capacity is looked at by those who wait: every five seconds and not every minute.
         for setting in [&["provisioner.capacityPollInterval=\"5s\""], settings].concat() {
@@ -199,6 +200,12 @@ impl Cluster {
                     .all(|container| container["state"]["running"].is_object())
         };
         Ok(pods.iter().filter(runs).count() as u64)
+    }
+
+    /// A directory that all nodes and this machine see under one path. It goes with the cluster.
+    #[must_use]
+    pub fn shared_dir(&self) -> PathBuf {
+        self.dir.join("shared")
     }
 
     /// Runs Helm against the cluster, in the repository's root; what it prints.
@@ -379,9 +386,6 @@ fn tail_of_logs(dir: &Path, machine: &str) -> String {
         format!("{text}\n--- {machine}: {}\n{end}", log.file_name().display())
     })
 }
-
-/// Waiting time of those who ask a whole cluster for something.
-pub const PATIENCE: Duration = Duration::from_mins(3);
 
 fn images_of(bin: &Path, hostdir: &Path) -> Vec<Image> {
     let program = |name: &str, file: &'static str, entrypoint: &'static [&'static str]| Image {

@@ -151,13 +151,21 @@ pub fn main_one_by_one(hostdir: &str) -> ExitCode {
 }
 
 fn run(hostdir: &str, arguments: Arguments) -> ExitCode {
-    set_hostdir(std::env::var("HOSTDIR_BINARY").unwrap_or_else(|_| hostdir.to_owned()));
+    let named =
+        std::env::var_os("HOSTDIR_BINARY").map(|path| std::fs::canonicalize(path).expect("HOSTDIR_BINARY is there"));
+    set_hostdir(named.unwrap_or_else(|| hostdir.into()));
     let must_run = std::env::var_os("CI").is_some();
     let mut tests: Vec<&'static Test> = inventory::iter::<Test>
         .into_iter()
         .filter(|test| test.belongs_here())
         .collect();
     tests.sort_by_key(|test| test.name);
+    // Ignored means skipped here, and nothing else: asking for it does not make it run.
+    let arguments = Arguments {
+        include_ignored: false,
+        ignored: false,
+        ..arguments
+    };
     let mut skipped = BTreeMap::<String, usize>::new();
     let mut trials = Vec::new();
     for test in tests {
@@ -167,8 +175,11 @@ fn run(hostdir: &str, arguments: Arguments) -> ExitCode {
                 Ok(())
             }),
             Some(Unmet::Never(why)) if !must_run => {
-                *skipped.entry(why).or_default() += usize::from(is_selected(test, &arguments));
-                Trial::test(test.title(), || Ok(())).with_ignored_flag(true)
+                let trial = Trial::test(test.title(), || Ok(())).with_ignored_flag(true);
+                if !arguments.is_filtered_out(&trial) {
+                    *skipped.entry(why).or_default() += 1;
+                }
+                trial
             }
             Some(Unmet::Never(why) | Unmet::Missing(why)) => Trial::test(test.title(), move || {
                 Err(Failed::from(format!("it must run here, but cannot: {why}")))
@@ -176,12 +187,6 @@ fn run(hostdir: &str, arguments: Arguments) -> ExitCode {
         };
         trials.push(trial);
     }
-    // Ignored means skipped here, and nothing else: asking for it does not make it run.
-    let arguments = Arguments {
-        include_ignored: false,
-        ignored: false,
-        ..arguments
-    };
     let is_list = arguments.list;
     let conclusion = libtest_mimic::run(&arguments, trials);
     if !is_list {
@@ -200,18 +205,6 @@ fn run(hostdir: &str, arguments: Arguments) -> ExitCode {
         );
     }
     conclusion.exit_code()
-}
-
-/// Whether the command line asks for a test, as `libtest_mimic` understands it.
-fn is_selected(test: &Test, arguments: &Arguments) -> bool {
-    let named = |name: &String| {
-        if arguments.exact {
-            test.title() == name
-        } else {
-            test.title().contains(name.as_str())
-        }
-    };
-    arguments.filter.as_ref().is_none_or(named) && !arguments.skip.iter().any(named)
 }
 
 impl Need {
@@ -233,9 +226,15 @@ impl Need {
                 has_file_flags(),
                 "the filesystem of temporary files has no flags (chattr)",
             ),
-            Self::LoopDevices => never(Path::new("/dev/loop-control").exists(), "there are no loop devices"),
+            Self::LoopDevices => never(
+                has_loop_devices() || (modprobe("loop") && has_loop_devices()),
+                "there are no loop devices",
+            ),
             Self::Btrfs => {
-                never(knows_btrfs(), "this kernel has no btrfs")?;
+                never(
+                    knows_btrfs() || (modprobe("btrfs") && knows_btrfs()),
+                    "this kernel has no btrfs",
+                )?;
                 Self::LoopDevices.unmet()?;
                 have(packages::BTRFS)
             }
@@ -265,6 +264,18 @@ fn have(wanted: &[Package]) -> Result<(), Unmet> {
     } else {
         Unmet::Never(why)
     })
+}
+
+/// Loads a module of the kernel: what is not there may only not be loaded yet.
+fn modprobe(module: &str) -> bool {
+    Command::new("modprobe")
+        .arg(module)
+        .output()
+        .is_ok_and(|output| output.status.success())
+}
+
+fn has_loop_devices() -> bool {
+    Path::new("/dev/loop-control").exists()
 }
 
 fn knows_btrfs() -> bool {

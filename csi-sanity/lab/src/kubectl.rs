@@ -82,6 +82,15 @@ impl Kubectl {
         Ok(serde_json::from_str(&self.run(&args)?)?)
     }
 
+    /// Whether there is no such object.
+    ///
+    /// # Errors
+    /// The API server does not answer.
+    pub fn is_gone(&self, what: &[&str]) -> Result<bool> {
+        let args = [&["get", "--ignore-not-found", "-o", "name"], what].concat();
+        Ok(self.run(&args)?.trim().is_empty())
+    }
+
     /// The objects of a list.
     ///
     /// # Errors

@@ -1,6 +1,8 @@
 //! A cluster to play in, with hostdir installed: `up [NODES]` and, from anywhere, `down`.
 
-use std::path::{Path, PathBuf};
+use std::fs::File;
+use std::io::{Read as _, Write as _};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -35,8 +37,9 @@ fn run() -> Result<()> {
 
 /// Runs until SIGINT, SIGTERM or `down`.
 fn up(nodes: usize) -> Result<()> {
-    if let Ok(pid) = running() {
-        bail!("a cluster is up already (process {pid}); take it down first: hostdir-lab down");
+    let mut pid_file = pid_file()?;
+    if pid_file.try_lock().is_err() {
+        bail!("a cluster is up already, or starts; take it down first: hostdir-lab down");
     }
     for need in [Need::Root, Need::Go, Need::Cluster] {
         need.check().context("a cluster cannot run here")?;
@@ -46,14 +49,24 @@ fn up(nodes: usize) -> Result<()> {
     signals.add(Signal::SIGINT);
     signals.add(Signal::SIGTERM);
     signals.thread_block().context("block signals")?;
+    pid_file
+        .set_len(0)
+        .and_then(|()| write!(pid_file, "{}", std::process::id()))
+        .context("write the process id")?;
     harness::set_hostdir(build_hostdir()?);
     let cluster = Cluster::up(nodes)?;
     cluster.install("hostdir", &[])?;
     cluster.connect_this_machine()?;
-    std::fs::write(PID_FILE, std::process::id().to_string()).context("write the process id")?;
     print!("{}", welcome(&cluster));
     signals.wait().context("wait for a signal")?;
-    std::fs::remove_file(PID_FILE).context("remove the file with the process id")
+    Ok(())
+}
+
+/// The file with the process id of who runs the cluster, and has it locked.
+fn pid_file() -> Result<File> {
+    let mut options = File::options();
+    options.read(true).write(true).create(true).truncate(false);
+    options.open(PID_FILE).with_context(|| format!("open {PID_FILE}"))
 }
 
 /// hostdir is built where this program is, unless `HOSTDIR_BINARY` names another.
@@ -108,18 +121,18 @@ Ctrl-C here, or `cargo run -p hostdir-lab -- down` anywhere, takes the cluster d
 }
 
 fn down() -> Result<()> {
-    let pid = running()?;
-    kill(pid, Signal::SIGTERM).context("signal the cluster's process")?;
-    while Path::new("/proc").join(pid.to_string()).exists() {
-        std::thread::sleep(std::time::Duration::from_millis(50));
+    let mut pid_file = pid_file()?;
+    if pid_file.try_lock().is_ok() {
+        bail!("no cluster is up");
     }
+    let mut pid = String::new();
+    pid_file.read_to_string(&mut pid).context("read the process id")?;
+    let pid = pid
+        .trim()
+        .parse()
+        .with_context(|| format!("{PID_FILE} has no process id yet"))?;
+    kill(Pid::from_raw(pid), Signal::SIGTERM).context("signal the cluster's process")?;
+    pid_file.lock().context("wait for the cluster's process")?;
     println!("the cluster is down");
     Ok(())
-}
-
-fn running() -> Result<Pid> {
-    let text = std::fs::read_to_string(PID_FILE).context("no cluster is up")?;
-    let pid = Pid::from_raw(text.trim().parse()?);
-    kill(pid, None).context("no cluster is up any more")?;
-    Ok(pid)
 }

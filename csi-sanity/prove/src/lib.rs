@@ -20,7 +20,7 @@ pub fn root() -> PathBuf {
 /// Where cargo builds to.
 #[must_use]
 pub fn target_dir() -> PathBuf {
-    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from)
+    root().join(std::env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| "target".into()))
 }
 
 /// Cargo, in the repository, as if it were called by a person.

@@ -73,10 +73,10 @@ fn install() -> Result<()> {
 
 fn prove(tier_1: bool) -> Result<ExitCode> {
     let _alone = wait_to_be_alone()?;
-    install()?;
+    let mut stages = Stages::default();
+    stages.note("packages", install());
     // Beside everything else, at low priority.
     let builds = thread::spawn(|| if upstream::has_go() { upstream::all() } else { Ok(()) });
-    let mut stages = Stages::default();
     if tier_1 {
         stages.run("cargo test", TIER_1)?;
     }
@@ -87,7 +87,7 @@ fn prove(tier_1: bool) -> Result<ExitCode> {
     stages.run("what proves", OWN)?;
     stages.run("quotas and power cuts", QUOTA)?;
     let built = builds.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-    built.context("cannot build upstream's programs")?;
+    stages.note("upstream's programs", built);
     stages.run("cluster", CLUSTER)?;
     Ok(stages.end())
 }
@@ -95,7 +95,9 @@ fn prove(tier_1: bool) -> Result<ExitCode> {
 /// Two runs on one machine would fail each other's bounds of time: the second waits. The lock goes with the process.
 fn wait_to_be_alone() -> Result<File> {
     let path = std::env::temp_dir().join("hostdir-prove.lock");
-    let lock = File::create(&path).with_context(|| format!("cannot make {}", path.display()))?;
+    // Another user may have made it: a lock needs no right to write.
+    let lock = File::open(&path).or_else(|_| File::create(&path));
+    let lock = lock.with_context(|| format!("cannot open {}", path.display()))?;
     if lock.try_lock().is_err() {
         eprintln!(
             "prove: another run on this machine has {}; waiting for its end",

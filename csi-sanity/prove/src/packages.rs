@@ -1,5 +1,6 @@
 //! Debian packages that tests need. They are installed in one step, which `cargo prove` begins with; tests install nothing.
 
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -50,10 +51,15 @@ pub fn missing(packages: &[Package]) -> Vec<Package> {
     packages.iter().filter(is_missing).copied().collect()
 }
 
-/// Whether this machine can install packages at all.
+/// Whether this process can install packages at all.
 #[must_use]
 pub fn can_be_installed() -> bool {
-    Path::new("/usr/bin/apt-get").exists()
+    Path::new("/usr/bin/apt-get").exists() && is_root()
+}
+
+/// Whether this process is root's: its own directory in proc(5) is.
+fn is_root() -> bool {
+    std::fs::metadata("/proc/self").is_ok_and(|metadata| metadata.uid() == 0)
 }
 
 /// Installs what is missing of all packages. Another apt-get that runs is waited for.
@@ -87,7 +93,9 @@ fn apt_get(args: &[&str]) -> Result<()> {
         command
             .args(["-o", "DPkg::Lock::Timeout=60"])
             .args(args)
-            .env("DEBIAN_FRONTEND", "noninteractive");
+            .env("DEBIAN_FRONTEND", "noninteractive")
+            // The message about a lock is looked for below.
+            .env("LC_ALL", "C");
         let ended = output(&mut command)?;
         let error = match text_of(&ended) {
             Ok(_) => return Ok(()),

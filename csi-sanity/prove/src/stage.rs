@@ -82,6 +82,19 @@ impl Stages {
         Ok(())
     }
 
+    /// Something that is no call of cargo: it is said only if it failed.
+    pub(crate) fn note(&mut self, name: &'static str, done: Result<()>) {
+        if let Err(error) = done {
+            eprintln!("prove: {name}: {error:#}");
+            self.0.push(Stage {
+                name,
+                ok: false,
+                counts: Counts::default(),
+                time: Duration::ZERO,
+            });
+        }
+    }
+
     /// Says how it went. Each call of cargo counts as a test, too: lints fail without one.
     pub(crate) fn end(self) -> ExitCode {
         let mut sum = Counts::default();

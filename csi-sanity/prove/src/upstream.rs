@@ -188,6 +188,14 @@ fn build(module: &Module) -> Result<PathBuf> {
         module.name, module.dir
     ));
     let new = file("new");
+    // An interrupted build may have left something.
+    if new.exists() {
+        #[expect(
+            clippy::disallowed_methods,
+            reason = "a directory of programs, below the target directory"
+        )]
+        fs::remove_dir_all(&new).context("cannot remove a directory")?;
+    }
     fs::create_dir_all(&new).context("cannot make a directory")?;
     // All at once: the linker of one works while another is compiled.
     let mut command = Command::new("nice");

@@ -8,7 +8,7 @@
 use std::collections::BTreeSet;
 use std::ffi::{CStr, CString};
 use std::fs::{self, File};
-use std::io::Read as _;
+use std::io::{ErrorKind, Read as _};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -59,9 +59,14 @@ impl Qgroups {
 
     /// Whether the kernel limits quota groups now.
     pub(super) fn enforcement(&self) -> Result<Means, String> {
-        if !self.sysfs.is_dir() {
-            self.lost.store(true, Ordering::Relaxed);
-            return Err(OFF.into());
+        match fs::metadata(&self.sysfs) {
+            Ok(_) => {}
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                self.lost.store(true, Ordering::Relaxed);
+                return Err(OFF.into());
+            }
+            // That says nothing of the quotas.
+            Err(error) => return Err(format!("cannot look at {}: {error}", self.sysfs.display())),
         }
         if self.lost.load(Ordering::Relaxed) || is_simple(&self.sysfs) != self.simple {
             return Err(

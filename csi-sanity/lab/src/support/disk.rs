@@ -6,6 +6,8 @@ use std::process::Command;
 
 use nix::mount::{MsFlags, mount};
 
+use super::scratch::names;
+
 /// A filesystem that has quotas.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Filesystem {
@@ -68,6 +70,36 @@ pub fn run(command: &mut Command) -> String {
         String::from_utf8_lossy(&output.stderr)
     );
     String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// Ids that quotas know of on the whole disk, but for those of the filesystem itself: projects or subvolumes.
+pub fn known_to_quotas(filesystem: Filesystem, disk: &Path) -> Vec<u64> {
+    if !filesystem.has_projects() {
+        // The kernel forgets the group of a subvolume after the commit that follows its end, which this calls for.
+        run(Command::new("btrfs").args(["filesystem", "sync"]).arg(disk));
+        let shown = run(Command::new("btrfs").args(["filesystem", "show"]).arg(disk));
+        let uuid = shown
+            .split_whitespace()
+            .skip_while(|word| *word != "uuid:")
+            .nth(1)
+            .expect("a UUID");
+        let groups = names(Path::new("/sys/fs/btrfs").join(uuid).join("qgroups"));
+        return groups
+            .iter()
+            .filter_map(|name| name.split_once('_')?.1.parse().ok())
+            .filter(|id| *id >= 256)
+            .collect();
+    }
+    run(Command::new("sync").arg("-f").arg(disk));
+    let report = run(Command::new("repquota").args(["-P", "-n", "-v"]).arg(disk));
+    let ids = report.lines().filter_map(|line| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        let id: u64 = fields.first()?.strip_prefix('#')?.parse().ok()?;
+        // Flags, then used, soft and hard blocks and inodes; a grace time is there when a limit is passed.
+        let counts: Vec<u64> = fields[2..].iter().filter_map(|field| field.parse().ok()).collect();
+        (id != 0 && counts.iter().any(|count| *count > 0)).then_some(id)
+    });
+    ids.collect()
 }
 
 /// `struct btrfs_ioctl_quota_ctl_args`.

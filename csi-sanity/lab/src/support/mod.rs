@@ -17,6 +17,7 @@ pub mod scratch;
 pub mod steps;
 pub mod uml;
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 pub use client::{Client, Mount};
@@ -25,6 +26,15 @@ pub use scratch::Scratch;
 
 /// How long anything may take that is waited for. Far beyond what it takes: a test that fails by this has failed.
 pub const DEADLINE: Duration = Duration::from_mins(1);
+
+/// Tells other threads to end, also when this one panics.
+pub struct SetOnDrop<'a>(pub &'a AtomicBool);
+
+impl Drop for SetOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
 
 /// Waits until `condition` holds.
 pub fn wait_until(what: &str, condition: impl FnMut() -> bool) {

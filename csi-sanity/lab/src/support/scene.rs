@@ -60,6 +60,7 @@ pub struct Scene {
     pool: PathBuf,
     target: PathBuf,
     other_target: PathBuf,
+    quotas: bool,
 }
 
 impl Scene {
@@ -68,9 +69,17 @@ impl Scene {
         Self::with(Scratch::new())
     }
 
-    /// A scene whose pool and everything else is below `dir`.
-    pub fn new_in(dir: &Path) -> Self {
-        Self::with(Scratch::new_in(dir))
+    /// A scene below `dir`, whose pool requires quotas.
+    pub fn with_quotas_in(dir: &Path) -> Self {
+        let mut scene = Self::with(Scratch::new_in(dir));
+        let config = format!(
+            "pools: [{{name: default, path: {}, quota: required}}]\n",
+            scene.pool.display()
+        );
+        fs::write(scene.scratch.path("config.yaml"), config).expect("write the configuration");
+        scene.quotas = true;
+        scene.driver = scene.healthy().with_faults();
+        scene
     }
 
     fn with(scratch: Scratch) -> Self {
@@ -84,12 +93,20 @@ impl Scene {
             pool,
             target,
             other_target,
+            quotas: false,
         }
     }
 
     /// A driver whose calls are not touched.
     pub fn healthy(&self) -> Driver {
-        Driver::new(&self.scratch).pool("default", &self.pool)
+        let driver = Driver::new(&self.scratch);
+        if self.quotas {
+            driver
+                .arg("--config")
+                .arg(self.scratch.path("config.yaml").display().to_string())
+        } else {
+            driver.pool("default", &self.pool)
+        }
     }
 
     /// Brings both volumes to where `call` comes next.

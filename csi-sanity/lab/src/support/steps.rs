@@ -28,7 +28,7 @@ fn check_count(call: Call, steps: &[&str]) {
         Call::Expand => (8, &["write", "fsync", "renameat"]),
         Call::Unpublish => (7, &["umount2", "unlinkat"]),
         Call::DeleteUnused => (15, &["renameat2", "fsync", "getdents64", "unlinkat"]),
-        Call::DeleteAndErase => (60, &["renameat2", "fsync", "getdents64", "unlinkat"]),
+        Call::DeleteAndErase => (30, &["renameat2", "fsync", "getdents64", "unlinkat"]),
     };
     assert!(
         steps.len() >= least,

@@ -72,16 +72,17 @@ impl Machine {
              for module in quota_tree quota_v2; do insmod /usr/lib/uml/modules/$(uname -r)/kernel/fs/quota/$module.ko; done\n\
              ip link set lo up\n\
              export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/run CI=true RUST_BACKTRACE=0\n\
-             export {FILESYSTEM}={} {SHARED}={}\n",
+             export {FILESYSTEM}={} {SHARED}={} HOSTDIR_BINARY={}\n",
             self.filesystem.name(),
             self.dir.path().display(),
+            crate::harness::hostdir().display(),
         );
         for (name, value) in settings {
             writeln!(script, "export {name}='{value}'").expect("write");
         }
         script += match files {
             Files::InMemory => "export TMPDIR=/run/tmp\n",
-            Files::OnDisk => "mount -o prjquota /dev/ubda /run/disk; export TMPDIR=/run/disk\n",
+            Files::OnDisk => "mount -o prjquota /dev/ubda /run/disk || exit 1; export TMPDIR=/run/disk\n",
         };
         writeln!(
             script,
