@@ -822,6 +822,7 @@ fn ghost_9_a_ghost_that_rises_again_and_again() {
 #[needs(Root, Go, Cluster)]
 fn ghost_10_a_rolling_update_under_load() {
     let story = Story::begin("ghost-10", "ghost 10. a rolling update of the controllers under load");
+    let (leader, _) = story.leader();
     let kubectl = story.lab.kubectl();
     let deployment = "deployment/hostdir-controller";
     let done = AtomicBool::new(false);
@@ -862,6 +863,11 @@ fn ghost_10_a_rolling_update_under_load() {
     );
     if let Some(note) = story.hand_over() {
         story.tell(&format!("one that was killed as the leader was deposed: {note}"));
+        let from = format!("from {leader} ");
+        assert!(
+            !note.contains(&from),
+            "the leader has not let go of the Lease when it was told to end"
+        );
     }
     story.end();
 }
