@@ -270,9 +270,14 @@ fn decide(call: &libc::seccomp_notif, plan: &Mutex<Plan>) -> Option<Fault> {
         .iter()
         .find(|(number, _)| *number == libc::c_long::from(call.data.nr))?;
     let (at, fault) = plan.fault?;
-    // To die before a call that only looks is to die after the one before it.
-    if !is_step(call, name) || (fault == Fault::Die && at != Step::Never && ["read", "pread64", "lseek"].contains(name))
-    {
+    // To die before a call that only looks is to die after the one before it; and no disk keeps a thread from being started.
+    let pointless = match fault {
+        _ if at == Step::Never => false,
+        Fault::Die => ["read", "pread64", "lseek"].contains(name),
+        Fault::Fail(_) => *name == "clone3",
+        Fault::Hold => false,
+    };
+    if pointless || !is_step(call, name) {
         return None;
     }
     let before = |name| plan.steps.iter().filter(|step| **step == name).count();
