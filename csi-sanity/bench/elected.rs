@@ -19,6 +19,7 @@ use hostdir::csi::proto::{
 };
 use hostdir::k8s::api::{DirectorySpec, HostNode, HostNodeSpec, HostVolume, HostVolumeSpec};
 use hostdir_lab::Cluster;
+use hostdir_lab::cluster::ControllerManager;
 use k8s_openapi::api::core::v1::Node;
 use kube::api::{Api, DeleteParams, Patch, PatchParams, PostParams};
 use kube::config::{KubeConfigOptions, Kubeconfig};
@@ -309,7 +310,11 @@ async fn claims(cluster: &Cluster, client: &Client, scratch: &Path) -> anyhow::R
         ("sidecar 100/200, manager 20/30", (100, 200), (20, 30)),
         ("all raised (100/200, 500/1000)", (100, 200), (500, 1000)),
     ] {
-        cluster.restart_controller_manager(manager.0, manager.1)?;
+        cluster.restart_controller_manager(ControllerManager {
+            qps: manager.0,
+            burst: manager.1,
+            ..ControllerManager::default()
+        })?;
         let args = [
             format!("--csi-address={}", socket.display()),
             format!("--kubeconfig={}", cluster.kubeconfig),

@@ -231,7 +231,7 @@ fn scenario_3_three_leaders_at_once_do_no_harm() {
 
 #[needs(Root, Go, Cluster)]
 fn pods_and_drivers_restart_without_an_api_server() {
-    let lab = lab(Mode::Elected, "no-api", "the API server is away for 30 s");
+    let lab = lab(Mode::Elected, "no-api", "the API server is away for 15 s");
     lab.apply(&[lab.claim("data", "10Mi"), on_node(pod("pod", "data"), "node-1")]);
     lab.running("pod");
     lab.exec("pod", "echo precious > /data/file").unwrap();
@@ -250,10 +250,10 @@ fn pods_and_drivers_restart_without_an_api_server() {
         esac
     done";
     lab.nodes[0].sh(script).unwrap();
-    while start.elapsed() < Duration::from_secs(30) {
+    while start.elapsed() < Duration::from_secs(15) {
         assert_eq!(lab.nodes[0].sh(&format!("cat {file}")).unwrap(), "precious\n");
         assert_eq!(lab.mounts(), 1);
-        std::thread::sleep(Duration::from_secs(5));
+        std::thread::sleep(Duration::from_secs(3));
     }
     let now = lab.driver_processes(0);
     assert!(

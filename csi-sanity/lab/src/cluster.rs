@@ -10,6 +10,7 @@ use nix::sys::signal::Signal;
 
 use hostdir_prove::upstream;
 
+pub use crate::control_plane::ControllerManager;
 use crate::control_plane::{self, ADDRESS, SERVER, SERVICE_ADDRESS};
 use crate::harness;
 use crate::images::{self, Image};
@@ -300,14 +301,14 @@ impl Cluster {
         control_plane::start_api_server(&self.control_plane.machine, &self.control_plane.pki, &self.bin)
     }
 
-    /// Starts the controller manager anew, with so many requests to the API server per second and at once.
+    /// Starts the controller manager anew, with these settings.
     ///
     /// # Errors
     /// It does not run, or cannot be started.
-    pub fn restart_controller_manager(&self, qps: u32, burst: u32) -> Result<()> {
+    pub fn restart_controller_manager(&self, settings: ControllerManager) -> Result<()> {
         let machine = &self.control_plane.machine;
         machine.signal("kube-controller-manager", Signal::SIGKILL)?;
-        control_plane::start_controller_manager(machine, &self.control_plane.pki, &self.bin, qps, burst)
+        control_plane::start_controller_manager(machine, &self.control_plane.pki, &self.bin, settings)
     }
 
     /// Cuts a node from the network, or plugs it in again.

@@ -42,8 +42,7 @@ pub(crate) fn start(machine: &Machine, pki: &Pki, bin: &Path, kubectl: &Kubectl)
     wait_until("the API server is ready", || {
         Ok(kubectl.run(&["get", "--raw", "/readyz"])? == "ok")
     })?;
-    // What issue trackers call "slow binding" is this limit (20/30); the tests are not about it.
-    start_controller_manager(machine, pki, bin, 200, 400)?;
+    start_controller_manager(machine, pki, bin, ControllerManager::default())?;
     let kubeconfig = pki.kubeconfig("scheduler", SERVER)?;
     spawn(
         "kube-scheduler",
@@ -59,8 +58,37 @@ pub(crate) fn start(machine: &Machine, pki: &Pki, bin: &Path, kubectl: &Kubectl)
     })
 }
 
-/// Starts the controller manager, with so many requests to the API server per second and at once.
-pub(crate) fn start_controller_manager(machine: &Machine, pki: &Pki, bin: &Path, qps: u32, burst: u32) -> Result<()> {
+/// What of a controller manager may be set.
+#[derive(Clone, Copy, Debug)]
+pub struct ControllerManager {
+    /// Requests to the API server per second.
+    pub qps: u32,
+    /// Requests at once.
+    pub burst: u32,
+    /// How long a kubelet may be silent before its Node is not Ready, in seconds.
+    pub node_grace: u32,
+}
+
+impl Default for ControllerManager {
+    fn default() -> Self {
+        Self {
+            // What issue trackers call "slow binding" is this limit (20 and 30 by default); the tests are not about it.
+            qps: 200,
+            burst: 400,
+            // As it is by default.
+            node_grace: 50,
+        }
+    }
+}
+
+/// Starts the controller manager.
+pub(crate) fn start_controller_manager(
+    machine: &Machine,
+    pki: &Pki,
+    bin: &Path,
+    settings: ControllerManager,
+) -> Result<()> {
+    let ControllerManager { qps, burst, node_grace } = settings;
     let kubeconfig = pki.kubeconfig("controller-manager", SERVER)?;
     let args = vec![
         arg("kubeconfig", &kubeconfig),
@@ -72,6 +100,7 @@ pub(crate) fn start_controller_manager(machine: &Machine, pki: &Pki, bin: &Path,
         arg("leader-elect", "false"),
         arg("kube-api-qps", &qps.to_string()),
         arg("kube-api-burst", &burst.to_string()),
+        arg("node-monitor-grace-period", &format!("{node_grace}s")),
     ];
     let name = "kube-controller-manager";
     machine.spawn(name, &bin.join(name), &args, bin)

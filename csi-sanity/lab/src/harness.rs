@@ -134,7 +134,17 @@ pub fn set_hostdir(path: impl Into<PathBuf>) {
 /// A thread cannot be started.
 #[must_use]
 pub fn main(hostdir: &str) -> ExitCode {
-    run(hostdir, Arguments::from_args())
+    let arguments = Arguments::from_args();
+    // They wait for disks and processes more than they compute.
+    let twice = std::thread::available_parallelism().map_or(2, |cores| 2 * cores.get());
+    let test_threads = arguments.test_threads.or(Some(twice));
+    run(
+        hostdir,
+        Arguments {
+            test_threads,
+            ..arguments
+        },
+    )
 }
 
 /// The same, one test after the other: they share something.
