@@ -331,7 +331,7 @@ fn scenario_5_deletes_wait_for_nodes_that_are_off_and_not_for_those_that_are_gon
         Ok(lab.kubectl().is_gone(&["pv", &gone])? && lab.kubectl().is_gone(&["hostvolume", &gone])?)
     });
     report(&format!(
-        "gone {:.0?} after the Node, with a grace of 20 s",
+        "gone {:.0?} after the Node, with a grace of 10 s",
         start.elapsed()
     ));
     assert!(

@@ -71,7 +71,7 @@ impl Mode {
                 r#"storageClasses=[{"name":"hostdir-local"}]"#,
             ],
             // Not for tests to wait five minutes.
-            Self::Elected => &["controller.nodeGrace=20", "controller.unusedAge=15"],
+            Self::Elected => &["controller.nodeGrace=10", "controller.unusedAge=15"],
         }
     }
 }
