@@ -1,6 +1,8 @@
 //! The chart, rendered: it lints, it refuses wrong values by name, and the plain manifests are its own.
 
+use std::path::PathBuf;
 use std::process::Command;
+use std::sync::LazyLock;
 
 use hostdir_lab::cluster::{CHART, NAMESPACE};
 use hostdir_lab::needs;
@@ -8,8 +10,8 @@ use hostdir_lab::prove::{root, upstream};
 
 /// Runs Helm without a cluster: what it prints, and whether it succeeded.
 fn helm(args: &[&str]) -> (String, bool) {
-    let helm = upstream::helm().unwrap();
-    let output = Command::new(helm).args(args).current_dir(root()).output().unwrap();
+    static HELM: LazyLock<PathBuf> = LazyLock::new(|| upstream::helm().unwrap());
+    let output = Command::new(&*HELM).args(args).current_dir(root()).output().unwrap();
     let text = [output.stdout, output.stderr].concat();
     (String::from_utf8_lossy(&text).into_owned(), output.status.success())
 }

@@ -214,11 +214,10 @@ impl Cluster {
     /// # Errors
     /// It fails: what it says.
     pub fn helm(&self, args: &[&str]) -> Result<String> {
-        let helm = upstream::helm()?;
         let net = self.control_plane.machine.pid().to_string();
         let output = std::process::Command::new("nsenter")
             .args(["-t", &net, "--net", "--"])
-            .arg(helm)
+            .arg(self.bin.join("helm"))
             .args(["--kubeconfig", &self.kubeconfig])
             .args(args)
             .current_dir(hostdir_prove::root())
