@@ -96,7 +96,7 @@ fn many_claims_while_controllers_are_killed() {
                 .unwrap()
                 .insert(pod["metadata"]["uid"].as_str().unwrap().to_owned());
         }
-        std::thread::sleep(Duration::from_secs(3));
+        std::thread::sleep(Duration::from_secs(2));
     });
     let killed = killed.into_inner().unwrap().len();
     report(&format!("{killed} controllers were killed"));
