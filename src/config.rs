@@ -11,9 +11,9 @@ use serde::Deserialize;
 
 use crate::csi::{DRIVER_NAME, Endpoint};
 use crate::leader::identity;
+use crate::volume::disk::PoolConfig;
 use crate::volume::id::{NodeName, PoolName};
-use crate::volume::ports::PoolConfig;
-use crate::volume::quota::{Policy, Quotas};
+use crate::volume::quota::{QuotaConfig, QuotaPolicy};
 use crate::volume::record::PoolId;
 use crate::volume::room::{Limits, Reserve};
 
@@ -23,16 +23,16 @@ use crate::volume::room::{Limits, Reserve};
 pub struct Cli {
     /// What to run.
     #[command(subcommand)]
-    pub command: Command,
+    pub(crate) command: Command,
 }
 
 /// The ways to run.
 #[derive(Debug, Subcommand)]
-pub enum Command {
+pub(crate) enum Command {
     /// Serve CSI Identity, Controller and Node for this node's pools, with all records kept on the pools themselves.
-    Local(LocalArgs),
+    Local(NodeArgs),
     /// Serve CSI Identity and Node for this node's pools, and carry out what HostVolumes in the API server ask of it.
-    Node(LocalArgs),
+    Node(NodeArgs),
     /// Serve CSI Identity and Controller for all nodes: record volumes as HostVolumes in the API server.
     Controller(ControllerArgs),
     /// Print the CustomResourceDefinitions of HostVolume and HostNode.
@@ -47,38 +47,38 @@ pub enum Command {
 
 /// What all that serve are told.
 #[derive(Clone, Debug, Args)]
-pub struct ServeArgs {
+pub(crate) struct ServeArgs {
     /// The socket to serve: unix:///path/to.sock
     #[arg(long, env = "CSI_ENDPOINT", value_name = "URL")]
-    pub endpoint: Endpoint,
+    pub(crate) endpoint: Endpoint,
 
     /// The name to be registered under; another one lets two hostdirs live in one cluster
     #[arg(long, env = "DRIVER_NAME", value_name = "NAME", default_value = DRIVER_NAME)]
-    pub driver_name: String,
+    pub(crate) driver_name: String,
 
     /// Serve /healthz, /readyz and /metrics at this address: 0.0.0.0:9808
     #[arg(long, value_name = "ADDRESS")]
-    pub http_endpoint: Option<SocketAddr>,
+    pub(crate) http_endpoint: Option<SocketAddr>,
 
     /// The least severe events to log: error, warn, info, debug, trace
     #[arg(long, env = "HOSTDIR_LOG", value_name = "LEVEL", default_value = "info")]
-    pub log_level: tracing::Level,
+    pub(crate) log_level: tracing::Level,
 
     /// How to write the log, on standard error
     #[arg(long, value_name = "FORMAT", default_value = "text")]
-    pub log_format: LogFormat,
+    pub(crate) log_format: LogFormat,
 }
 
 /// The command line of `hostdir controller`.
 #[derive(Debug, Args)]
-pub struct ControllerArgs {
+pub(crate) struct ControllerArgs {
     /// What all are told.
     #[command(flatten)]
-    pub serve: ServeArgs,
+    pub(crate) serve: ServeArgs,
 
     /// The name of this pod, for events; the host name if left out
     #[arg(long, env = "POD_NAME", value_name = "NAME")]
-    pub pod_name: Option<String>,
+    pub(crate) pod_name: Option<String>,
 
     /// A sidecar of this pod, by the Lease that it is elected by, and where it serves /healthz: hostdir-csi=127.0.0.1:9809.
     /// That election is then watched over. May be repeated
@@ -88,32 +88,32 @@ pub struct ControllerArgs {
         requires = "namespace",
         requires = "controllers"
     )]
-    pub sidecars: Vec<SidecarArg>,
+    pub(crate) sidecars: Vec<SidecarArg>,
 
     /// The namespace of this pod
     #[arg(long, env = "POD_NAMESPACE", value_name = "NAME")]
-    pub namespace: Option<String>,
+    pub(crate) namespace: Option<String>,
 
     /// The label selector of all controllers' pods
     #[arg(long, env = "CONTROLLERS", value_name = "SELECTOR")]
-    pub controllers: Option<String>,
+    pub(crate) controllers: Option<String>,
 
     /// Seconds that a Node object must be absent before deletes no longer wait for that node
     #[arg(long, value_name = "SECONDS", default_value_t = 300)]
-    pub node_grace: u64,
+    pub(crate) node_grace: u64,
 
     /// Seconds after which a volume is swept that was never used and has neither PersistentVolume nor claim
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
-    pub unused_age: u64,
+    pub(crate) unused_age: u64,
 }
 
 /// `LEASE=ADDRESS`.
 #[derive(Clone, Debug)]
-pub struct SidecarArg {
+pub(crate) struct SidecarArg {
     /// The Lease that the sidecar is elected by.
-    pub lease: String,
+    pub(crate) lease: String,
     /// Where it serves HTTP.
-    pub address: SocketAddr,
+    pub(crate) address: SocketAddr,
 }
 
 impl FromStr for SidecarArg {
@@ -132,26 +132,26 @@ impl FromStr for SidecarArg {
 
 /// What a self-test is told.
 #[derive(Clone, Debug, Args)]
-pub struct SelftestArgs {
+pub(crate) struct SelftestArgs {
     /// The socket that hostdir serves: unix:///path/to.sock
     #[arg(long, env = "CSI_ENDPOINT", value_name = "URL")]
-    pub endpoint: Endpoint,
+    pub(crate) endpoint: Endpoint,
 
     /// The pool to try; may be repeated
     #[arg(long = "pool", value_name = "NAME", value_parser = PoolName::parse, default_value = PoolName::DEFAULT)]
-    pub pools: Vec<PoolName>,
+    pub(crate) pools: Vec<PoolName>,
 }
 
 /// The command line of `hostdir leader`.
 #[derive(Debug, Args)]
-pub struct LeaderArgs {
+pub(crate) struct LeaderArgs {
     /// The namespace of the controllers
     #[arg(long, env = "POD_NAMESPACE", value_name = "NAME", default_value = "hostdir-system")]
-    pub namespace: String,
+    pub(crate) namespace: String,
 
     /// The name the driver is registered under
     #[arg(long, env = "DRIVER_NAME", value_name = "NAME", default_value = DRIVER_NAME)]
-    pub driver_name: String,
+    pub(crate) driver_name: String,
 
     /// The label selector of the controllers' pods
     #[arg(
@@ -160,13 +160,12 @@ pub struct LeaderArgs {
         value_name = "SELECTOR",
         default_value = "app.kubernetes.io/name=hostdir,app.kubernetes.io/component=controller"
     )]
-    pub controllers: String,
+    pub(crate) controllers: String,
 }
 
 impl LeaderArgs {
     /// The Leases that sidecars of this driver are elected by: external-provisioner's, and external-resizer's.
-    #[must_use]
-    pub fn leases(&self) -> [String; 2] {
+    pub(crate) fn leases(&self) -> [String; 2] {
         let name = identity(&self.driver_name);
         [name.clone(), format!("external-resizer-{name}")]
     }
@@ -174,22 +173,22 @@ impl LeaderArgs {
 
 /// The command line of `hostdir probe`.
 #[derive(Debug, Args)]
-pub struct ProbeArgs {
+pub(crate) struct ProbeArgs {
     /// The socket it serves: unix:///path/to.sock
     #[arg(long, env = "CSI_ENDPOINT", value_name = "URL")]
-    pub endpoint: Endpoint,
+    pub(crate) endpoint: Endpoint,
 
     /// Ask for every pool, too: present, writable, the one it was
     #[arg(long)]
-    pub ready: bool,
+    pub(crate) ready: bool,
 }
 
 /// The command line of `hostdir local` and `hostdir node`.
 #[derive(Debug, Args)]
-pub struct LocalArgs {
+pub(crate) struct NodeArgs {
     /// What all are told.
     #[command(flatten)]
-    pub serve: ServeArgs,
+    pub(crate) serve: ServeArgs,
 
     /// A pool: its name, as StorageClasses have it, and its directory. May be repeated
     #[arg(long = "pool", value_name = "NAME=PATH")]
@@ -206,7 +205,7 @@ pub struct LocalArgs {
 
 /// Formats of the log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum LogFormat {
+pub(crate) enum LogFormat {
     /// A line for people
     Text,
     /// A JSON object a line
@@ -253,7 +252,7 @@ struct FilePool {
     require_mount: bool,
     pool_id: Option<PoolId>,
     #[serde(default)]
-    quota: Policy,
+    quota: QuotaPolicy,
     project_ids: Option<String>,
     #[serde(rename = "inodesPerGiB")]
     inodes_per_gib: Option<u64>,
@@ -261,19 +260,19 @@ struct FilePool {
 
 /// What `hostdir local` and `hostdir node` work with.
 #[derive(Debug)]
-pub struct Local {
+pub(crate) struct LocalPools {
     /// This node.
-    pub node: NodeName,
+    pub(crate) node: NodeName,
     /// Its pools: at least one, names and paths all different.
-    pub pools: Vec<PoolConfig>,
+    pub(crate) pools: Vec<PoolConfig>,
 }
 
-impl LocalArgs {
+impl NodeArgs {
     /// Reads the configuration file and checks what can be checked without touching a pool.
     ///
     /// # Errors
     /// What is wrong, and where.
-    pub fn resolve(self) -> anyhow::Result<Local> {
+    pub(crate) fn resolve(self) -> anyhow::Result<LocalPools> {
         let Self {
             serve: _,
             pools,
@@ -290,7 +289,7 @@ impl LocalArgs {
             all.extend(read(&path).with_context(|| format!("configuration {}", path.display()))?);
         }
         check(&all)?;
-        Ok(Local { node, pools: all })
+        Ok(LocalPools { node, pools: all })
     }
 }
 
@@ -303,7 +302,7 @@ impl PoolArg {
             require_mount: false,
             expected: None,
             limits: Limits::default(),
-            quotas: Quotas::default(),
+            quotas: QuotaConfig::default(),
         }
     }
 }
@@ -332,7 +331,7 @@ impl FilePool {
             "pool {name}: overcommit {overcommit} must be above 0 and at most 1000"
         );
         let projects = match project_ids {
-            None => Quotas::default().projects,
+            None => QuotaConfig::default().projects,
             Some(text) => text.parse().with_context(|| format!("pool {name}: projectIds"))?,
         };
         ensure!(
@@ -345,7 +344,7 @@ impl FilePool {
             require_mount,
             expected: pool_id,
             limits: Limits { reserve, overcommit },
-            quotas: Quotas {
+            quotas: QuotaConfig {
                 policy,
                 projects,
                 inodes_per_gib,
@@ -399,8 +398,10 @@ fn check(pools: &[PoolConfig]) -> anyhow::Result<()> {
 }
 
 pub(crate) fn host_name() -> anyhow::Result<String> {
-    let name = nix::unistd::gethostname().context("read the host name; give a name")?;
-    name.into_string().ok().context("the host name is no text; give a name")
+    let name = nix::unistd::gethostname().context("cannot read the host name; set --node-name or --pod-name")?;
+    name.into_string()
+        .ok()
+        .context("the host name is not UTF-8; set --node-name or --pod-name")
 }
 
 #[cfg(test)]
@@ -434,16 +435,16 @@ mod tests {
     fn a_file_describes_quotas() {
         let text = "pools:\n- {name: a, path: /a, quota: required, projectIds: 5-9, inodesPerGiB: 1000}\n\
                     - {name: b, path: /b, quota: off}\n- {name: c, path: /c, quota: \"off\"}\n- {name: d, path: /d}\n";
-        let quotas: Vec<Quotas> = parse(text).unwrap().iter().map(|pool| pool.quotas).collect();
-        let strict = Quotas {
-            policy: Policy::Required,
+        let quotas: Vec<QuotaConfig> = parse(text).unwrap().iter().map(|pool| pool.quotas).collect();
+        let strict = QuotaConfig {
+            policy: QuotaPolicy::Required,
             projects: "5-9".parse().unwrap(),
             inodes_per_gib: Some(1000),
         };
         assert_eq!(quotas[0], strict);
-        assert_eq!(quotas[1].policy, Policy::Off);
-        assert_eq!(quotas[2].policy, Policy::Off);
-        assert_eq!(quotas[3], Quotas::default());
+        assert_eq!(quotas[1].policy, QuotaPolicy::Off);
+        assert_eq!(quotas[2].policy, QuotaPolicy::Off);
+        assert_eq!(quotas[3], QuotaConfig::default());
     }
 
     #[test]

@@ -19,7 +19,7 @@ use crate::volume::Health;
 ///
 /// # Errors
 /// The address cannot be had.
-pub async fn serve(address: SocketAddr, health: Arc<dyn Health>, metrics: Arc<Metrics>) -> anyhow::Result<()> {
+pub(crate) async fn serve(address: SocketAddr, health: Arc<dyn Health>, metrics: Arc<Metrics>) -> anyhow::Result<()> {
     let ready = move || {
         let health = Arc::clone(&health);
         async move {
@@ -52,7 +52,7 @@ pub async fn serve(address: SocketAddr, health: Arc<dyn Health>, metrics: Arc<Me
 ///
 /// # Errors
 /// It does not, and why.
-pub async fn ask(address: SocketAddr, path: &str) -> anyhow::Result<()> {
+pub(crate) async fn ask(address: SocketAddr, path: &str) -> anyhow::Result<()> {
     let client = Client::builder(TokioExecutor::new()).build_http::<Body>();
     let answer = client.get(format!("http://{address}{path}").parse()?).await?;
     ensure!(answer.status().is_success(), "{address} answers {}", answer.status());

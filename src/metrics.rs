@@ -11,6 +11,10 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Metric, Registry};
 
+use crate::volume::pool_status::PoolUsage;
+use crate::volume::record::Phase;
+use crate::volume::size::Bytes;
+
 /// Upper ends of the buckets for durations, in seconds: from a lookup in memory to a delete that waits for its node.
 const BUCKETS: [f64; 12] = [
     0.000_1, 0.000_3, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0,
@@ -30,7 +34,7 @@ struct Pool {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct Phase {
+struct PhaseLabel {
     phase: &'static str,
 }
 
@@ -56,11 +60,10 @@ struct Task {
     task: &'static str,
 }
 
-/// All of it.
-pub struct Metrics {
+pub(crate) struct Metrics {
     registry: Registry,
     calls: Family<Call, Histogram, fn() -> Histogram>,
-    volumes: Family<Phase, Gauge>,
+    volumes: Family<PhaseLabel, Gauge>,
     pool_size: Family<Pool, Gauge>,
     pool_promised: Family<Pool, Gauge>,
     pool_room: Family<Pool, Gauge>,
@@ -92,33 +95,37 @@ impl Default for Metrics {
                 calls,
             ),
             volumes: new(r, "volumes", "Volumes by phase"),
-            pool_size: new(r, "pool_size_bytes", "What a pool can promise in all"),
-            pool_promised: new(r, "pool_promised_bytes", "What a pool has promised"),
-            pool_room: new(r, "pool_room_bytes", "The largest volume that a pool can still promise"),
+            pool_size: new(r, "pool_size_bytes", "How much of a pool can be allocated in all"),
+            pool_promised: new(r, "pool_promised_bytes", "How much of a pool is allocated to volumes"),
+            pool_room: new(
+                r,
+                "pool_room_bytes",
+                "The largest volume that can still be created on a pool",
+            ),
             pool_enforced: new(
                 r,
                 "pool_quota_enforced",
-                "Whether the kernel holds the volumes of a pool to their sizes: 1 or 0",
+                "Whether the kernel limits the volumes of a pool to their sizes: 1 or 0",
             ),
-            pool_unlimited: new(
-                r,
-                "pool_volumes_unlimited",
-                "Volumes with data that are held to no size",
-            ),
+            pool_unlimited: new(r, "pool_volumes_unlimited", "Volumes with data that have no limit"),
             deletes_pending: new(r, "deletes_pending", "Volumes that are being deleted"),
             oldest_delete: new(
                 r,
                 "oldest_delete_pending_seconds",
-                "Age of the oldest delete that has not landed",
+                "Age of the oldest delete that is not done",
             ),
-            orphans: new(r, "orphans", "Volumes on this node's pools that nobody knows of"),
+            orphans: new(
+                r,
+                "orphans",
+                "Volumes on this node's pools that no HostVolume speaks of",
+            ),
             errors: new(r, "errors", "Background tasks that failed and are tried again"),
             abandoned: new(
                 r,
                 "volumes_abandoned",
                 "Volumes deleted without their node, which was gone",
             ),
-            swept: new(r, "volumes_swept", "Volumes deleted that no claim had ever used"),
+            swept: new(r, "volumes_swept", "Volumes deleted because nobody had ever used them"),
             leaders: new(
                 r,
                 "leader",
@@ -132,7 +139,7 @@ impl Default for Metrics {
             leaderless: new(
                 r,
                 "leaderless_seconds",
-                "How long this controller has seen nobody lead, or somebody who must not",
+                "For how long this controller has seen no leader, or one that must not lead",
             ),
             hand_overs: new(
                 r,
@@ -158,8 +165,7 @@ fn gauge(number: u64) -> i64 {
 }
 
 impl Metrics {
-    /// Counts a CSI call.
-    pub fn call_ended(&self, method: &str, code: &str, duration: Duration) {
+    pub(crate) fn call_ended(&self, method: &str, code: &str, duration: Duration) {
         let call = Call {
             method: method.to_owned(),
             code: code.to_owned(),
@@ -168,12 +174,15 @@ impl Metrics {
     }
 
     /// Notes how many volumes are in a phase.
-    pub fn set_volumes(&self, phase: &'static str, count: usize) {
-        self.volumes.get_or_create(&Phase { phase }).set(gauge(count as u64));
+    pub(crate) fn set_volumes(&self, phase: Phase, count: usize) {
+        let phase = phase.as_str();
+        self.volumes
+            .get_or_create(&PhaseLabel { phase })
+            .set(gauge(count as u64));
     }
 
     /// Forgets all pools, before those that are there are noted again.
-    pub fn clear_pools(&self) {
+    pub(crate) fn clear_pools(&self) {
         self.pool_size.clear();
         self.pool_promised.clear();
         self.pool_room.clear();
@@ -181,61 +190,67 @@ impl Metrics {
         self.pool_unlimited.clear();
     }
 
-    /// Notes what a pool has, in bytes.
-    pub fn set_pool(&self, node: &str, pool: &str, size: u64, promised: u64, room: u64) {
+    pub(crate) fn set_pool(&self, usage: &PoolUsage) {
+        let PoolUsage {
+            node,
+            pool,
+            size: Bytes(size),
+            allocated: Bytes(allocated),
+            room: Bytes(room),
+        } = usage;
         let labels = Pool {
-            node: node.to_owned(),
-            pool: pool.to_owned(),
+            node: node.to_string(),
+            pool: pool.to_string(),
         };
-        self.pool_size.get_or_create(&labels).set(gauge(size));
-        self.pool_promised.get_or_create(&labels).set(gauge(promised));
-        self.pool_room.get_or_create(&labels).set(gauge(room));
+        self.pool_size.get_or_create(&labels).set(gauge(*size));
+        self.pool_promised.get_or_create(&labels).set(gauge(*allocated));
+        self.pool_room.get_or_create(&labels).set(gauge(*room));
     }
 
-    /// Notes whether the volumes of a pool are held to their sizes, and how many are not.
-    pub fn set_quota(&self, node: &str, pool: &str, enforced: bool, unlimited: usize) {
+    /// Notes whether the volumes of a pool are limited to their sizes, and how many are not.
+    pub(crate) fn set_quota(&self, node: &str, pool: &str, enforced: bool, unenforced: usize) {
         let labels = Pool {
             node: node.to_owned(),
             pool: pool.to_owned(),
         };
         self.pool_enforced.get_or_create(&labels).set(i64::from(enforced));
-        self.pool_unlimited.get_or_create(&labels).set(gauge(unlimited as u64));
+        self.pool_unlimited.get_or_create(&labels).set(gauge(unenforced as u64));
     }
 
-    /// Notes how many deletes have not landed, and the age of the oldest.
-    pub fn set_deletes(&self, pending: usize, oldest: Duration) {
+    /// Notes how many deletes are not done, and the age of the oldest.
+    pub(crate) fn set_deletes(&self, pending: usize, oldest: Duration) {
         self.deletes_pending.set(gauge(pending as u64));
         self.oldest_delete.set(gauge(oldest.as_secs()));
     }
 
-    /// Notes how many volumes nobody knows of.
-    pub fn set_orphans(&self, count: usize) {
+    /// Notes how many volumes no HostVolume speaks of.
+    pub(crate) fn set_orphans(&self, count: usize) {
         self.orphans.set(gauge(count as u64));
     }
 
     /// Counts a failure of a background task.
-    pub fn failed(&self, task: &'static str) {
+    pub(crate) fn failed(&self, task: &'static str) {
         self.errors.get_or_create(&Task { task }).inc();
     }
 
     /// Counts a volume that was deleted without its node.
-    pub fn abandoned(&self) {
+    pub(crate) fn abandoned(&self) {
         self.abandoned.inc();
     }
 
     /// Counts a volume that was deleted because nobody used it.
-    pub fn swept(&self) {
+    pub(crate) fn swept(&self) {
         self.swept.inc();
     }
 
     /// Forgets who leads, before it is noted again.
-    pub fn clear_leaders(&self) {
+    pub(crate) fn clear_leaders(&self) {
         self.leaders.clear();
         self.silence.clear();
     }
 
-    /// Notes who leads, if anybody does, and adds to the time in which nobody did who may.
-    pub fn set_leader(&self, lease: &str, holder: Option<&str>, silence: Duration, leaderless: Duration) {
+    /// Notes who leads, if anybody does, and adds to the time without a leader that may lead.
+    pub(crate) fn set_leader(&self, lease: &str, holder: Option<&str>, silence: Duration, leaderless: Duration) {
         let of = Lease {
             lease: lease.to_owned(),
         };
@@ -250,8 +265,7 @@ impl Metrics {
         }
     }
 
-    /// Counts a hand-over.
-    pub fn handed_over(&self, lease: &str, reason: &'static str) {
+    pub(crate) fn handed_over(&self, lease: &str, reason: &'static str) {
         let hand_over = HandOver {
             lease: lease.to_owned(),
             reason,
@@ -260,8 +274,7 @@ impl Metrics {
     }
 
     /// All of it, as text.
-    #[must_use]
-    pub fn encode(&self) -> String {
+    pub(crate) fn encode(&self) -> String {
         let mut text = String::new();
         // Writing to a string does not fail.
         let _ = encode(&mut text, &self.registry);
@@ -272,13 +285,20 @@ impl Metrics {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::volume::id::{NodeName, PoolName};
 
     #[test]
     fn calls_are_counted_by_method_and_code() {
         let metrics = Metrics::default();
         metrics.call_ended("CreateVolume", "Ok", Duration::from_millis(2));
         metrics.call_ended("CreateVolume", "Unavailable", Duration::from_secs(40));
-        metrics.set_pool("node-1", "default", 100, 60, 40);
+        metrics.set_pool(&PoolUsage {
+            node: NodeName::parse("node-1").unwrap(),
+            pool: PoolName::default(),
+            size: Bytes(100),
+            allocated: Bytes(60),
+            room: Bytes(40),
+        });
         let text = metrics.encode();
         for line in [
             "hostdir_csi_call_duration_seconds_count{method=\"CreateVolume\",code=\"Ok\"} 1",

@@ -13,17 +13,17 @@ use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 
 use crate::config::{
-    Cli, Command, ControllerArgs, LeaderArgs, Local, LocalArgs, LogFormat, ProbeArgs, SelftestArgs, ServeArgs,
+    Cli, Command, ControllerArgs, LeaderArgs, LocalPools, LogFormat, NodeArgs, ProbeArgs, SelftestArgs, ServeArgs,
     SidecarArg, host_name,
 };
 use crate::csi::{self, Endpoint, Listener, Question, Serving};
 use crate::http;
-use crate::k8s::{self, Agent, ApiBook, Check, Guard, GuardConfig, Janitor, JanitorConfig};
+use crate::k8s::{self, Agent, ApiStore, Check, Gc, GcConfig, Guard, GuardConfig};
 use crate::linux::{self, Linux};
 use crate::metrics::Metrics;
-use crate::volume::ports::OnDisk;
-use crate::volume::registry::Registry;
-use crate::volume::{Control, Driver, Elected, Fence, Health, SelfTest};
+use crate::volume::controller::cache::ClusterCache;
+use crate::volume::host_volume::NoAssignments;
+use crate::volume::{Control, Controller, Fence, Health, Node, SelfTest};
 
 /// Threads for calls that block; more calls than that wait their turn. So many that calls stuck on one bad disk leave room
 /// for the others; a thread that waits costs some 10 KiB.
@@ -83,7 +83,7 @@ fn leader(args: &LeaderArgs) -> anyhow::Result<()> {
         k8s::report(client, &args.namespace, &args.leases(), &args.controllers).await
     })?;
     print!("{report}");
-    anyhow::ensure!(well, "nobody leads who may");
+    anyhow::ensure!(well, "no controller leads that may lead");
     Ok(())
 }
 
@@ -99,29 +99,29 @@ fn crds() -> anyhow::Result<()> {
     Ok(())
 }
 
-fn local(args: LocalArgs) -> anyhow::Result<()> {
-    let (process, Local { node, pools }) = on_node(args)?;
-    let driver = Arc::new(Driver::new(node, Arc::new(Linux), Arc::new(OnDisk), pools));
+fn local(args: NodeArgs) -> anyhow::Result<()> {
+    let (process, LocalPools { node, pools }) = on_node(args)?;
+    let node = Arc::new(Node::new(node, Arc::new(Linux), Arc::new(NoAssignments), pools));
     let roles = Roles {
-        health: Arc::clone(&driver) as _,
-        control: Some(Arc::clone(&driver) as _),
-        node: Some(driver),
+        health: Arc::clone(&node) as _,
+        control: Some(Arc::clone(&node) as _),
+        node: Some(node),
     };
     process.serve(roles, std::future::pending())
 }
 
-fn node(args: LocalArgs) -> anyhow::Result<()> {
-    let (process, Local { node, pools }) = on_node(args)?;
+fn node(args: NodeArgs) -> anyhow::Result<()> {
+    let (process, LocalPools { node, pools }) = on_node(args)?;
     let (runtime, metrics) = (process.runtime.handle().clone(), Arc::clone(&process.metrics));
     let client = runtime.block_on(k8s::client()).context("reach the API server")?;
     let agent = Agent::new(node.clone(), client, runtime, metrics);
-    let driver = Arc::new(Driver::new(node, Arc::new(Linux), Arc::clone(&agent) as _, pools));
+    let node = Arc::new(Node::new(node, Arc::new(Linux), agent.assignments(), pools));
     let roles = Roles {
-        health: Arc::clone(&driver) as _,
-        control: Some(Arc::new(SelfTest(Arc::clone(&driver)))),
-        node: Some(Arc::clone(&driver)),
+        health: Arc::clone(&node) as _,
+        control: Some(Arc::new(SelfTest(Arc::clone(&node)))),
+        node: Some(Arc::clone(&node)),
     };
-    process.serve(roles, agent.run(driver))
+    process.serve(roles, agent.run(node))
 }
 
 fn controller(args: ControllerArgs) -> anyhow::Result<()> {
@@ -138,9 +138,9 @@ fn controller(args: ControllerArgs) -> anyhow::Result<()> {
     let process = Process::new(serve)?;
     let (runtime, metrics) = (process.runtime.handle().clone(), Arc::clone(&process.metrics));
     let client = runtime.block_on(k8s::client()).context("reach the API server")?;
-    let registry = Arc::new(Registry::default());
-    let book = Arc::new(ApiBook::new(client.clone(), runtime.clone()));
-    let config = JanitorConfig {
+    let cache = Arc::new(ClusterCache::default());
+    let store = Arc::new(ApiStore::new(client.clone(), runtime.clone()));
+    let config = GcConfig {
         node_grace: Duration::from_secs(node_grace),
         unused_age: Duration::from_secs(unused_age),
     };
@@ -157,15 +157,15 @@ fn controller(args: ControllerArgs) -> anyhow::Result<()> {
         };
         Guard::new(config, client.clone(), Arc::clone(&fence), Arc::clone(&metrics))
     });
-    let janitor = Janitor::new(config, &registry, &book, client.clone(), pod_name, runtime, &metrics);
+    let gc = Gc::new(config, &cache, &store, client.clone(), pod_name, runtime, &metrics);
     std::thread::Builder::new()
-        .name("janitor".into())
-        .spawn(|| janitor.run())
-        .context("start the janitor")?;
-    let elected = Arc::new(Elected::new(book, Arc::clone(&registry), fence));
+        .name("gc".into())
+        .spawn(|| gc.run())
+        .context("start the garbage collection")?;
+    let controller = Arc::new(Controller::new(store, Arc::clone(&cache), fence));
     let roles = Roles {
-        health: Arc::clone(&elected) as _,
-        control: Some(elected),
+        health: Arc::clone(&controller) as _,
+        control: Some(controller),
         node: None,
     };
     process.serve(roles, async {
@@ -176,7 +176,7 @@ fn controller(args: ControllerArgs) -> anyhow::Result<()> {
             }
         };
         tokio::select! {
-            () = Box::pin(k8s::feed(client, registry, metrics)) => anyhow::anyhow!("the watches have ended"),
+            () = Box::pin(k8s::feed(client, cache, metrics)) => anyhow::anyhow!("the watches have ended"),
             ghost = watch => ghost,
         }
     })
@@ -198,7 +198,7 @@ fn check_sidecar(SidecarArg { lease, address }: SidecarArg) -> (String, Check) {
 }
 
 /// Begins what needs the machine: with few privileges, and before there are threads that would keep more.
-fn on_node(args: LocalArgs) -> anyhow::Result<(Process, Local)> {
+fn on_node(args: NodeArgs) -> anyhow::Result<(Process, LocalPools)> {
     let serve = args.serve.clone();
     log_to_stderr(serve.log_format, serve.log_level);
     let local = args.resolve()?;
@@ -213,7 +213,7 @@ fn on_node(args: LocalArgs) -> anyhow::Result<(Process, Local)> {
 struct Roles {
     health: Arc<dyn Health>,
     control: Option<Arc<dyn Control>>,
-    node: Option<Arc<Driver>>,
+    node: Option<Arc<Node>>,
 }
 
 /// What every process that serves has.
@@ -256,7 +256,7 @@ impl Process {
             let (health, metrics) = (Arc::clone(&health), Arc::clone(&metrics));
             runtime.spawn(async move {
                 if let Err(error) = http::serve(address, health, metrics).await {
-                    tracing::error!(error = format!("{error:#}"), "no HTTP");
+                    tracing::error!(error = format!("{error:#}"), "cannot serve HTTP");
                 }
             });
         }

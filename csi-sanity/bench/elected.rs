@@ -9,23 +9,16 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
-use hostdir::csi::proto::controller_client::ControllerClient;
-use hostdir::csi::proto::identity_client::IdentityClient;
-use hostdir::csi::proto::volume_capability::access_mode::Mode;
-use hostdir::csi::proto::volume_capability::{AccessMode, AccessType, MountVolume};
-use hostdir::csi::proto::{
-    CapacityRange, CreateVolumeRequest, DeleteVolumeRequest, GetCapacityRequest, ProbeRequest, Topology,
-    TopologyRequirement, VolumeCapability,
-};
+use hostdir::csi::proto::{CreateVolumeRequest, GetCapacityRequest, Topology, TopologyRequirement};
 use hostdir::k8s::api::{DirectorySpec, HostNode, HostNodeSpec, HostVolume, HostVolumeSpec};
-use hostdir_lab::Cluster;
+use hostdir_lab::client::create_request as request_for;
 use hostdir_lab::cluster::ControllerManager;
+use hostdir_lab::{Cluster, Csi};
 use k8s_openapi::api::core::v1::Node;
 use kube::api::{Api, DeleteParams, Patch, PatchParams, PostParams};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config};
 use serde_json::json;
-use tonic::transport::{Channel, Endpoint};
 
 const NODES: usize = 1_000;
 const VOLUMES: usize = 100_000;
@@ -160,17 +153,12 @@ impl Process {
 }
 
 /// A connection to a driver that has said that it is ready.
-async fn connect(socket: &Path) -> anyhow::Result<Channel> {
+async fn connect(socket: &Path) -> Csi {
     loop {
-        if let Ok(channel) = Endpoint::try_from(format!("unix://{}", socket.display()))?
-            .connect()
-            .await
+        if let Ok(csi) = Csi::connect(socket).await
+            && csi.probe().await.unwrap_or(false)
         {
-            let mut identity = IdentityClient::new(channel.clone());
-            let ready = identity.probe(ProbeRequest {}).await;
-            if ready.is_ok_and(|answer| answer.into_inner().ready == Some(true)) {
-                return Ok(channel);
-            }
+            return csi;
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
@@ -188,24 +176,13 @@ fn topology(node: usize) -> Topology {
     }
 }
 
-fn create_request(name: String, node: usize) -> CreateVolumeRequest {
+fn create_request(name: &str, node: usize) -> CreateVolumeRequest {
     CreateVolumeRequest {
-        name,
-        capacity_range: Some(CapacityRange {
-            required_bytes: 1 << 20,
-            limit_bytes: 0,
-        }),
-        volume_capabilities: vec![VolumeCapability {
-            access_mode: Some(AccessMode {
-                mode: Mode::SingleNodeMultiWriter.into(),
-            }),
-            access_type: Some(AccessType::Mount(MountVolume::default())),
-        }],
         accessibility_requirements: Some(TopologyRequirement {
             requisite: vec![topology(node)],
             preferred: vec![topology(node)],
         }),
-        ..CreateVolumeRequest::default()
+        ..request_for(name)
     }
 }
 
@@ -230,12 +207,11 @@ async fn crowd(cluster: &Cluster, client: &Client, scratch: &Path) -> anyhow::Re
     let socket = scratch.join("controller.sock");
     let start = Instant::now();
     let controller = Process::hostdir(cluster, &socket, &["controller".into()])?;
-    let channel = connect(&socket).await?;
+    let csi = connect(&socket).await;
     println!("controller ready            {:>10.1} s", start.elapsed().as_secs_f64());
     let (now, most) = controller.memory()?;
     println!("resident memory             {now:>10.1} MiB (at most {most:.1})");
 
-    let mut control = ControllerClient::new(channel);
     let mut times = Vec::new();
     for number in 0..CAPACITY_CALLS {
         let request = GetCapacityRequest {
@@ -243,7 +219,7 @@ async fn crowd(cluster: &Cluster, client: &Client, scratch: &Path) -> anyhow::Re
             ..GetCapacityRequest::default()
         };
         let start = Instant::now();
-        let room = control.get_capacity(request).await?.into_inner().available_capacity;
+        let room = csi.capacity(request).await?.available_capacity;
         times.push(start.elapsed());
         anyhow::ensure!(room > 0, "no capacity");
     }
@@ -257,8 +233,8 @@ async fn crowd(cluster: &Cluster, client: &Client, scratch: &Path) -> anyhow::Re
         volumes.create(&PostParams::default(), &object).await?;
         bare.push(start.elapsed());
         let start = Instant::now();
-        let request = create_request(format!("served-{number}"), number % NODES);
-        control.create_volume(request).await?;
+        let request = create_request(&format!("served-{number}"), number % NODES);
+        csi.create(request).await?;
         served.push(start.elapsed());
     }
     let ((bare, bare_most), (served, served_most)) = (percentiles(bare), percentiles(served));
@@ -269,12 +245,7 @@ async fn crowd(cluster: &Cluster, client: &Client, scratch: &Path) -> anyhow::Re
     let mut times = Vec::new();
     for number in 0..CALLS {
         let start = Instant::now();
-        let volume_id = format!("served-{number}");
-        let request = DeleteVolumeRequest {
-            volume_id,
-            ..DeleteVolumeRequest::default()
-        };
-        control.delete_volume(request).await?;
+        csi.delete(&format!("served-{number}")).await?;
         times.push(start.elapsed());
     }
     let (p50, p99) = percentiles(times);
@@ -304,7 +275,7 @@ async fn claims(cluster: &Cluster, client: &Client, scratch: &Path) -> anyhow::R
     cluster.kubectl.apply(&class.to_string())?;
     let socket = scratch.join("claims.sock");
     let _controller = Process::hostdir(cluster, &socket, &["controller".into()])?;
-    drop(connect(&socket).await?);
+    drop(connect(&socket).await);
     for (what, sidecar, manager) in [
         ("stock (5/10, 20/30)", (5, 10), (20, 30)),
         ("sidecar 100/200, manager 20/30", (100, 200), (20, 30)),
@@ -357,14 +328,14 @@ fn bind(cluster: &Cluster, what: &str) -> anyhow::Result<()> {
     let start = Instant::now();
     cluster.kubectl.apply(&claims)?;
     let applied = start.elapsed();
-    let (mut promised, mut made) = (None, None);
+    let (mut recorded, mut made) = (None, None);
     let count = |kind: &str| -> anyhow::Result<usize> {
         let out = cluster.kubectl.run(&["get", kind, "-o", "name"])?;
         Ok(out.lines().count())
     };
     let bound = loop {
-        if promised.is_none() && count("hostvolumes")? == CLAIMS as usize {
-            promised = Some(start.elapsed());
+        if recorded.is_none() && count("hostvolumes")? == CLAIMS as usize {
+            recorded = Some(start.elapsed());
         }
         if made.is_none() && count("pv")? == CLAIMS as usize {
             made = Some(start.elapsed());
@@ -380,7 +351,7 @@ fn bind(cluster: &Cluster, what: &str) -> anyhow::Result<()> {
     println!(
         "{CLAIMS} claims, {what}: applied {:.1} s, all HostVolumes {:.1} s, all PersistentVolumes {:.1} s, all bound {:.1} s = {:.1}/s",
         applied.as_secs_f64(),
-        seconds(promised),
+        seconds(recorded),
         seconds(made),
         bound.as_secs_f64(),
         f64::from(CLAIMS) / bound.as_secs_f64()
@@ -412,7 +383,7 @@ async fn agent(cluster: &Cluster, client: &Client, scratch: &Path) -> anyhow::Re
     let pool = format!("--pool=default={}", scratch.join("pool").display());
     let args = ["node".into(), "--node-name=bench-node".into(), pool];
     let agent = Process::hostdir(cluster, &socket, &args)?;
-    drop(connect(&socket).await?);
+    drop(connect(&socket).await);
     tokio::time::sleep(Duration::from_secs(15)).await;
     let before = requests(cluster)?;
     tokio::time::sleep(IDLE).await;

@@ -45,6 +45,7 @@ fn main() {
         println!("SKIPPED: the benchmark needs root, to mount");
         return;
     }
+    hostdir_lab::harness::set_hostdir(env!("CARGO_BIN_EXE_hostdir"));
     unshare(CloneFlags::CLONE_NEWNS).expect("make a mount namespace");
     let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
     mount(None::<&str>, "/", None::<&str>, private, None::<&str>).expect("make the mounts private");

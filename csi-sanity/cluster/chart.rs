@@ -3,7 +3,8 @@
 use hostdir_lab::cluster::NAMESPACE;
 use hostdir_lab::prove::root;
 
-use crate::lab::{Mode, PATIENCE, lab};
+use crate::lab::{PATIENCE, lab};
+use crate::mode::Mode;
 use crate::objects::pod;
 use hostdir_lab::needs;
 

@@ -11,83 +11,10 @@ use hostdir_lab::prove::target_dir;
 use hostdir_lab::{Client, Cluster, Kubectl};
 use serde_json::Value;
 
+use crate::mode::Mode;
+
 /// How long anything may take that is waited for: pods start in seconds, but these machines are shared.
 pub(crate) const PATIENCE: Duration = Duration::from_mins(3);
-
-/// The two ways to run hostdir. Both are installed in the one cluster, under two names.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Mode {
-    Local,
-    Elected,
-}
-
-impl Mode {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Local => "local",
-            Self::Elected => "elected",
-        }
-    }
-
-    /// The Helm release, and its StorageClass.
-    pub(crate) fn release(self) -> &'static str {
-        match self {
-            Self::Local => "hostdir-local",
-            Self::Elected => "hostdir",
-        }
-    }
-
-    /// The name of the driver.
-    pub(crate) fn driver(self) -> &'static str {
-        match self {
-            Self::Local => "local.hostdir.csi",
-            Self::Elected => "hostdir.csi",
-        }
-    }
-
-    /// A node's pool, from the node's root.
-    pub(crate) fn pool(self) -> &'static str {
-        match self {
-            Self::Local => "/var/lib/hostdir-local",
-            Self::Elected => "/var/lib/hostdir",
-        }
-    }
-
-    /// What a driver on a node is called to run.
-    fn command(self) -> &'static str {
-        match self {
-            Self::Local => "local",
-            Self::Elected => "node",
-        }
-    }
-
-    /// What the chart is told beside its defaults.
-    fn settings(self) -> &'static [&'static str] {
-        match self {
-            Self::Local => &[
-                r#"mode="local""#,
-                r#"driverName="local.hostdir.csi""#,
-                r#"pools=[{"name":"default","path":"/var/lib/hostdir-local"}]"#,
-                r#"storageClasses=[{"name":"hostdir-local"}]"#,
-            ],
-            // Not for tests to wait five minutes.
-            Self::Elected => &["controller.nodeGrace=10", "controller.unusedAge=15"],
-        }
-    }
-}
-
-/// Makes a test of a scenario for each mode.
-macro_rules! in_both_modes {
-    ($($scenario:ident),* $(,)?) => {
-        mod local {
-            $(#[hostdir_lab::needs(Root, Go, Cluster)] fn $scenario() { super::$scenario($crate::lab::Mode::Local); })*
-        }
-        mod elected {
-            $(#[hostdir_lab::needs(Root, Go, Cluster)] fn $scenario() { super::$scenario($crate::lab::Mode::Elected); })*
-        }
-    };
-}
-pub(crate) use in_both_modes;
 
 /// The cluster, while a test has it, with a namespace for that test.
 pub(crate) struct Lab {
@@ -179,7 +106,34 @@ impl Lab {
 
     /// Waits until something is so.
     pub(crate) fn wait(&self, what: &str, condition: impl FnMut() -> Result<bool>) {
-        self.kubectl().wait(PATIENCE, what, condition).unwrap();
+        if let Err(error) = self.kubectl().wait(PATIENCE, what, condition) {
+            panic!("{error:#}\n{}", self.diagnosis());
+        }
+    }
+
+    /// What Kubernetes says of the test's pods and claims: of a failure often nothing but the message is kept.
+    fn diagnosis(&self) -> String {
+        let namespace = self.namespace.as_str();
+        let questions: [&[&str]; 3] = [
+            &["get", "pods,pvc", "-n", namespace, "-o", "wide"],
+            &["get", "nodes,pods", "-n", NAMESPACE, "-o", "wide"],
+            &[
+                "get",
+                "events",
+                "-n",
+                namespace,
+                "--sort-by=.lastTimestamp",
+                "--no-headers",
+            ],
+        ];
+        let answer = |question: &&[&str]| {
+            self.kubectl()
+                .run(question)
+                .unwrap_or_else(|error| format!("{error:#}"))
+        };
+        let answers: Vec<String> = questions.iter().map(answer).collect();
+        let lines: Vec<&str> = answers.iter().flat_map(|answer| answer.lines()).collect();
+        lines[lines.len().saturating_sub(60)..].join("\n")
     }
 
     /// An object of the test's namespace.

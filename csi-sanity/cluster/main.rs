@@ -4,11 +4,16 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 mod chart;
+mod controllers;
+mod deletes;
+mod disks;
 mod elected;
-mod ghosts;
+mod election;
 mod lab;
+mod mode;
 mod objects;
 mod pods;
+mod rights;
 mod sanity;
 mod scale;
 mod sizes;

@@ -2,17 +2,18 @@
 
 use serde_json::json;
 
-use crate::lab::{Mode, PATIENCE, in_both_modes, lab};
+use crate::lab::{PATIENCE, lab};
+use crate::mode::{Mode, in_both_modes};
 use crate::objects::{claim_of, class, on_node, pod, stateful_set, with, with_mount};
 
 in_both_modes![
-    scenario_1_data_outlives_pods_drivers_kubelets_and_power,
-    scenario_2_the_pods_of_a_stateful_set_return_to_their_nodes,
-    scenario_3_pods_share_write_read_and_exclude,
-    scenario_4_deleted_is_gone_and_retained_is_kept,
+    data_outlives_pods_drivers_kubelets_and_power,
+    the_pods_of_a_stateful_set_return_to_their_nodes,
+    pods_share_write_read_and_exclude,
+    deleted_is_gone_and_retained_is_kept,
 ];
 
-fn scenario_1_data_outlives_pods_drivers_kubelets_and_power(mode: Mode) {
+fn data_outlives_pods_drivers_kubelets_and_power(mode: Mode) {
     let mut lab = lab(mode, "data-stays", "1. data outlives pod, driver, kubelet, power cut");
     lab.apply(&[lab.claim("data", "10Mi"), on_node(pod("pod", "data"), "node-1")]);
     lab.running("pod");
@@ -63,7 +64,7 @@ fn check_mounted(lab: &crate::lab::Lab) {
     assert_eq!(lab.mounts(), 1, "the mount went with the kubelet");
 }
 
-fn scenario_2_the_pods_of_a_stateful_set_return_to_their_nodes(mode: Mode) {
+fn the_pods_of_a_stateful_set_return_to_their_nodes(mode: Mode) {
     let lab = lab(
         mode,
         "stateful",
@@ -95,7 +96,7 @@ fn scenario_2_the_pods_of_a_stateful_set_return_to_their_nodes(mode: Mode) {
     lab.nothing_is_left();
 }
 
-fn scenario_3_pods_share_write_read_and_exclude(mode: Mode) {
+fn pods_share_write_read_and_exclude(mode: Mode) {
     let lab = lab(
         mode,
         "sharing",
@@ -170,7 +171,7 @@ fn scenario_3_pods_share_write_read_and_exclude(mode: Mode) {
     lab.nothing_is_left();
 }
 
-fn scenario_4_deleted_is_gone_and_retained_is_kept(mode: Mode) {
+fn deleted_is_gone_and_retained_is_kept(mode: Mode) {
     let lab = lab(mode, "reclaim", "4. Delete frees the space, Retain keeps the data");
     lab.wait("capacity is published", || {
         Ok(lab.capacity(mode.release(), "node-1")? > 0)

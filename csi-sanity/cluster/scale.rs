@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use hostdir_lab::SetOnDrop;
 use serde_json::Value;
 
-use crate::lab::{Lab, Mode, in_both_modes, lab, report};
+use crate::lab::{Lab, lab, report};
+use crate::mode::{Mode, in_both_modes};
 use crate::objects::{on_node, pod};
 
 in_both_modes![

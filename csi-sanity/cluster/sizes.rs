@@ -2,7 +2,8 @@
 
 use serde_json::{Value, json};
 
-use crate::lab::{Lab, Mode, PATIENCE, lab};
+use crate::lab::{Lab, PATIENCE, lab};
+use crate::mode::Mode;
 use crate::objects::{claim_of, on_node, pod};
 use hostdir_lab::needs;
 

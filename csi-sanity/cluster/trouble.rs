@@ -4,18 +4,19 @@ use hostdir_lab::cluster::NAMESPACE;
 use hostdir_lab::needs;
 use serde_json::json;
 
-use crate::lab::{Lab, Mode, PATIENCE, Thaw, in_both_modes, lab};
+use crate::lab::{Lab, PATIENCE, Thaw, lab};
+use crate::mode::{Mode, in_both_modes};
 use crate::objects::{claim_of, class, on_node, pod};
 
 in_both_modes![
-    scenario_7_pods_go_where_there_is_room_and_wait_where_there_is_none,
-    scenario_8_upgrades_and_uninstalls_leave_pods_alone,
+    pods_go_where_there_is_room_and_wait_where_there_is_none,
+    upgrades_and_uninstalls_leave_pods_alone,
     wrong_storage_classes_are_named,
     a_self_test_passes_on_a_node,
     a_pod_goes_on_while_the_network_is_cut_and_the_api_server_hangs,
 ];
 
-fn scenario_7_pods_go_where_there_is_room_and_wait_where_there_is_none(mode: Mode) {
+fn pods_go_where_there_is_room_and_wait_where_there_is_none(mode: Mode) {
     let lab = lab(
         mode,
         "room",
@@ -38,7 +39,7 @@ fn scenario_7_pods_go_where_there_is_room_and_wait_where_there_is_none(mode: Mod
     lab.nothing_is_left();
 }
 
-fn scenario_8_upgrades_and_uninstalls_leave_pods_alone(mode: Mode) {
+fn upgrades_and_uninstalls_leave_pods_alone(mode: Mode) {
     let lab = lab(
         mode,
         "upgrade",

@@ -3,7 +3,8 @@
 use anyhow::Result;
 use serde_json::{Value, json};
 
-use crate::lab::{Lab, Mode, PATIENCE, lab};
+use crate::lab::{Lab, PATIENCE, lab};
+use crate::mode::Mode;
 use crate::objects::{on_node, pod, with};
 use hostdir_lab::needs;
 

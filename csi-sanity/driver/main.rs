@@ -7,10 +7,16 @@
 
 mod chart;
 mod crash;
+mod durability;
+mod erase;
 mod faults;
 mod hostile;
+mod mounts;
+mod place;
+mod pools;
 mod publish;
 mod sanity;
+mod selftest;
 mod service;
 mod volumes;
 

@@ -1,31 +1,29 @@
 //! Volumes are mounted as asked for, and never a wrong or an empty directory in their place.
 
+use hostdir::csi::proto::CreateVolumeRequest;
+use hostdir::csi::proto::volume_capability::access_mode::Mode;
+use hostdir_lab::client::{create_request, map};
+use hostdir_lab::scene::start;
+use hostdir_lab::scratch::names;
+use hostdir_lab::{Client, Driver, Mount, Process, Scratch, needs};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-
-use hostdir::csi::proto::CreateVolumeRequest;
-use hostdir::csi::proto::volume_capability::access_mode::Mode;
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use tonic::Code;
 
-use hostdir_lab::client::{create_request, map};
-use hostdir_lab::scene::start;
-use hostdir_lab::scratch::{is_mounted, names};
-use hostdir_lab::{Client, Driver, Mount, Process, Scratch, needs};
-
 /// A driver with one pool, and a directory for targets.
-struct Node {
-    scratch: Scratch,
-    process: Process,
-    client: Client,
-    pods: PathBuf,
+pub(super) struct Node {
+    pub(super) scratch: Scratch,
+    pub(super) process: Process,
+    pub(super) client: Client,
+    pub(super) pods: PathBuf,
 }
 
 impl Node {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let scratch = Scratch::new();
         let (process, client) = start(&driver(&scratch));
         let pods = scratch.mkdir("pods");
@@ -37,7 +35,7 @@ impl Node {
         }
     }
 
-    fn restart(self) -> Self {
+    pub(super) fn restart(self) -> Self {
         let Self {
             scratch,
             process,
@@ -55,21 +53,21 @@ impl Node {
         }
     }
 
-    fn target(&self, name: &str) -> PathBuf {
+    pub(super) fn target(&self, name: &str) -> PathBuf {
         self.pods.join(name)
     }
 
-    fn publish_as(&self, target: &Path, mount: Mount) -> Result<(), tonic::Status> {
+    pub(super) fn publish_as(&self, target: &Path, mount: Mount) -> Result<(), tonic::Status> {
         self.client.publish_as("pvc-1", &target.to_string_lossy(), mount)
     }
 }
 
-fn driver(scratch: &Scratch) -> Driver {
+pub(super) fn driver(scratch: &Scratch) -> Driver {
     Driver::new(scratch).pool("default", &scratch.path("pool"))
 }
 
 /// The options of the mount at a path, from the mount table.
-fn options(path: &Path) -> String {
+pub(super) fn options(path: &Path) -> String {
     let table = fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
     let line = table
         .lines()
@@ -189,58 +187,6 @@ fn mount_options_are_set_before_anybody_sees_the_mount() {
 }
 
 #[needs(Root)]
-fn read_write_once_pod_is_one_mount_and_no_other() {
-    let node = Node::new();
-    node.client.create("pvc-1").unwrap();
-    let alone = || Mount {
-        mode: Mode::SingleNodeSingleWriter,
-        ..Mount::default()
-    };
-    let (first, second) = (node.target("first"), node.target("second"));
-    node.publish_as(&first, alone()).unwrap();
-    node.publish_as(&first, alone()).expect("the same again is no error");
-    for mount in [alone(), Mount::default()] {
-        let status = node.publish_as(&second, mount).unwrap_err();
-        assert_eq!(status.code(), Code::FailedPrecondition);
-        assert!(status.message().contains("first"), "it does not say where: {status}");
-    }
-    let node = node.restart();
-    assert_eq!(
-        node.publish_as(&second, alone()).unwrap_err().code(),
-        Code::FailedPrecondition,
-        "forgotten by a restart"
-    );
-    node.client.unpublish("pvc-1", &first).unwrap();
-    node.publish_as(&second, alone()).unwrap();
-    // An administrator's umount(8) counts, too.
-    umount2(&second, MntFlags::empty()).unwrap();
-    let third = node.target("third");
-    node.publish_as(&third, alone()).unwrap();
-}
-
-#[needs(Root)]
-fn read_write_once_is_any_number_of_mounts_on_the_node() {
-    let node = Node::new();
-    node.client.create("pvc-1").unwrap();
-    for (name, mode) in [
-        ("a", Mode::SingleNodeMultiWriter),
-        ("b", Mode::SingleNodeMultiWriter),
-        ("c", Mode::SingleNodeWriter),
-    ] {
-        node.publish_as(
-            &node.target(name),
-            Mount {
-                mode,
-                ..Mount::default()
-            },
-        )
-        .unwrap();
-        fs::write(node.target(name).join(name), "x").unwrap();
-    }
-    assert_eq!(names(node.target("a")), ["a", "b", "c"]);
-}
-
-#[needs(Root)]
 fn a_directory_that_is_gone_is_an_error_and_never_an_empty_one() {
     let node = Node::new();
     let target = node.target("a");
@@ -321,79 +267,6 @@ fn a_new_disk_is_not_taken_for_the_old_one() {
 }
 
 #[needs(Root)]
-fn unpublish_takes_what_it_finds() {
-    let node = Node::new();
-    let target = node.target("a");
-    node.client.create("pvc-1").unwrap();
-    node.client.unpublish("pvc-1", &target).expect("never published");
-    node.client
-        .unpublish("pvc-1", &node.target("no/such/parent"))
-        .expect("no parent");
-    node.client.publish("pvc-1", &target).unwrap();
-    umount2(&target, MntFlags::empty()).unwrap();
-    node.client
-        .unpublish("pvc-1", &target)
-        .expect("unmounted by somebody else");
-    assert!(!target.exists());
-    // Mounted twice, as a driver without our care would have left it.
-    node.client.publish("pvc-1", &target).unwrap();
-    let data = node.scratch.path("pool/volumes/pvc-1/data");
-    mount(Some(&data), &target, None::<&str>, MsFlags::MS_BIND, None::<&str>).unwrap();
-    node.client.unpublish("pvc-1", &target).unwrap();
-    assert!(!target.exists() && data.exists());
-    // Of a volume that is known to nobody any more.
-    node.client.unpublish("pvc-unknown", &target).expect("nothing is there");
-}
-
-#[needs(Root)]
-fn a_mount_in_use_stays_and_says_so() {
-    let node = Node::new();
-    let target = node.target("a");
-    node.client.create("pvc-1").unwrap();
-    node.client.publish("pvc-1", &target).unwrap();
-    let open = fs::File::create(target.join("file")).unwrap();
-    let status = node.client.unpublish("pvc-1", &target).unwrap_err();
-    assert!(
-        status.message().contains("pvc-1") && status.message().contains("EBUSY"),
-        "{status}"
-    );
-    assert!(is_mounted(&target));
-    drop(open);
-    node.client.unpublish("pvc-1", &target).unwrap();
-}
-
-#[needs(Root)]
-fn a_mounted_volume_is_not_deleted() {
-    let node = Node::new();
-    let target = node.target("a");
-    node.client.create("pvc-1").unwrap();
-    node.client.publish("pvc-1", &target).unwrap();
-    let node = node.restart();
-    let status = node.client.delete("pvc-1").unwrap_err();
-    assert_eq!(status.code(), Code::FailedPrecondition);
-    assert!(status.message().contains(&target.display().to_string()), "{status}");
-    fs::write(target.join("file"), "still here").unwrap();
-    node.client.unpublish("pvc-1", &target).unwrap();
-    node.client.delete("pvc-1").unwrap();
-    node.client.delete("pvc-1").expect("deleting twice is no error");
-}
-
-#[needs(Root)]
-fn pods_end_although_the_pool_is_gone() {
-    let node = Node::new();
-    let target = node.target("a");
-    node.client.create("pvc-1").unwrap();
-    node.client.publish("pvc-1", &target).unwrap();
-    fs::rename(node.scratch.path("pool"), node.scratch.path("moved")).unwrap();
-    fs::write(node.scratch.path("pool"), "in the way").unwrap();
-    let node = node.restart();
-    assert_eq!(node.client.probe().unwrap_err().code(), Code::FailedPrecondition);
-    node.client.unpublish("pvc-1", &target).unwrap();
-    assert!(!target.exists());
-    assert!(node.scratch.path("moved/volumes/pvc-1/data").exists());
-}
-
-#[needs(Root)]
 fn what_is_mounted_in_the_pool_does_not_show_in_the_pod() {
     let node = Node::new();
     let target = node.target("a");
@@ -432,94 +305,4 @@ fn statistics_are_given_where_the_volume_is_mounted() {
     ] {
         assert_eq!(node.client.stats(id, path).unwrap_err().code(), Code::NotFound);
     }
-}
-
-#[needs(Root)]
-fn a_mount_that_another_one_covers_is_still_a_mount() {
-    let node = Node::new();
-    let target = node.target("a");
-    node.client.create("pvc-1").unwrap();
-    node.client.publish("pvc-1", &target).unwrap();
-    fs::write(target.join("file"), "kept").unwrap();
-    mount(Some("tmpfs"), &target, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
-    assert_eq!(
-        node.client.delete("pvc-1").unwrap_err().code(),
-        Code::FailedPrecondition
-    );
-    assert_eq!(
-        node.client
-            .stats("pvc-1", &target.to_string_lossy())
-            .unwrap_err()
-            .code(),
-        Code::NotFound
-    );
-    let node = node.restart();
-    assert_eq!(
-        node.client.delete("pvc-1").unwrap_err().code(),
-        Code::FailedPrecondition,
-        "forgotten by a restart"
-    );
-    umount2(&target, MntFlags::empty()).unwrap();
-    assert_eq!(fs::read_to_string(target.join("file")).unwrap(), "kept");
-    node.client.unpublish("pvc-1", &target).unwrap();
-    node.client.delete("pvc-1").unwrap();
-}
-
-#[needs(Root)]
-fn a_mount_that_only_looks_like_ours_is_not_ours() {
-    let node = Node::new();
-    let target = node.target("a");
-    node.client.create("pvc-1").unwrap();
-    node.client.publish("pvc-1", &target).unwrap();
-    node.client.unpublish("pvc-1", &target).unwrap();
-    let foreign = node.scratch.tmpfs("foreign", "1M").join("volumes/pvc-1/data");
-    fs::create_dir_all(&foreign).unwrap();
-    fs::create_dir(node.target("b")).unwrap();
-    mount(
-        Some(&foreign),
-        &node.target("b"),
-        None::<&str>,
-        MsFlags::MS_BIND,
-        None::<&str>,
-    )
-    .unwrap();
-    let node = node.restart();
-    node.client.delete("pvc-1").expect("it is mounted nowhere");
-}
-
-#[needs(Root)]
-fn one_target_has_one_access_mode() {
-    let node = Node::new();
-    let in_mode = |mode| Mount {
-        mode,
-        ..Mount::default()
-    };
-    node.client.create("pvc-1").unwrap();
-    node.publish_as(&node.target("a"), in_mode(Mode::SingleNodeSingleWriter))
-        .unwrap();
-    let status = node
-        .publish_as(&node.target("a"), in_mode(Mode::SingleNodeMultiWriter))
-        .unwrap_err();
-    assert_eq!(status.code(), Code::AlreadyExists, "{status}");
-    let status = node
-        .publish_as(&node.target("b"), in_mode(Mode::SingleNodeMultiWriter))
-        .unwrap_err();
-    assert_eq!(status.code(), Code::FailedPrecondition, "{status}");
-}
-
-#[needs(Root)]
-fn a_pool_remounted_under_a_mount_changes_no_answer_but_read_only() {
-    let scratch = Scratch::new();
-    let disk = scratch.tmpfs("disk", "16M");
-    let (_process, client) = start(&Driver::new(&scratch).pool("default", &disk));
-    let (a, b) = (scratch.path("a"), scratch.path("b"));
-    client.create("pvc-1").unwrap();
-    client.publish("pvc-1", &a).unwrap();
-    let change = MsFlags::MS_REMOUNT | MsFlags::MS_BIND;
-    hostdir_lab::scratch::remount(&disk, change | MsFlags::MS_NODEV);
-    client.publish("pvc-1", &a).expect("it is published");
-    hostdir_lab::scratch::remount(&disk, change | MsFlags::MS_RDONLY);
-    let status = client.publish("pvc-1", &b).unwrap_err();
-    assert!(status.message().contains("read-only"), "{status}");
-    assert!(!b.exists());
 }

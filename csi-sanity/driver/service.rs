@@ -1,21 +1,16 @@
 //! The process: its socket, its pools, its end, its log.
 
-use std::fs;
-
 use hostdir::csi::proto::volume_capability::access_mode::Mode;
-use hostdir::csi::proto::{
-    CapacityRange, CreateVolumeRequest, DeleteVolumeRequest, NodeGetInfoRequest, NodePublishVolumeRequest,
-};
-use nix::errno::Errno;
-use nix::sys::signal::Signal;
-use tonic::Code;
-
+use hostdir::csi::proto::{CreateVolumeRequest, DeleteVolumeRequest, NodeGetInfoRequest, NodePublishVolumeRequest};
 use hostdir_lab::client::{capability, create_request, map};
 use hostdir_lab::disk::run;
 use hostdir_lab::faults::{Fault, Step};
 use hostdir_lab::scene::start;
-use hostdir_lab::scratch::{mounts_below, names};
+use hostdir_lab::scratch::names;
 use hostdir_lab::{Driver, Scratch, needs, wait_until};
+use nix::sys::signal::Signal;
+use std::fs;
+use tonic::Code;
 
 #[needs(Root)]
 fn one_operation_at_a_time_per_volume_and_different_ones_in_parallel() {
@@ -225,25 +220,6 @@ fn a_node_name_longer_than_a_label_has_a_topology_all_the_same() {
 }
 
 #[needs(Root)]
-fn a_sync_that_failed_is_made_good_before_the_next_answer() {
-    let scratch = Scratch::new();
-    let driver = Driver::new(&scratch)
-        .pool("default", &scratch.path("pool"))
-        .with_faults();
-    let (process, client) = start(&driver);
-    client.create("pvc-0").unwrap();
-    // The third sync is that of the directory into which the volume was renamed.
-    process.faults().arm(Step::Named("fsync", 2), Fault::Fail(Errno::EIO));
-    assert_eq!(client.create("pvc-1").unwrap_err().code(), Code::Unavailable);
-    process.faults().arm(Step::Never, Fault::Die);
-    client.create("pvc-1").unwrap();
-    let steps = process.faults().disarm();
-    assert!(steps.contains(&"fsync"), "answered without a sync: {steps:?}");
-    assert_eq!(names(scratch.path("pool/volumes")), ["pvc-0", "pvc-1"]);
-    assert!(client.capacity("default") > 0);
-}
-
-#[needs(Root)]
 fn it_keeps_only_the_capabilities_it_needs() {
     let scratch = Scratch::new();
     let (process, _client) = start(&Driver::new(&scratch).pool("default", &scratch.path("pool")));
@@ -266,191 +242,6 @@ fn it_keeps_only_the_capabilities_it_needs() {
         assert_eq!(field("CapInh:"), "0".repeat(16));
         assert_eq!(field("NoNewPrivs:"), "1");
     }
-}
-
-#[needs(Root)]
-fn a_probe_says_whether_it_answers_and_whether_it_is_ready() {
-    let scratch = Scratch::new();
-    let driver = Driver::new(&scratch).pool("default", &scratch.path("absent/pool"));
-    let probe = |ready: &[&str]| {
-        let output = std::process::Command::new(hostdir_lab::harness::hostdir())
-            .args(["probe", "--endpoint"])
-            .arg(format!("unix://{}", driver.socket.display()))
-            .args(ready)
-            .output()
-            .unwrap();
-        let text = String::from_utf8_lossy(&output.stderr).into_owned();
-        output.status.success().then_some(()).ok_or(text)
-    };
-    assert!(probe(&[]).unwrap_err().contains("csi.sock"));
-    let (process, _client) = start(&driver);
-    probe(&[]).expect("it answers");
-    assert!(probe(&["--ready"]).unwrap_err().contains("pool default"));
-    scratch.mkdir("absent");
-    probe(&["--ready"]).expect("it is ready");
-    process.signal(Signal::SIGSTOP);
-    assert!(probe(&[]).is_err(), "a hung driver passed for alive");
-    process.signal(Signal::SIGCONT);
-}
-
-#[needs(Root)]
-fn a_self_test_takes_a_volume_through_its_life_as_the_readme_shows() {
-    let scratch = Scratch::new();
-    let (_process, client) = start(&Driver::new(&scratch).pool("default", &scratch.path("pool")));
-    let (table, _, passed) = selftest(&scratch, "default");
-    assert!(passed, "{table}");
-    // What the README shows, step by step.
-    let readme = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/README.md")).unwrap();
-    let steps = |text: &str| -> Vec<String> { text.lines().map(|line| line[..28].trim_end().to_owned()).collect() };
-    let shown = readme
-        .split("$ cargo run -- selftest")
-        .nth(1)
-        .expect("the README shows a self-test");
-    let shown: Vec<&str> = shown.lines().skip(1).take(11).map(str::trim_start).collect();
-    assert_eq!(steps(&table), steps(&shown.join("\n")));
-    assert!(client.list(0).is_empty());
-    assert!(mounts_below(&scratch.path("")).is_empty());
-
-    let (table, errors, passed) = selftest(&scratch, "fast");
-    assert!(
-        !passed && table.contains("there is no pool fast") && errors.contains("the self-test failed: pool fast"),
-        "{table}{errors}"
-    );
-}
-
-#[needs(Root)]
-fn a_self_test_of_a_node_needs_no_api_server_and_makes_good_for_one_that_was_killed() {
-    let scratch = Scratch::new();
-    let pool = scratch.path("pool");
-    let (_process, client) = start(&Driver::without_api_server(&scratch).pool("default", &pool));
-    // What a self-test leaves that dies after its first publish.
-    client.create_as(of_self_test()).unwrap();
-    let mount = hostdir_lab::Mount {
-        mode: Mode::SingleNodeWriter,
-        ..hostdir_lab::Mount::default()
-    };
-    let target = scratch.path("csi.selftest-default").display().to_string();
-    client.publish_as("selftest-default", &target, mount).unwrap();
-    let (table, errors, passed) = selftest(&scratch, "default");
-    assert!(passed, "{table}{errors}");
-    assert_eq!(names(pool.join("volumes")), [""; 0]);
-    // For nothing else does a node take the place of a controller.
-    for answer in [
-        client.create("pvc-1").map(drop),
-        client.delete("pvc-1"),
-        client.expand("selftest-default", 1 << 30).map(drop),
-    ] {
-        assert_eq!(answer.unwrap_err().code(), Code::Unimplemented);
-    }
-}
-
-fn of_self_test() -> CreateVolumeRequest {
-    let range = CapacityRange {
-        required_bytes: 64 << 20,
-        limit_bytes: 0,
-    };
-    CreateVolumeRequest {
-        capacity_range: Some(range),
-        ..create_request("selftest-default")
-    }
-}
-
-/// Runs `hostdir selftest`: what it prints, what it says of errors, and whether it passed.
-fn selftest(scratch: &Scratch, pool: &str) -> (String, String, bool) {
-    let output = std::process::Command::new(hostdir_lab::harness::hostdir())
-        .args(["selftest", "--pool", pool, "--endpoint"])
-        .arg(format!("unix://{}", scratch.path("csi.sock").display()))
-        .output()
-        .unwrap();
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    (text(&output.stdout), text(&output.stderr), output.status.success())
-}
-
-#[needs(Root)]
-fn steps_come_in_the_order_that_a_power_cut_demands() {
-    let scratch = Scratch::new();
-    let driver = Driver::new(&scratch)
-        .pool("default", &scratch.path("pool"))
-        .with_faults();
-    let (process, client) = start(&driver);
-    let changes = |call: &dyn Fn()| -> Vec<&'static str> {
-        process.faults().arm(Step::Never, Fault::Die);
-        call();
-        let kept = [
-            "mkdirat",
-            "write",
-            "fsync",
-            "renameat",
-            "renameat2",
-            "fchmod",
-            "open_tree",
-            "mount_setattr",
-            "move_mount",
-        ];
-        let steps = process.faults().disarm();
-        // The only use of openat: to read the mount table, which grows with the node's pods.
-        assert!(!steps.contains(&"openat"), "a call reads the mount table: {steps:?}");
-        steps.into_iter().filter(|step| kept.contains(step)).collect()
-    };
-    // The record, the directory it is in; the rename, the directory that it is renamed into.
-    let create = changes(&|| drop(client.create("pvc-1").unwrap()));
-    assert_eq!(create, ["mkdirat", "write", "fsync", "fsync", "renameat2", "fsync"]);
-    // The directory and its name before the record that speaks of it; the record before the mount, which has its options before
-    // anybody sees it.
-    let publish = changes(&|| client.publish("pvc-1", &scratch.path("t")).unwrap());
-    assert_eq!(
-        publish,
-        [
-            "mkdirat",
-            "fchmod",
-            "fsync",
-            "fsync",
-            "write",
-            "fsync",
-            "renameat",
-            "fsync",
-            "mkdirat",
-            "open_tree",
-            "mount_setattr",
-            "move_mount"
-        ]
-    );
-    client.unpublish("pvc-1", &scratch.path("t")).unwrap();
-    // Where it is gone to, and where it is gone from; what the eraser does later is not asked here.
-    let delete = changes(&|| client.delete("pvc-1").unwrap());
-    assert_eq!(delete[..3], ["renameat2", "fsync", "fsync"]);
-}
-
-#[needs(Root)]
-fn what_a_restart_finds_is_made_durable_before_it_is_answered_for() {
-    let scratch = Scratch::new();
-    let driver = Driver::new(&scratch)
-        .pool("default", &scratch.path("pool"))
-        .with_faults();
-    let (mut process, client) = start(&driver);
-    // Dies between the rename and its sync.
-    process.faults().arm(Step::Named("fsync", 2), Fault::Die);
-    client.create("pvc-1").unwrap_err();
-    process.ended();
-    let (process, client) = start(&driver);
-    client.create("pvc-1").unwrap();
-    let steps = process.faults().disarm();
-    assert!(
-        steps.contains(&"syncfs"),
-        "answered for what was never synced: {steps:?}"
-    );
-}
-
-#[needs(Root)]
-fn probes_at_once_do_not_disturb_each_other() {
-    let scratch = Scratch::new();
-    let (mut process, _client) = start(&Driver::new(&scratch).pool("default", &scratch.path("pool")));
-    let clients: Vec<_> = (0..4).map(|_| process.connect()).collect();
-    std::thread::scope(|scope| {
-        for client in &clients {
-            scope.spawn(|| (0..200).for_each(|_| client.probe().expect("the pool is fine")));
-        }
-    });
 }
 
 #[needs(Root)]

@@ -204,7 +204,7 @@ fn the_last_room_is_given_once_however_many_ask() {
 }
 
 #[needs(Root)]
-fn capacity_is_what_can_still_be_promised() {
+fn capacity_is_the_largest_volume_that_can_be_created() {
     let (scratch, process, client) = small();
     let empty = client.capacity("default");
     assert!((192 * MIB..=256 * MIB).contains(&empty), "{empty}");
@@ -229,7 +229,7 @@ fn capacity_is_what_can_still_be_promised() {
 
     fs::write(scratch.path("disk/somebody-elses"), vec![1; 128 << 20]).unwrap();
     let room = client.capacity("default");
-    assert!(room <= 128 * MIB, "what others use was promised: {room}");
+    assert!(room <= 128 * MIB, "what others use counts as room: {room}");
     refused(&client, request(129), Code::ResourceExhausted, "do not fit");
     // What no node can do must come to CreateVolume, which says why; without capacity it would never get there.
     assert_eq!(client.capacity("no-such-pool"), i64::MAX);
@@ -251,7 +251,7 @@ fn capacity_is_what_can_still_be_promised() {
 }
 
 #[needs(Root)]
-fn the_administrator_limits_what_is_promised() {
+fn reserve_and_overcommit_limit_what_is_allocated() {
     let scratch = Scratch::new();
     let disk = scratch.tmpfs("disk", "256M");
     let config = format!(
@@ -375,7 +375,7 @@ fn a_deleted_volume_can_be_made_again_and_is_empty() {
 }
 
 #[needs(Root)]
-fn what_others_give_back_can_be_promised() {
+fn what_others_free_becomes_room() {
     let scratch = Scratch::new();
     let disk = scratch.tmpfs("disk", "256M");
     fs::write(disk.join("junk"), vec![1; 100 << 20]).unwrap();

@@ -3,11 +3,11 @@
 //! This program runs on both sides: outside it starts machines ([`hostdir_lab::uml`]) in which it runs itself, with the tests that
 //! need `Guest`.
 
-mod inside;
+mod guest;
 mod place;
+mod policy;
 mod power;
 mod scenarios;
-mod wishes;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -29,17 +29,17 @@ const DISK: u64 = 1536;
 
 #[needs(Root, Uml)]
 fn sizes_hold_on_xfs() {
-    Machine::new(Filesystem::Xfs, DISK).run("inside::", Files::InMemory, &[]);
+    Machine::new(Filesystem::Xfs, DISK).run("guest::", Files::InMemory, &[]);
 }
 
 #[needs(Root, Uml)]
 fn sizes_hold_on_ext4() {
-    Machine::new(Filesystem::Ext4, DISK).run("inside::", Files::InMemory, &[]);
+    Machine::new(Filesystem::Ext4, DISK).run("guest::", Files::InMemory, &[]);
 }
 
 #[needs(Root, Uml)]
 fn sizes_hold_on_btrfs() {
-    Machine::new(Filesystem::Btrfs, DISK).run("inside::", Files::InMemory, &[]);
+    Machine::new(Filesystem::Btrfs, DISK).run("guest::", Files::InMemory, &[]);
 }
 
 /// What death and failure at every step do to a pool without quotas, they do to one with them.

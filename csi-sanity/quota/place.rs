@@ -51,18 +51,18 @@ impl Place {
     }
 
     /// The driver, told so about its pool, in YAML: `quota: required`.
-    pub(super) fn driver(&self, wishes: &str) -> Driver {
+    pub(super) fn driver(&self, settings: &str) -> Driver {
         let path = self.scratch.path("config.yaml");
         let pool = self.pool.display();
-        let text = format!("pools:\n- {{name: default, path: {pool}, overcommit: 1000, {wishes}}}\n");
+        let text = format!("pools:\n- {{name: default, path: {pool}, overcommit: 1000, {settings}}}\n");
         fs::write(&path, text).expect("write the configuration");
         Driver::new(&self.scratch)
             .arg("--config")
             .arg(path.display().to_string())
     }
 
-    pub(super) fn serve(&self, wishes: &str) -> Served<'_> {
-        let (process, client) = start(&self.driver(wishes));
+    pub(super) fn serve(&self, settings: &str) -> Served<'_> {
+        let (process, client) = start(&self.driver(settings));
         Served {
             place: self,
             process,

@@ -18,7 +18,7 @@ use super::proto::{
 use super::{Service, parse, signed};
 use crate::volume::id::{NodeName, VolumeId};
 use crate::volume::size::Bytes;
-use crate::volume::{Control, Volume, Want};
+use crate::volume::{Control, CreateRequest, Volume};
 
 /// Key in the volume context: the name of the pool.
 const CONTEXT_POOL: &str = "pool";
@@ -51,8 +51,8 @@ impl Controller for Service<dyn Control> {
         let volume = self
             .run("CreateVolume", move |control| {
                 let about = parse::about(&name, node.as_ref());
-                let want = want(control, name.clone(), request).map_err(about)?;
-                Ok(to_proto(control.create(&want)?))
+                let request = create_request(control, name.clone(), request).map_err(about)?;
+                Ok(to_proto(control.create(&request)?))
             })
             .await?;
         Ok(Response::new(CreateVolumeResponse { volume: Some(volume) }))
@@ -188,7 +188,7 @@ impl Controller for Service<dyn Control> {
     }
 }
 
-fn want(control: &dyn Control, name: String, request: CreateVolumeRequest) -> Result<Want, Status> {
+fn create_request(control: &dyn Control, name: String, request: CreateVolumeRequest) -> Result<CreateRequest, Status> {
     let CreateVolumeRequest {
         name: _,
         capacity_range,
@@ -215,13 +215,13 @@ fn want(control: &dyn Control, name: String, request: CreateVolumeRequest) -> Re
     }
     parse::capabilities(volume_capabilities, || control.filesystem(&parameters.pool))?;
     let size = parse::size(capacity_range)?;
-    let placement = parse::placement(accessibility_requirements);
-    Ok(Want {
+    let topology = parse::topology(accessibility_requirements);
+    Ok(CreateRequest {
         name,
         size,
         parameters,
         claim,
-        placement,
+        topology,
     })
 }
 

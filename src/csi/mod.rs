@@ -19,9 +19,9 @@ use tokio_util::task::TaskTracker;
 use tonic::{Code, Status};
 use tracing::{error, warn};
 
-pub use probe::{Question, probe};
-pub use selftest::selftest;
-pub use server::{Endpoint, InvalidEndpoint, Listener, Serving, serve};
+pub(crate) use probe::{Question, probe};
+pub(crate) use selftest::selftest;
+pub(crate) use server::{Endpoint, Listener, Serving, serve};
 
 use crate::metrics::Metrics;
 use crate::volume::id::NodeName;
@@ -39,13 +39,13 @@ pub mod proto {
 }
 
 /// The name a driver is registered under that is given no other.
-pub const DRIVER_NAME: &str = "hostdir.csi";
+pub(crate) const DRIVER_NAME: &str = "hostdir.csi";
 
 /// Metadata of a Probe that asks about every pool, see [`probe()`].
 const ALL_POOLS: &str = "hostdir-all-pools";
 
 /// The key of the one topology segment: its value names the node.
-pub const TOPOLOGY_KEY: &str = "topology.hostdir.csi/node";
+pub(crate) const TOPOLOGY_KEY: &str = "topology.hostdir.csi/node";
 
 /// One of the services, and who carries out what it is asked for.
 struct Service<T: ?Sized> {

@@ -3,7 +3,7 @@
 use tonic::{Request, Response, Status};
 
 use super::controller::{CONTEXT_POOL_ID, CONTEXT_UID};
-use super::proto::node_server::Node;
+use super::proto::node_server::Node as NodeService;
 use super::proto::node_service_capability::rpc::Type as RpcType;
 use super::proto::node_service_capability::{Rpc, Type};
 use super::proto::volume_usage::Unit;
@@ -15,19 +15,19 @@ use super::proto::{
 };
 use super::{Service, parse, signed};
 use crate::volume::access::MountOptions;
-use crate::volume::ports::Space;
+use crate::volume::room::Space;
 use crate::volume::size::Bytes;
-use crate::volume::{Control, Driver, Publish};
+use crate::volume::{Control, Node, PublishRequest};
 
 #[tonic::async_trait]
-impl Node for Service<Driver> {
+impl NodeService for Service<Node> {
     async fn node_publish_volume(
         &self,
         request: Request<NodePublishVolumeRequest>,
     ) -> Result<Response<NodePublishVolumeResponse>, Status> {
         let request = request.into_inner();
-        self.run("NodePublishVolume", move |driver| {
-            Ok(driver.publish(&publish(driver, request)?)?)
+        self.run("NodePublishVolume", move |node| {
+            Ok(node.publish(&publish(node, request)?)?)
         })
         .await?;
         Ok(Response::new(NodePublishVolumeResponse {}))
@@ -38,10 +38,10 @@ impl Node for Service<Driver> {
         request: Request<NodeUnpublishVolumeRequest>,
     ) -> Result<Response<NodeUnpublishVolumeResponse>, Status> {
         let NodeUnpublishVolumeRequest { volume_id, target_path } = request.into_inner();
-        self.run("NodeUnpublishVolume", move |driver| {
+        self.run("NodeUnpublishVolume", move |node| {
             let id = parse::volume_id(&volume_id)?;
-            let target = parse::target(target_path).map_err(parse::about(&id, Some(driver.node())))?;
-            Ok(driver.unpublish(&id, &target)?)
+            let target = parse::target(target_path).map_err(parse::about(&id, Some(node.name())))?;
+            Ok(node.unpublish(&id, &target)?)
         })
         .await?;
         Ok(Response::new(NodeUnpublishVolumeResponse {}))
@@ -57,13 +57,13 @@ impl Node for Service<Driver> {
             staging_target_path: _,
         } = request.into_inner();
         let space = self
-            .run("NodeGetVolumeStats", move |driver| {
+            .run("NodeGetVolumeStats", move |node| {
                 let id = parse::volume_id(&volume_id)?;
                 if volume_path.is_empty() {
                     let missing = Status::invalid_argument("volume_path is missing");
-                    return Err(parse::about(&id, Some(driver.node()))(missing));
+                    return Err(parse::about(&id, Some(node.name()))(missing));
                 }
-                Ok(driver.stats(&id, &volume_path)?)
+                Ok(node.stats(&id, &volume_path)?)
             })
             .await?;
         Ok(Response::new(NodeGetVolumeStatsResponse { usage: usage(space) }))
@@ -82,15 +82,15 @@ impl Node for Service<Driver> {
             secrets: _,
         } = request.into_inner();
         let bytes = self
-            .run("NodeExpandVolume", move |driver| {
+            .run("NodeExpandVolume", move |node| {
                 let id = parse::volume_id(&volume_id)?;
-                let about = parse::about(&id, Some(driver.node()));
+                let about = parse::about(&id, Some(node.name()));
                 // The size of a volume is that of its directory, wherever that is mounted.
                 if volume_path.is_empty() {
                     return Err(about(Status::invalid_argument("volume_path is missing")));
                 }
                 let size = parse::size(capacity_range).map_err(&about)?;
-                Ok(driver.expand_here(&id, size)?)
+                Ok(node.expand_here(&id, size)?)
             })
             .await?;
         Ok(Response::new(NodeExpandVolumeResponse {
@@ -115,7 +115,7 @@ impl Node for Service<Driver> {
     }
 
     async fn node_get_info(&self, _: Request<NodeGetInfoRequest>) -> Result<Response<NodeGetInfoResponse>, Status> {
-        let node = self.subject.node();
+        let node = self.subject.name();
         Ok(Response::new(NodeGetInfoResponse {
             node_id: node.to_string(),
             // A bind mount costs nothing that would have to be limited.
@@ -125,7 +125,7 @@ impl Node for Service<Driver> {
     }
 }
 
-fn publish(driver: &Driver, request: NodePublishVolumeRequest) -> Result<Publish, Status> {
+fn publish(node: &Node, request: NodePublishVolumeRequest) -> Result<PublishRequest, Status> {
     let NodePublishVolumeRequest {
         volume_id,
         publish_context: _,
@@ -137,11 +137,11 @@ fn publish(driver: &Driver, request: NodePublishVolumeRequest) -> Result<Publish
         mut volume_context,
     } = request;
     let id = parse::volume_id(&volume_id)?;
-    let about = parse::about(id.clone(), Some(driver.node()));
+    let about = parse::about(id.clone(), Some(node.name()));
     let target = parse::target(target_path).map_err(&about)?;
     let capability =
         volume_capability.ok_or_else(|| about(Status::invalid_argument("volume_capability is missing")))?;
-    let filesystem = || driver.get(&id).ok().and_then(|volume| driver.filesystem(&volume.pool));
+    let filesystem = || node.get(&id).ok().and_then(|volume| node.filesystem(&volume.pool));
     let (mode, options) = parse::capability(capability, filesystem).map_err(&about)?;
     let options = MountOptions {
         read_only: options.read_only || readonly,
@@ -150,7 +150,7 @@ fn publish(driver: &Driver, request: NodePublishVolumeRequest) -> Result<Publish
     // Nothing else of the context is looked at, and what is no identity is not repeated to anybody.
     let made_on = volume_context.remove(CONTEXT_POOL_ID).and_then(|id| id.parse().ok());
     let uid = volume_context.remove(CONTEXT_UID).and_then(|uid| uid.parse().ok());
-    Ok(Publish {
+    Ok(PublishRequest {
         id,
         target,
         mode,

@@ -16,7 +16,7 @@ use crate::volume::access::{AccessMode, MountOptions, TargetPath};
 use crate::volume::id::{NodeName, PoolName, VolumeId};
 use crate::volume::record::{Claim, Directory};
 use crate::volume::size::{Bytes, SizeRange};
-use crate::volume::{Parameters, Placement};
+use crate::volume::{self, Parameters};
 
 /// Longest string field, in bytes (CSI, "Size Limits").
 const STRING_MAX: usize = 128;
@@ -74,7 +74,6 @@ pub(super) fn target(path: String) -> Result<TargetPath, Status> {
     TargetPath::parse(path).map_err(|why| invalid(why.to_string()))
 }
 
-/// The size asked for.
 pub(super) fn size(range: Option<CapacityRange>) -> Result<SizeRange, Status> {
     let CapacityRange {
         required_bytes,
@@ -235,11 +234,11 @@ fn directory(mode: Option<String>, uid: Option<String>, gid: Option<String>) -> 
 }
 
 /// Where a volume may lie. With no requirement, anywhere (CSI: the plugin may choose).
-pub(super) fn placement(requirement: Option<TopologyRequirement>) -> Placement {
+pub(super) fn topology(requirement: Option<TopologyRequirement>) -> volume::Topology {
     let TopologyRequirement { requisite, preferred } = requirement.unwrap_or_default();
     let choice = if requisite.is_empty() { &preferred } else { &requisite };
     let anywhere = choice.is_empty() || choice.iter().any(|topology| topology.segments.is_empty());
-    Placement {
+    volume::Topology {
         // A topology of other keys names no node of ours.
         requisite: (!anywhere).then(|| choice.iter().filter_map(segment).collect()),
         preferred: preferred.iter().filter_map(segment).collect(),
@@ -373,7 +372,7 @@ mod tests {
         let node = NodeName::parse("node-a").unwrap();
         let of = |name: &str| here(&NodeName::parse(name).unwrap());
         let requirement = |requisite, preferred| Some(TopologyRequirement { requisite, preferred });
-        let admits = |requirement| placement(requirement).admits(&node);
+        let admits = |requirement| topology(requirement).admits(&node);
         assert!(admits(None));
         assert!(admits(requirement(vec![], vec![])));
         assert!(admits(requirement(vec![Topology::default()], vec![])));

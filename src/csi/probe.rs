@@ -16,7 +16,7 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What a driver is asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Question {
+pub(crate) enum Question {
     /// Whether it answers.
     Alive,
     /// Whether it works.
@@ -29,7 +29,7 @@ pub enum Question {
 ///
 /// # Errors
 /// It does not answer within five seconds, or says what is wrong.
-pub async fn probe(endpoint: &Endpoint, question: Question) -> anyhow::Result<()> {
+pub(crate) async fn probe(endpoint: &Endpoint, question: Question) -> anyhow::Result<()> {
     let mut client = IdentityClient::new(connect(endpoint, TIMEOUT).await?);
     let mut request = Request::new(ProbeRequest {});
     let answer = match question {

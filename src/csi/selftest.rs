@@ -35,7 +35,7 @@ const CONTENT: &str = "written by one pod, read by the next\n";
 ///
 /// # Errors
 /// Nobody answers on the socket, or nothing can be mounted beside it.
-pub async fn selftest(endpoint: &Endpoint, pool: &PoolName) -> anyhow::Result<(String, bool)> {
+pub(crate) async fn selftest(endpoint: &Endpoint, pool: &PoolName) -> anyhow::Result<(String, bool)> {
     let mut test = SelfTest {
         channel: probe::connect(endpoint, TIMEOUT).await?,
         pool: pool.to_string(),

@@ -23,24 +23,23 @@ use super::proto::identity_server::IdentityServer;
 use super::proto::node_server::NodeServer;
 use super::{About, Service};
 use crate::metrics::Metrics;
-use crate::volume::{Control, Driver, Health};
+use crate::volume::{Control, Health, Node};
 
 /// Where to listen: `unix:///path/to.sock`, as CSI has it in `CSI_ENDPOINT`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Endpoint(PathBuf);
+pub(crate) struct Endpoint(PathBuf);
 
 /// A text that is not an [`Endpoint`].
 #[derive(Debug, Error)]
 #[error("endpoint {0:?} {1}")]
-pub struct InvalidEndpoint(String, &'static str);
+pub(crate) struct InvalidEndpoint(String, &'static str);
 
 impl Endpoint {
     /// Longest path of a unix socket: `sun_path` holds 108 bytes with the final NUL, see unix(7).
     const PATH_MAX: usize = 107;
 
     /// The path of the socket.
-    #[must_use]
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.0
     }
 }
@@ -66,28 +65,24 @@ impl FromStr for Endpoint {
 
 /// A socket that could not be had.
 #[derive(Debug, Error)]
-pub enum ListenError {
+pub(crate) enum ListenError {
     /// Another process answers on it.
     #[error("another process is listening on {}; stop it, or choose another --endpoint", .0.display())]
     Taken(PathBuf),
     /// A file that is no socket.
     #[error("{} is there already and is no socket; move it away, or choose another --endpoint", .0.display())]
     NoSocket(PathBuf),
-    /// A system call failed.
     #[error("cannot {verb} {}", .path.display())]
     Io {
-        /// What was tried.
         verb: &'static str,
-        /// On what.
         path: PathBuf,
-        /// What the kernel said.
         #[source]
         source: std::io::Error,
     },
 }
 
 /// A bound socket; its file is removed when this is dropped.
-pub struct Listener {
+pub(crate) struct Listener {
     listener: StdListener,
     path: PathBuf,
 }
@@ -97,7 +92,7 @@ impl Listener {
     ///
     /// # Errors
     /// The path is taken by a process or a file that is no socket, or a system call failed.
-    pub fn bind(endpoint: &Endpoint) -> Result<Self, ListenError> {
+    pub(crate) fn bind(endpoint: &Endpoint) -> Result<Self, ListenError> {
         let path = endpoint.path();
         let io = |verb| {
             move |source| ListenError::Io {
@@ -136,18 +131,15 @@ impl Drop for Listener {
     }
 }
 
-/// What a process serves.
-pub struct Serving {
+pub(crate) struct Serving {
     /// The name the driver is registered under.
-    pub driver_name: String,
-    /// Whose health Probe tells.
-    pub health: Arc<dyn Health>,
+    pub(crate) driver_name: String,
+    pub(crate) health: Arc<dyn Health>,
     /// Who makes and deletes volumes, if this process does.
-    pub control: Option<Arc<dyn Control>>,
+    pub(crate) control: Option<Arc<dyn Control>>,
     /// Who mounts them, if this process does.
-    pub node: Option<Arc<Driver>>,
-    /// Where calls are counted.
-    pub metrics: Arc<Metrics>,
+    pub(crate) node: Option<Arc<Node>>,
+    pub(crate) metrics: Arc<Metrics>,
 }
 
 /// Serves Identity, and Controller and Node where there are such, until `stop` is ready. Running calls are then answered,
@@ -155,7 +147,7 @@ pub struct Serving {
 ///
 /// # Errors
 /// The socket fails.
-pub async fn serve(
+pub(crate) async fn serve(
     listener: &Listener,
     serving: Serving,
     stop: impl Future<Output = ()>,
@@ -172,7 +164,7 @@ pub async fn serve(
     } = serving;
     let about = About {
         driver_name: driver_name.into(),
-        node: node.as_ref().map(|driver| driver.node().clone()),
+        node: node.as_ref().map(|node| node.name().clone()),
         calls: calls.clone(),
         metrics,
     };

@@ -12,7 +12,7 @@
 
 use tonic::{Code, Status};
 
-use crate::volume::ports::{BindError, DiskErrorKind};
+use crate::volume::disk::{BindError, DiskErrorKind};
 use crate::volume::{Error, Reason};
 
 impl From<Error> for Status {
@@ -29,7 +29,7 @@ fn code(reason: &Reason) -> Code {
         Reason::NoSuchVolume | Reason::NotMounted(_) => Code::NotFound,
         // Never right, whatever is tried; asked again until the PVC is gone.
         Reason::Exists(_) => Code::AlreadyExists,
-        Reason::EmptyRange(_) | Reason::Shrink { .. } | Reason::NoRoomToGrow { .. } | Reason::NotPromised { .. } => {
+        Reason::EmptyRange(_) | Reason::Shrink { .. } | Reason::NoRoomToGrow { .. } | Reason::NotAllocated { .. } => {
             Code::OutOfRange
         }
         // The caller has the wrong socket.
@@ -49,7 +49,7 @@ fn code(reason: &Reason) -> Code {
         | Reason::Predecessor { .. }
         | Reason::Successor { .. }
         | Reason::Exclusive(_)
-        | Reason::Unlimited { .. }
+        | Reason::Unenforced { .. }
         | Reason::NotReady(_) => Code::FailedPrecondition,
         Reason::Bind { source, .. } => bind_code(source),
         Reason::Disk(error) => disk_code(error.kind),

@@ -1,11 +1,12 @@
 //! The objects hostdir keeps in the API server: `HostVolume` and `HostNode`.
 //!
-//! Both are cluster-scoped. A HostVolume is the record of a volume: its spec never changes (but for a capacity that may
-//! grow), its status is its node's. A HostNode is what a node says of its pools.
+//! Both are cluster-scoped. A HostVolume is the record of a volume: its spec never changes, except that its capacity may grow; its
+//! node writes its status. A HostNode is what a node publishes of its pools.
 
 #![expect(unreachable_pub, reason = "the derive macro makes private copies of public structs")]
 #![expect(clippy::duplicated_attributes, reason = "each is an argument of another printcolumn")]
 
+pub use crate::volume::record::Phase;
 use kube::{CustomResource, CustomResourceExt, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -14,7 +15,7 @@ use serde_json::{Value, json};
 /// The finalizer by which a node holds a HostVolume until its data cannot be reached any more.
 pub const FINALIZER: &str = "hostdir.csi/node";
 
-/// A volume that was promised: recorded by a controller, made by its node when a pod first uses it.
+/// A volume: recorded by a controller, made by its node when a pod first uses it.
 #[derive(CustomResource, KubeSchema, Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[kube(
     group = "hostdir.csi",
@@ -103,18 +104,6 @@ pub struct HostVolumeStatus {
     pub message: Option<String>,
 }
 
-/// How far a volume has come.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
-pub enum Phase {
-    /// Promised; no disk has ever had data of it.
-    #[default]
-    Claimed,
-    /// Its node has its data.
-    Ready,
-    /// Its node had its data, and does not now.
-    Lost,
-}
-
 /// A node that hostdir runs on.
 #[derive(CustomResource, KubeSchema, Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[kube(
@@ -185,20 +174,20 @@ pub struct PoolStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 32))]
     pub foreign: Option<String>,
-    /// Never promised: a size or a share of the filesystem.
+    /// Never allocated: a size or a share of the filesystem.
     #[schemars(length(max = 32))]
     pub reserve: String,
-    /// How many times its size it may promise.
+    /// How many times its size may be allocated.
     pub overcommit: f64,
-    /// By what its volumes are held to their sizes: `project quotas`, `quota groups`, `simple quotas`, or `none`.
+    /// Which quotas limit its volumes: `project quotas`, `quota groups`, `simple quotas`, or `none`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 64))]
     pub quota: Option<String>,
-    /// Why by nothing, and what to do about it.
+    /// Why none do, and what to do about it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 4096))]
     pub quota_message: Option<String>,
-    /// How many volumes with data are held to no size, although others are.
+    /// How many volumes with data have no limit, although others have.
     #[serde(default)]
     pub unlimited: u32,
     /// Why it cannot be used.
@@ -207,7 +196,7 @@ pub struct PoolStatus {
     pub message: Option<String>,
 }
 
-/// A volume that is on a disk and in no book.
+/// A volume that is on a disk, and that no HostVolume speaks of.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Deserialize, Serialize, JsonSchema)]
 pub struct Orphan {
     /// Its id: the name of its directory below `volumes/`.

@@ -1,5 +1,4 @@
-//! Objects of the API server as core types, and back. An object that cannot be read is one that somebody has written by
-//! hand: it is said so, and left alone.
+//! Objects of the API server as core types, and back.
 
 use std::collections::BTreeMap;
 
@@ -7,33 +6,28 @@ use anyhow::Context;
 use kube::ResourceExt;
 use kube::api::ObjectMeta;
 
-use super::api::{
-    ClaimReference, DirectorySpec, FINALIZER, HostNode, HostVolume, HostVolumeSpec, HostVolumeStatus, Phase, PoolStatus,
-};
-use crate::volume::PoolState;
+use super::api::{self, ClaimReference, DirectorySpec, FINALIZER, HostVolumeSpec, HostVolumeStatus};
+use crate::volume::host_volume::{HostVolume, NewHostVolume, StatusReason};
 use crate::volume::id::{NodeName, PoolName, VolumeId};
-use crate::volume::ports::{Draft, Hindrance, Promise, Space, Stage};
-use crate::volume::record::{Claim, Directory};
-use crate::volume::registry::PublishedPool;
-use crate::volume::room::Limits;
+use crate::volume::pool_status::PoolStatus;
+use crate::volume::record::{Claim, Directory, VolumeSpec};
+use crate::volume::room::{Limits, Space};
 use crate::volume::size::Bytes;
 
-/// A HostVolume for a draft.
-pub(super) fn draft(draft: &Draft) -> HostVolume {
-    let Draft {
-        id,
+/// The object for a new volume.
+pub(super) fn new_host_volume(new: &NewHostVolume) -> api::HostVolume {
+    let NewHostVolume { id, node, pool, spec } = new;
+    let VolumeSpec {
         name,
         claim,
-        node,
-        pool,
         bytes,
         directory,
-    } = draft;
+    } = spec;
     let claim = claim.as_ref().map(|claim| ClaimReference {
         namespace: claim.namespace.clone(),
         name: claim.name.clone(),
     });
-    HostVolume {
+    api::HostVolume {
         metadata: ObjectMeta {
             name: Some(id.to_string()),
             finalizers: Some(vec![FINALIZER.to_owned()]),
@@ -55,58 +49,36 @@ pub(super) fn draft(draft: &Draft) -> HostVolume {
     }
 }
 
-/// The promise that a HostVolume is.
-pub(super) fn promise(object: HostVolume) -> anyhow::Result<Promise> {
+/// # Errors
+/// A field is not what hostdir writes.
+pub(super) fn host_volume(object: api::HostVolume) -> anyhow::Result<HostVolume> {
     let id = VolumeId::parse(object.metadata.name.as_deref().unwrap_or_default())?;
     read(&id, object).with_context(|| format!("HostVolume {id} cannot be read; was it written by hand?"))
 }
 
-fn read(id: &VolumeId, object: HostVolume) -> anyhow::Result<Promise> {
-    let HostVolume { metadata, spec, status } = object;
-    let HostVolumeSpec {
-        node,
-        pool,
-        name,
-        capacity,
-        claim,
-        directory,
-    } = spec;
+fn read(id: &VolumeId, object: api::HostVolume) -> anyhow::Result<HostVolume> {
+    let api::HostVolume { metadata, spec, status } = object;
     let HostVolumeStatus {
         phase,
         pool_id,
         reason,
         message,
     } = status.unwrap_or_default();
-    let mode = u32::from_str_radix(&directory.mode, 8)
-        .ok()
-        .filter(|mode| *mode <= 0o7777);
-    let made_on = pool_id.map(|id| id.parse()).transpose().context("status.poolId")?;
-    Ok(Promise {
+    Ok(HostVolume {
         id: id.clone(),
         uid: metadata.uid.context("no UID")?.parse().context("UID")?,
         version: metadata.resource_version.context("no resourceVersion")?,
-        name,
-        claim: claim.map(|ClaimReference { namespace, name }| Claim { namespace, name }),
-        node: NodeName::parse(&node)?,
-        pool: PoolName::parse(&pool)?,
-        bytes: capacity.parse()?,
-        directory: Directory {
-            mode: mode.context("spec.directory.mode is no octal mode")?,
-            uid: directory.uid,
-            gid: directory.gid,
-        },
-        stage: match phase {
-            Phase::Claimed => Stage::Claimed,
-            Phase::Ready => Stage::Ready,
-            Phase::Lost => Stage::Lost,
-        },
-        made_on,
-        hindrance: message.map(|message| Hindrance {
+        node: NodeName::parse(&spec.node)?,
+        pool: PoolName::parse(&spec.pool)?,
+        spec: volume_spec(spec)?,
+        phase,
+        made_on: pool_id.map(|id| id.parse()).transpose().context("status.poolId")?,
+        status_reason: message.map(|message| StatusReason {
             reason: reason.unwrap_or_default(),
             message,
         }),
         deleting: metadata.deletion_timestamp.is_some(),
-        holders: metadata
+        other_finalizers: metadata
             .finalizers
             .unwrap_or_default()
             .into_iter()
@@ -116,52 +88,65 @@ fn read(id: &VolumeId, object: HostVolume) -> anyhow::Result<Promise> {
     })
 }
 
-/// What a node says of a pool.
-pub(super) fn pool_status(state: &PoolState, last: Option<&PoolStatus>) -> PoolStatus {
-    let PoolState { config, condition } = state;
-    let (facts, message) = match condition {
-        Ok(facts) => (Some(facts), None),
-        Err(why) => (None, Some(why.to_string())),
-    };
-    // What was known of it is still known when it cannot be used.
-    let last = last.filter(|_| facts.is_none());
-    PoolStatus {
-        name: config.name.to_string(),
-        id: facts
-            .map(|facts| facts.id.to_string())
-            .or_else(|| last.and_then(|last| last.id.clone())),
-        filesystem: facts
-            .map(|facts| facts.filesystem.clone())
-            .or_else(|| last.and_then(|last| last.filesystem.clone())),
-        total: facts.map(|facts| facts.space.used.plus(facts.space.available).quantity()),
-        free: facts.map(|facts| {
-            let space = facts.space;
-            space
-                .available
-                .rounded_down(Limits::step(space.used.plus(space.available)))
-                .quantity()
-        }),
-        foreign: facts.map(|facts| facts.foreign.quantity()),
-        reserve: config.limits.reserve.to_string(),
-        overcommit: config.limits.overcommit,
-        quota: facts.map(|facts| {
-            let means = facts.enforcement.as_ref();
-            means.map_or_else(|_| "none".into(), ToString::to_string)
-        }),
-        quota_message: facts.and_then(|facts| facts.enforcement.clone().err()),
-        // Where all are, that is said once, and not anew for every volume that comes or goes.
-        unlimited: facts
-            .filter(|facts| facts.enforcement.is_ok())
-            .map_or(0, |facts| u32::try_from(facts.unlimited).unwrap_or(u32::MAX)),
-        message,
+fn volume_spec(spec: HostVolumeSpec) -> anyhow::Result<VolumeSpec> {
+    let DirectorySpec { mode, uid, gid } = spec.directory;
+    let mode = u32::from_str_radix(&mode, 8).ok().filter(|mode| *mode <= 0o7777);
+    let claim = spec.claim;
+    Ok(VolumeSpec {
+        name: spec.name,
+        claim: claim.map(|ClaimReference { namespace, name }| Claim { namespace, name }),
+        bytes: spec.capacity.parse()?,
+        directory: Directory {
+            mode: mode.context("spec.directory.mode is not an octal mode")?,
+            uid,
+            gid,
+        },
+    })
+}
+
+/// `last` is what the API server has: what was known of a pool is still known when it cannot be used.
+pub(super) fn pool_status(name: &PoolName, status: &PoolStatus, last: Option<&api::PoolStatus>) -> api::PoolStatus {
+    let space = status.space.as_ref().ok();
+    let last = last.filter(|_| space.is_none());
+    let size = space.map(|space| space.used.plus(space.available));
+    let kept = |now: Option<String>, last: Option<&String>| now.or_else(|| last.cloned());
+    let enforcement = status.enforcement.as_ref();
+    api::PoolStatus {
+        name: name.to_string(),
+        id: kept(
+            status.id.map(|id| id.to_string()),
+            last.and_then(|last| last.id.as_ref()),
+        ),
+        filesystem: kept(
+            status.filesystem.clone(),
+            last.and_then(|last| last.filesystem.as_ref()),
+        ),
+        total: size.map(Bytes::quantity),
+        free: space
+            .zip(size)
+            .map(|(space, size)| space.available.rounded_down(Limits::step(size)).quantity()),
+        foreign: space.map(|_| status.foreign.quantity()),
+        reserve: status.limits.reserve.to_string(),
+        overcommit: status.limits.overcommit,
+        quota: enforcement.map(|quota| quota.as_ref().map_or_else(|_| "none".into(), ToString::to_string)),
+        quota_message: enforcement.and_then(|quota| quota.clone().err()),
+        // Where all volumes have no limit, `quota` says so: this would change with every volume that comes or goes.
+        unlimited: match enforcement {
+            Some(Ok(_)) => u32::try_from(status.unenforced).unwrap_or(u32::MAX),
+            Some(Err(_)) | None => 0,
+        },
+        message: status.space.clone().err(),
     }
 }
 
-/// What a node published of its pools; one that cannot be read is left out.
-pub(super) fn published(object: &HostNode) -> anyhow::Result<(NodeName, BTreeMap<PoolName, PublishedPool>)> {
+/// The pools that a node has published.
+///
+/// # Errors
+/// A field is not what hostdir writes.
+pub(super) fn pools(object: &api::HostNode) -> anyhow::Result<(NodeName, BTreeMap<PoolName, PoolStatus>)> {
     let node = NodeName::parse(&object.name_any())?;
     let pools = object.status.iter().flat_map(|status| &status.pools);
-    let read = |pool: &PoolStatus| anyhow::Ok((PoolName::parse(&pool.name)?, published_pool(pool)?));
+    let read = |pool: &api::PoolStatus| anyhow::Ok((PoolName::parse(&pool.name)?, read_pool(pool)?));
     let pools = pools
         .map(read)
         .collect::<anyhow::Result<_>>()
@@ -169,7 +154,7 @@ pub(super) fn published(object: &HostNode) -> anyhow::Result<(NodeName, BTreeMap
     Ok((node, pools))
 }
 
-fn published_pool(status: &PoolStatus) -> anyhow::Result<PublishedPool> {
+fn read_pool(status: &api::PoolStatus) -> anyhow::Result<PoolStatus> {
     let quantity = |text: &Option<String>| text.as_deref().map(str::parse::<Bytes>).transpose();
     let space = match (quantity(&status.total)?, quantity(&status.free)?) {
         (Some(total), Some(available)) => Ok(Space {
@@ -180,14 +165,17 @@ fn published_pool(status: &PoolStatus) -> anyhow::Result<PublishedPool> {
         }),
         _ => Err(status.message.clone().unwrap_or_default()),
     };
-    Ok(PublishedPool {
-        id: status.id.as_deref().map(str::parse).transpose()?,
-        filesystem: status.filesystem.clone(),
-        space,
-        foreign: quantity(&status.foreign)?.unwrap_or_default(),
+    Ok(PoolStatus {
         limits: Limits {
             reserve: status.reserve.parse()?,
             overcommit: status.overcommit,
         },
+        id: status.id.as_deref().map(str::parse).transpose()?,
+        filesystem: status.filesystem.clone(),
+        foreign: quantity(&status.foreign)?.unwrap_or_default(),
+        space,
+        // Controllers do not look at quotas.
+        enforcement: None,
+        unenforced: 0,
     })
 }

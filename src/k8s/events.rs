@@ -6,12 +6,12 @@ use kube::{Client, Resource};
 use tokio::runtime::Handle;
 use tracing::warn;
 
-use super::api::HostVolume;
-use super::ask;
+use super::api;
+use super::client::ask;
 use crate::volume::Reason;
-use crate::volume::ports::Promise;
+use crate::volume::host_volume::HostVolume;
 
-/// Who writes events. An event that cannot be written is logged, and no reason to stop.
+/// Writes Events about volumes. One that cannot be written is logged, and nothing else.
 pub(super) struct Events {
     recorder: Recorder,
     runtime: Handle,
@@ -23,38 +23,38 @@ impl Events {
         Self { recorder, runtime }
     }
 
-    /// Something is wrong with a volume: said on its HostVolume, and on its claim where it has one.
-    pub(super) fn warn(&self, promise: &Promise, reason: &str, note: &str) {
-        self.write(EventType::Warning, promise, reason, note);
+    /// Writes a warning on the HostVolume, and on its claim where it has one.
+    pub(super) fn warn(&self, volume: &HostVolume, reason: &str, note: &str) {
+        self.write(EventType::Warning, volume, reason, note);
     }
 
-    /// Something about a volume is worth to be known.
-    pub(super) fn tell(&self, promise: &Promise, reason: &str, note: &str) {
-        self.write(EventType::Normal, promise, reason, note);
+    /// Writes a message on the HostVolume, and on its claim where it has one.
+    pub(super) fn tell(&self, volume: &HostVolume, reason: &str, note: &str) {
+        self.write(EventType::Normal, volume, reason, note);
     }
 
-    fn write(&self, type_: EventType, promise: &Promise, reason: &str, note: &str) {
+    fn write(&self, type_: EventType, volume: &HostVolume, reason: &str, note: &str) {
         let event = event(type_, reason, "Reconcile", note);
-        let volume = ObjectReference {
-            api_version: Some(HostVolume::api_version(&()).into()),
-            kind: Some(HostVolume::kind(&()).into()),
-            name: Some(promise.id.to_string()),
-            uid: Some(promise.uid.to_string()),
+        let object = ObjectReference {
+            api_version: Some(api::HostVolume::api_version(&()).into()),
+            kind: Some(api::HostVolume::kind(&()).into()),
+            name: Some(volume.id.to_string()),
+            uid: Some(volume.uid.to_string()),
             ..ObjectReference::default()
         };
-        for reference in std::iter::once(volume).chain(claim(promise)) {
+        for reference in std::iter::once(object).chain(claim(volume)) {
             if let Err(problem) = ask(
                 &self.runtime,
                 "write an event",
                 self.recorder.publish(&event, &reference),
             ) {
-                warn!(volume.id = %promise.id, why = %Reason::from(problem), "no event is written");
+                warn!(volume.id = %volume.id, why = %Reason::from(problem), "cannot write an Event");
             }
         }
     }
 }
 
-/// Who writes events in the name of this pod.
+/// Writes Events in the name of this pod.
 pub(super) fn recorder(client: Client, pod: String) -> Recorder {
     let reporter = Reporter {
         controller: "hostdir.csi".into(),
@@ -63,7 +63,7 @@ pub(super) fn recorder(client: Client, pod: String) -> Recorder {
     Recorder::new(client, reporter)
 }
 
-/// Something that happened, and what was being done then.
+/// `action` is what was being done.
 pub(super) fn event(type_: EventType, reason: &str, action: &str, note: &str) -> Event {
     Event {
         type_,
@@ -77,14 +77,14 @@ pub(super) fn event(type_: EventType, reason: &str, action: &str, note: &str) ->
 
 /// The claim of a volume. external-provisioner names a volume `pvc-` and the UID of its claim, without which
 /// `kubectl describe` does not show an event.
-fn claim(promise: &Promise) -> Option<ObjectReference> {
-    let claim = promise.claim.as_ref()?;
+fn claim(volume: &HostVolume) -> Option<ObjectReference> {
+    let claim = volume.spec.claim.as_ref()?;
     Some(ObjectReference {
         api_version: Some("v1".into()),
         kind: Some("PersistentVolumeClaim".into()),
         namespace: Some(claim.namespace.clone()),
         name: Some(claim.name.clone()),
-        uid: Some(promise.name.strip_prefix("pvc-")?.to_owned()),
+        uid: Some(volume.spec.name.strip_prefix("pvc-")?.to_owned()),
         ..ObjectReference::default()
     })
 }

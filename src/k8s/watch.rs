@@ -1,56 +1,35 @@
-//! Watches that keep a controller's registry up to date.
+//! API watches: a list, and then every change to it, kept by a [`Follower`].
 
 use std::collections::BTreeSet;
 use std::fmt::Debug;
 use std::pin::pin;
-use std::sync::Arc;
 
 use futures::{Stream, TryStreamExt};
-use k8s_openapi::api::core::v1::Node;
-use kube::api::{Api, PartialObjectMeta};
-use kube::runtime::watcher::{self, Event, watcher};
-use kube::runtime::{WatchStreamExt, watcher::Config};
-use kube::{Client, ResourceExt};
+use kube::ResourceExt;
+use kube::runtime::WatchStreamExt;
+use kube::runtime::watcher::{self, Event};
 use tracing::{info, warn};
 use uuid::Uuid;
 
-use super::api::{HostNode, HostVolume};
-use super::{convert, with_causes};
+use super::{api, convert};
 use crate::metrics::Metrics;
-use crate::volume::id::{NodeName, VolumeId};
-use crate::volume::ports::Promise;
-use crate::volume::registry::Registry;
+use crate::volume::error::chain;
+use crate::volume::host_volume::HostVolume;
+use crate::volume::id::VolumeId;
 
-/// Objects in one page of a list: more cost memory, fewer cost requests.
-const PAGE: u32 = 1000;
-
-/// Keeps the registry up to date, for ever.
-pub async fn feed(client: Client, registry: Arc<Registry>, metrics: Arc<Metrics>) {
-    let config = || Config::default().page_size(PAGE);
-    let volumes = watcher(Api::<HostVolume>::all(client.clone()), config());
-    let host_nodes = watcher(Api::<HostNode>::all(client.clone()), config());
-    let nodes = watcher(Api::<PartialObjectMeta<Node>>::all(client), config());
-    tokio::join!(
-        follow("watch HostVolumes", volumes, &metrics, Volumes(&registry)),
-        follow("watch HostNodes", host_nodes, &metrics, HostNodes(&registry)),
-        follow("watch Nodes", nodes, &metrics, Nodes(&registry)),
-    );
-}
-
-/// Whoever takes in what a watch shows.
+/// Whoever keeps what a watch shows.
 pub(super) trait Follower<K> {
-    /// What tells the objects apart.
     type Key: Ord;
 
-    /// Takes in an object that is new or has changed: which one, unless it cannot be read.
+    /// An object is new or has changed. Returns its key, unless the object cannot be read.
     fn applied(&self, object: K) -> Option<Self::Key>;
-    /// Forgets an object that is gone.
+    /// An object is gone.
     fn gone(&self, object: K);
-    /// Forgets all but these: they are on a list that is whole.
+    /// A list is complete: objects with other keys are gone.
     fn retain(&self, listed: &BTreeSet<Self::Key>);
 }
 
-/// Follows a watch for ever. It is tried again, ever more seldom, when it fails.
+/// Follows a watch for ever. When it fails, it is started again, with back-off.
 pub(super) async fn follow<K: Debug + Send + 'static, F: Follower<K>>(
     what: &'static str,
     events: impl Stream<Item = watcher::Result<Event<K>>> + Send,
@@ -80,7 +59,7 @@ pub(super) async fn follow<K: Debug + Send + 'static, F: Follower<K>>(
                 if !std::mem::replace(&mut failing, true) {
                     warn!(
                         what,
-                        why = with_causes(&error),
+                        why = chain(&error),
                         "the API server does not answer; trying again"
                     );
                 }
@@ -89,88 +68,16 @@ pub(super) async fn follow<K: Debug + Send + 'static, F: Follower<K>>(
     }
 }
 
-/// The promise that an object is; one that cannot be read is said so and left alone.
-pub(super) fn read(object: HostVolume) -> Option<Promise> {
-    convert::promise(object)
+/// The core's HostVolume; one that cannot be read is logged and ignored.
+pub(super) fn read(object: api::HostVolume) -> Option<HostVolume> {
+    convert::host_volume(object)
         .inspect_err(|error| warn!(error = format!("{error:#}"), "ignoring a HostVolume"))
         .ok()
 }
 
-/// Which promise an object is, whatever else is in it.
-pub(super) fn identity(object: &HostVolume) -> Option<(VolumeId, Uuid)> {
+/// Id and UID of a HostVolume, whatever else is in it.
+pub(super) fn identity(object: &api::HostVolume) -> Option<(VolumeId, Uuid)> {
     let id = VolumeId::parse(&object.name_any()).ok()?;
     let uid = object.uid()?.parse().ok()?;
     Some((id, uid))
-}
-
-struct Volumes<'a>(&'a Registry);
-
-impl Follower<HostVolume> for Volumes<'_> {
-    type Key = VolumeId;
-
-    fn applied(&self, object: HostVolume) -> Option<VolumeId> {
-        let promise = read(object)?;
-        self.0.apply(&promise);
-        Some(promise.id)
-    }
-
-    fn gone(&self, object: HostVolume) {
-        if let Some((id, uid)) = identity(&object) {
-            self.0.forget(&id, uid);
-        }
-    }
-
-    fn retain(&self, listed: &BTreeSet<VolumeId>) {
-        self.0.replace(listed);
-    }
-}
-
-fn node_name(object: &impl ResourceExt) -> Option<NodeName> {
-    NodeName::parse(&object.name_any()).ok()
-}
-
-struct HostNodes<'a>(&'a Registry);
-
-impl Follower<HostNode> for HostNodes<'_> {
-    type Key = NodeName;
-
-    fn applied(&self, object: HostNode) -> Option<NodeName> {
-        match convert::published(&object) {
-            Ok((node, pools)) => self.0.publish(node, pools),
-            Err(error) => warn!(error = format!("{error:#}"), "ignoring a HostNode"),
-        }
-        node_name(&object)
-    }
-
-    fn gone(&self, object: HostNode) {
-        if let Some(node) = node_name(&object) {
-            self.0.unpublish(&node);
-        }
-    }
-
-    fn retain(&self, listed: &BTreeSet<NodeName>) {
-        self.0.retain_published(listed);
-    }
-}
-
-struct Nodes<'a>(&'a Registry);
-
-impl Follower<PartialObjectMeta<Node>> for Nodes<'_> {
-    type Key = NodeName;
-
-    fn applied(&self, object: PartialObjectMeta<Node>) -> Option<NodeName> {
-        let node = node_name(&object)?;
-        self.0.node_is_there(node.clone());
-        Some(node)
-    }
-
-    fn gone(&self, object: PartialObjectMeta<Node>) {
-        if let Some(node) = node_name(&object) {
-            self.0.node_is_gone(&node);
-        }
-    }
-
-    fn retain(&self, listed: &BTreeSet<NodeName>) {
-        self.0.retain_nodes(listed);
-    }
 }

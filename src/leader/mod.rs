@@ -9,7 +9,7 @@
 //!
 //! # The defence
 //!
-//! - Nothing here decides what is right: any number of controllers may act at once ([`Elected`](crate::volume::Elected)).
+//! - Nothing here decides what is right: any number of controllers may act at once ([`Elected`](crate::volume::Controller)).
 //! - Every controller has a *heartbeat*, a Lease named as its Pod, which it renews only while it answers on its own socket.
 //! - Every controller looks at the election every two seconds ([`Watchdog::look`]). A holder is *guilty* ([`Guilt`]) when its
 //!   Pod or Node is gone or has not been ready for a while, or when its heartbeat has stopped. A Lease that nobody renews is
@@ -27,11 +27,13 @@
 //! answers (but for five seconds between two looks): an age says for how long something was *seen* to be so. Only whoever has
 //! just begun to look goes by a clock, that of the holder, which writes both its Lease and its heartbeat.
 
+mod guilt;
 mod view;
 mod watchdog;
 
 #[cfg(test)]
 mod simulation;
 
-pub use view::{Controller, Election, NodeState, View, identity};
-pub use watchdog::{Guilt, LeaseState, Obstacle, TakeOver, Verdict, Watchdog};
+pub(crate) use guilt::Guilt;
+pub(crate) use view::{ControllerPod, Election, NodeState, View, identity};
+pub(crate) use watchdog::{LeaseState, Obstacle, TakeOver, Verdict, Watchdog};

@@ -6,60 +6,57 @@ use jiff::Timestamp;
 
 /// The holder identity of a pod's sidecar: its host name, which is the pod's name, with what csi-lib-utils does to it
 /// (leaderelection/leader_election.go, `sanitizeName`).
-#[must_use]
-pub fn identity(pod: &str) -> String {
+pub(crate) fn identity(pod: &str) -> String {
     let plain = |c: char| if c.is_ascii_alphanumeric() { c } else { '-' };
     pod.chars().map(plain).collect()
 }
 
 /// A Lease that an election is held by.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Election {
+pub(crate) struct Election {
     /// Who leads, by [`identity`]; empty if nobody does.
-    pub holder: String,
+    pub(crate) holder: String,
     /// Seconds after which a Lease that is not renewed is anybody's.
-    pub term: u64,
+    pub(crate) term: u64,
     /// When the holder got it, by its own clock.
-    pub acquired: Timestamp,
+    pub(crate) acquired: Timestamp,
     /// When it was renewed last, by the clock of the holder.
-    pub renewal: Timestamp,
+    pub(crate) renewal: Timestamp,
     /// Changes with every hand-over.
-    pub handed_over: Option<String>,
+    pub(crate) handed_over: Option<String>,
 }
 
 /// What is known of a Node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum NodeState {
+pub(crate) enum NodeState {
     /// There is no such Node.
     Gone,
     /// Its kubelet has not reported, or not well.
     NotReady,
-    /// Its kubelet reports.
     Ready,
 }
 
 /// The Pod of a controller.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Controller {
+pub(crate) struct ControllerPod {
     /// Its UID: another Pod of the same name is another.
-    pub uid: String,
+    pub(crate) uid: String,
     /// Whether its containers are ready, by the kubelet's word.
-    pub ready: bool,
+    pub(crate) ready: bool,
     /// Whether it is being deleted.
-    pub ending: bool,
-    /// The Node it runs on.
-    pub node: String,
+    pub(crate) ending: bool,
+    pub(crate) node: String,
     /// What is known of that Node.
-    pub node_state: NodeState,
+    pub(crate) node_state: NodeState,
 }
 
 /// All of it, as read at one time.
 #[derive(Clone, Debug, Default)]
-pub struct View {
+pub(crate) struct View {
     /// The elections that are watched, by the names of their Leases; those that there are.
-    pub elections: BTreeMap<String, Election>,
+    pub(crate) elections: BTreeMap<String, Election>,
     /// The controllers, by [`identity`].
-    pub controllers: BTreeMap<String, Controller>,
+    pub(crate) controllers: BTreeMap<String, ControllerPod>,
     /// The last heartbeat of a controller, by its own clock, by [`identity`].
-    pub heartbeats: BTreeMap<String, Timestamp>,
+    pub(crate) heartbeats: BTreeMap<String, Timestamp>,
 }

@@ -6,161 +6,30 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 
-use super::view::{Controller, Election, NodeState, View};
+use super::guilt::{Guilt, SILENT, Standing};
+use super::view::{ControllerPod, Election, View};
 
-/// The longest time that may pass for seen between two looks: what was not seen does not count against anybody.
+/// Gaps between two looks that are longer than this count as unobserved: what was not seen counts against nobody.
 const SEEN: Duration = Duration::from_secs(5);
-/// How long a Node may be without its kubelet. A kubelet restarts in less.
-const NODE_NOT_READY: Duration = Duration::from_mins(1);
-/// How long a Pod may be not ready, or in the act of ending (its grace period).
-const POD_NOT_READY: Duration = Duration::from_secs(30);
-/// How long a heartbeat may stay away: four are due in that time.
-const SILENT: Duration = Duration::from_secs(20);
-/// How long a heartbeat must have been waited for by somebody who has just begun to look, if the holder's sidecar has renewed
-/// after [`SILENT`] without one. One is due in that time.
+/// A watchdog that has just started waits this long for a heartbeat, even if the holder's sidecar has renewed for longer than
+/// [`SILENT`] since the last one. One is due in that time.
 const WAITED: Duration = Duration::from_secs(6);
-/// Who looks less often than this does not look all the time.
+/// Looks further apart than this are not continuous.
 const GLANCE: Duration = Duration::from_secs(3);
-/// How long a new leader may not be ready yet, or not have given a heartbeat.
+/// How long a new leader may take to become ready, or to give a heartbeat.
 const BEGIN: Duration = Duration::from_secs(8);
-/// What each waits for those before it.
+/// How long a controller waits for each one ranked before it.
 const RANK: Duration = Duration::from_secs(1);
-/// So many more does a controller let go first that has never seen the holder's Pod.
+/// Extra ranks a controller yields if it never saw the holder's Pod.
 const STRANGER: usize = 3;
 /// How long after a hand-over nobody makes another: the term of a Lease, the time until a new leader knows, and the time until
 /// an old one gives up.
 const QUIET: Duration = Duration::from_secs(45);
-/// So many hand-overs in [`STORM_WINDOW`] are a storm.
+/// This many hand-overs within [`STORM_WINDOW`] are a storm.
 const STORM: usize = 3;
-/// See [`STORM`].
 const STORM_WINDOW: Duration = Duration::from_mins(10);
 /// How long after the last hand-over of a storm nobody makes another.
 const STORM_QUIET: Duration = Duration::from_mins(5);
-
-/// Why a holder must not lead.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Guilt {
-    /// It has no Pod.
-    PodGone,
-    /// Its Node is gone.
-    NodeGone(String),
-    /// Its Node's kubelet does not report.
-    NodeNotReady(String, Duration),
-    /// Its Pod was deleted, and does not end.
-    PodEnding(Duration),
-    /// Its Pod is not ready.
-    PodNotReady(Duration),
-    /// Its driver does not answer on its own socket, or does not reach the API server.
-    Silent(Duration),
-}
-
-impl Guilt {
-    /// Why a controller could not lead, as far as that can be told without having watched it: of what must last for a while
-    /// it is only known that it has begun. `silence` is how long ago its last heartbeat was, if it ever gave one.
-    #[must_use]
-    pub fn at_first_sight(controller: Option<&Controller>, silence: Option<Duration>) -> Option<Self> {
-        let node = controller.map(|one| one.node.as_str());
-        let by_standing = Standing::of(controller).guilt(node, Duration::ZERO);
-        by_standing.or_else(|| {
-            let silence = silence.unwrap_or(Duration::MAX);
-            (silence >= SILENT).then_some(Self::Silent(silence))
-        })
-    }
-
-    /// The reason as one word, for Events and metrics.
-    #[must_use]
-    pub fn reason(&self) -> &'static str {
-        match self {
-            Self::PodGone => "PodGone",
-            Self::NodeGone(_) => "NodeGone",
-            Self::NodeNotReady(..) => "NodeNotReady",
-            Self::PodEnding(_) => "PodEnding",
-            Self::PodNotReady(_) => "PodNotReady",
-            Self::Silent(_) => "DriverSilent",
-        }
-    }
-}
-
-impl fmt::Display for Guilt {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::PodGone => f.write_str("its Pod does not exist"),
-            Self::NodeGone(node) => write!(f, "its Node {node} does not exist"),
-            Self::NodeNotReady(node, age) => write!(f, "its Node {node} is not Ready{}", For(*age)),
-            Self::PodEnding(age) => write!(f, "its Pod was deleted and has not ended{}", For(*age)),
-            Self::PodNotReady(age) => write!(f, "its Pod is not Ready{}", For(*age)),
-            Self::Silent(Duration::MAX) => f.write_str("its driver has never given a heartbeat"),
-            Self::Silent(age) => write!(f, "its driver gives no heartbeat{}", For(*age)),
-        }
-    }
-}
-
-/// `, for … s`, if it has been for some time.
-struct For(Duration);
-
-impl fmt::Display for For {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.0.as_secs() {
-            0 => Ok(()),
-            seconds => write!(f, ", for {seconds} s"),
-        }
-    }
-}
-
-/// What is known of a controller, the worst first.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Standing {
-    PodGone,
-    NodeGone,
-    PodEnding,
-    /// What the API server says of the Pod is not known to be true any more.
-    NodeNotReady,
-    PodNotReady,
-    Good,
-}
-
-impl Standing {
-    fn of(controller: Option<&Controller>) -> Self {
-        let Some(Controller {
-            ready,
-            ending,
-            node_state,
-            ..
-        }) = controller
-        else {
-            return Self::PodGone;
-        };
-        match node_state {
-            NodeState::Gone => Self::NodeGone,
-            _ if *ending => Self::PodEnding,
-            NodeState::NotReady => Self::NodeNotReady,
-            NodeState::Ready if !ready => Self::PodNotReady,
-            NodeState::Ready => Self::Good,
-        }
-    }
-
-    /// What it is guilty of that stands so, on this Node and for so long.
-    fn guilt(self, node: Option<&str>, age: Duration) -> Option<Guilt> {
-        let node = || node.unwrap_or_default().to_owned();
-        match self {
-            Self::PodGone => Some(Guilt::PodGone),
-            Self::NodeGone => Some(Guilt::NodeGone(node())),
-            Self::PodEnding => Some(Guilt::PodEnding(age)),
-            Self::NodeNotReady => Some(Guilt::NodeNotReady(node(), age)),
-            Self::PodNotReady => Some(Guilt::PodNotReady(age)),
-            Self::Good => None,
-        }
-    }
-
-    /// For how long a holder may stand so.
-    fn patience(self) -> Duration {
-        match self {
-            Self::PodGone | Self::NodeGone | Self::Good => Duration::ZERO,
-            Self::NodeNotReady => NODE_NOT_READY,
-            Self::PodEnding | Self::PodNotReady => POD_NOT_READY,
-        }
-    }
-}
 
 /// A value, and for how long it has been seen to be that.
 #[derive(Clone, Debug)]
@@ -197,7 +66,7 @@ struct Suspect {
 }
 
 impl Suspect {
-    fn note(&mut self, controller: Option<&Controller>, heartbeat: Option<Timestamp>, elapsed: Duration) {
+    fn note(&mut self, controller: Option<&ControllerPod>, heartbeat: Option<Timestamp>, elapsed: Duration) {
         Seen::note(&mut self.standing, Standing::of(controller), elapsed);
         let beats = Seen::note(&mut self.heartbeat, heartbeat, elapsed);
         self.waited = if beats || elapsed > GLANCE {
@@ -244,7 +113,7 @@ impl Suspect {
 
 /// One Lease, over time.
 #[derive(Debug, Default)]
-struct Watch {
+struct LeaseHistory {
     holder: Option<Seen<String>>,
     renewal: Option<Seen<Timestamp>>,
     handed_over: Option<Seen<Option<String>>>,
@@ -254,7 +123,7 @@ struct Watch {
     guilty: Option<Duration>,
 }
 
-impl Watch {
+impl LeaseHistory {
     fn note(&mut self, election: &Election, elapsed: Duration) {
         if Seen::note(&mut self.holder, election.holder.clone(), elapsed) {
             self.guilty = None;
@@ -295,21 +164,17 @@ impl Watch {
 
 /// A hand-over that is due: write the own name into this Lease, at the version that was just read.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct TakeOver {
-    /// The Lease.
-    pub lease: String,
-    /// Who holds it.
-    pub holder: String,
+pub(crate) struct TakeOver {
+    pub(crate) lease: String,
+    pub(crate) holder: String,
     /// The Node it runs on, or ran on when its Pod was seen last.
-    pub node: Option<String>,
-    /// Why it must not.
-    pub guilt: Guilt,
+    pub(crate) node: Option<String>,
+    pub(crate) guilt: Guilt,
 }
 
 impl TakeOver {
     /// What is written on the Lease: when it went from whom to whom (`me`), and why.
-    #[must_use]
-    pub fn note(&self, now: Timestamp, me: &str) -> String {
+    pub(crate) fn note(&self, now: Timestamp, me: &str) -> String {
         format!("{now}: from {} to {me}, because {}", self.holder, self.guilt)
     }
 }
@@ -324,7 +189,7 @@ impl Election {
 
 /// Why a controller leaves a guilty holder alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Obstacle {
+pub(crate) enum Obstacle {
     /// It is the holder itself.
     Itself,
     /// Its driver or its sidecar does not answer.
@@ -351,22 +216,22 @@ impl fmt::Display for Obstacle {
 
 /// What is known of one election.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct LeaseState {
+pub(crate) struct LeaseState {
     /// Who holds the Lease; nobody if it is empty or has expired.
-    pub holder: Option<String>,
+    pub(crate) holder: Option<String>,
     /// For how long its holder has given no heartbeat.
-    pub silence: Duration,
+    pub(crate) silence: Duration,
     /// Why the holder must not lead.
-    pub guilt: Option<Guilt>,
+    pub(crate) guilt: Option<Guilt>,
     /// For how long it was seen that nobody led who may, since the last look.
-    pub leaderless: Duration,
+    pub(crate) leaderless: Duration,
     /// Why this controller leaves a guilty holder alone.
-    pub obstacle: Option<Obstacle>,
+    pub(crate) obstacle: Option<Obstacle>,
 }
 
 /// What follows from a look.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Verdict {
+pub(crate) enum Verdict {
     /// The one who looks is itself the ghost, and must end: why.
     Ghost(String),
     /// The world is well, or not.
@@ -380,8 +245,7 @@ pub enum Verdict {
 
 /// One who looks, and remembers.
 #[derive(Debug)]
-pub struct Watchdog {
-    /// The own identity.
+pub(crate) struct Watchdog {
     me: String,
     /// The UID of the own Pod, once it was seen.
     uid: Option<String>,
@@ -390,13 +254,12 @@ pub struct Watchdog {
     /// The Nodes that controllers were on when they were seen last, for as long as this one lives: with it go the others, at
     /// the next update, so that there are never many.
     places: BTreeMap<String, String>,
-    watches: BTreeMap<String, Watch>,
+    watches: BTreeMap<String, LeaseHistory>,
 }
 
 impl Watchdog {
     /// One who looks for the controller of this [`identity`](super::identity).
-    #[must_use]
-    pub fn new(me: String) -> Self {
+    pub(crate) fn new(me: String) -> Self {
         Self {
             me,
             uid: None,
@@ -411,7 +274,7 @@ impl Watchdog {
     /// took longer than five seconds to read is not one.
     ///
     /// `fit` are the Leases that this controller could lead by: it answers, and so does the sidecar that holds such a Lease.
-    pub fn look(&mut self, now: Duration, view: &View, fit: &BTreeSet<String>) -> Verdict {
+    pub(crate) fn look(&mut self, now: Duration, view: &View, fit: &BTreeSet<String>) -> Verdict {
         let elapsed = self
             .last
             .map_or(Duration::ZERO, |last| now.saturating_sub(last).min(SEEN));

@@ -1,5 +1,7 @@
 //! Cases, one by one. A world of three controllers, of which `a` leads and `b` looks.
 
+use super::super::guilt::*;
+use super::super::view::NodeState;
 use super::*;
 
 const LEASE: &str = "hostdir-csi";
@@ -16,7 +18,7 @@ struct World {
 
 impl World {
     fn new() -> Self {
-        let controller = |name: &str| Controller {
+        let controller = |name: &str| ControllerPod {
             uid: format!("uid-{name}"),
             ready: true,
             ending: false,
@@ -47,7 +49,7 @@ impl World {
         world
     }
 
-    fn pod(&mut self, name: &str) -> &mut Controller {
+    fn pod(&mut self, name: &str) -> &mut ControllerPod {
         self.view.controllers.get_mut(name).unwrap()
     }
 

@@ -17,7 +17,7 @@ use nix::sys::stat::{Mode, mkdirat};
 use nix::unistd::{UnlinkatFlags, fsync, unlinkat};
 
 use super::sys::{self, Stat};
-use crate::volume::ports::{DiskError, DiskErrorKind, Inode};
+use crate::volume::disk::{DiskError, DiskErrorKind, Inode};
 
 /// Directories of hostdir itself are root's alone: no tenant and no user of the node walks through them.
 pub(super) const PRIVATE_DIR: Mode = Mode::S_IRWXU;
@@ -91,7 +91,6 @@ impl Dir {
         sys::statx(&self.fd, name)
     }
 
-    /// Which directory this is.
     pub(super) fn inode(&self) -> Result<Inode, DiskError> {
         let stat = self.stat(c"").map_err(|errno| self.failed_itself("stat", errno))?;
         Ok(stat.inode)
@@ -142,7 +141,6 @@ impl Dir {
         unlinkat(&self.fd, name, UnlinkatFlags::NoRemoveDir)
     }
 
-    /// Removes an empty directory.
     pub(super) fn rmdir(&self, name: &CStr) -> nix::Result<()> {
         unlinkat(&self.fd, name, UnlinkatFlags::RemoveDir)
     }
@@ -233,7 +231,7 @@ pub(super) fn absent<T>(result: Result<T, DiskError>) -> Result<Option<T>, DiskE
     }
 }
 
-fn io_failed(verb: &'static str, path: PathBuf, error: std::io::Error) -> DiskError {
+pub(super) fn io_failed(verb: &'static str, path: PathBuf, error: std::io::Error) -> DiskError {
     match error.raw_os_error() {
         Some(raw) => failed(verb, path, Errno::from_raw(raw)),
         None => DiskError {

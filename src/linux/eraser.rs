@@ -6,8 +6,9 @@
 
 use std::ffi::{CStr, CString};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::thread::{self, JoinHandle};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -15,44 +16,38 @@ use nix::fcntl::OFlag;
 use nix::sys::stat::Mode;
 use tracing::{debug, error, warn};
 
+use super::background::{Stop, Stopped, spawn};
 use super::dir::Dir;
-use super::disk::DATA;
+use super::layout::DATA;
 use super::quota::{Destroyed, Quota};
 use super::sys;
+use crate::volume::disk::DiskError;
 use crate::volume::id::PoolName;
-use crate::volume::ports::DiskError;
 
-/// What could not be erased is tried again so often: a mount below it may be gone then.
+/// How often what could not be erased is tried again: a mount below it may be gone then.
 const RETRY: Duration = Duration::from_mins(1);
 
-/// How soon it is looked again whether the last file of a project or subvolume is gone: the kernel cleans up behind it, XFS in
-/// moments, btrfs in half a minute.
+/// How often to check whether the last file of a project or subvolume is gone: the kernel cleans up after it, XFS in moments,
+/// btrfs in half a minute.
 const COUNTED: Duration = Duration::from_secs(2);
 
-/// And how often so soon.
+/// How many times to check so often.
 const LOOKS: u32 = 60;
 
 /// After so many removals the eraser rests for as long as they took: half of the disk's time stays with the tenants.
 const BATCH: u32 = 256;
 
-/// The thread that empties one trash.
+/// The thread that empties one trash. Dropping it waits for the thread.
 pub(super) struct Eraser {
     pool: PoolName,
     quota: Arc<Quota>,
-    signal: Arc<Signal>,
-    thread: Mutex<Option<JoinHandle<()>>>,
+    stop: Stop,
+    running: Mutex<Option<Running>>,
 }
 
-#[derive(Default)]
-struct Signal {
-    state: Mutex<State>,
-    changed: Condvar,
-}
-
-#[derive(Default)]
-struct State {
-    work: bool,
-    stop: bool,
+struct Running {
+    wake: SyncSender<()>,
+    thread: JoinHandle<()>,
 }
 
 impl Eraser {
@@ -61,93 +56,59 @@ impl Eraser {
         Self {
             pool,
             quota,
-            signal: Arc::default(),
-            thread: Mutex::default(),
+            stop: Stop::default(),
+            running: Mutex::default(),
         }
     }
 
     /// Starts it; it begins with what is in the trash already.
     pub(super) fn start(&self, trash: Dir) {
-        self.wake();
-        let (signal, quota) = (Arc::clone(&self.signal), Arc::clone(&self.quota));
-        let spawned = thread::Builder::new()
-            .name(format!("erase {}", self.pool))
-            .spawn(move || {
-                Work {
-                    trash,
-                    quota: &quota,
-                    signal: &signal,
-                    moved: AtomicU64::new(0),
-                }
-                .run();
-            });
-        match spawned {
-            Ok(thread) => *self.thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread),
+        let (wake, woken) = sync_channel(1);
+        let work = Work {
+            trash,
+            quota: Arc::clone(&self.quota),
+            stop: self.stop.clone(),
+            moved: AtomicU64::new(0),
+        };
+        match spawn(format!("erase {}", self.pool), move || work.run(&woken)) {
+            Ok(thread) => *self.lock() = Some(Running { wake, thread }),
             Err(why) => {
-                error!(pool = %self.pool, %why, "no thread to erase deleted volumes; their space comes back after a restart");
+                error!(pool = %self.pool, %why, "cannot start a thread to erase deleted volumes; a restart frees their space");
             }
         }
     }
 
     /// Tells it that there is something in the trash.
     pub(super) fn wake(&self) {
-        self.signal.set(|state| state.work = true);
+        if let Some(running) = &*self.lock() {
+            // One that has been woken already will look.
+            let _ = running.wake.try_send(());
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Running>> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Drop for Eraser {
     fn drop(&mut self) {
-        self.signal.set(|state| state.stop = true);
-        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if thread.is_some_and(|thread| thread.join().is_err()) {
-            error!(pool = %self.pool, "the eraser panicked");
+        self.stop.stop();
+        let Some(Running { wake, thread }) = self.lock().take() else {
+            return;
+        };
+        drop(wake);
+        if thread.join().is_err() {
+            error!(pool = %self.pool, "the eraser panicked, which is a bug");
         }
     }
 }
 
-impl Signal {
-    fn set(&self, change: impl FnOnce(&mut State)) {
-        change(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner));
-        self.changed.notify_all();
-    }
-
-    /// Waits until there is work, or for `limit`; whether to go on.
-    fn wait(&self, limit: Option<Duration>) -> bool {
-        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let idle = |state: &mut State| !state.work && !state.stop;
-        let mut state = match limit {
-            None => self
-                .changed
-                .wait_while(state, idle)
-                .unwrap_or_else(PoisonError::into_inner),
-            Some(limit) => {
-                self.changed
-                    .wait_timeout_while(state, limit, idle)
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .0
-            }
-        };
-        state.work = false;
-        !state.stop
-    }
-
-    /// Rests, unless told to stop.
-    fn rest(&self, time: Duration) -> Result<(), Stopped> {
-        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let waited = self.changed.wait_timeout_while(state, time, |state| !state.stop);
-        let (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
-        if state.stop { Err(Stopped) } else { Ok(()) }
-    }
-}
-
-/// The process ends; the rest is erased after the next start.
-struct Stopped;
-
-/// One run through the trash.
-struct Work<'a> {
+/// What the thread works with.
+struct Work {
     trash: Dir,
-    quota: &'a Quota,
-    signal: &'a Signal,
+    quota: Arc<Quota>,
+    stop: Stop,
     moved: AtomicU64,
 }
 
@@ -160,26 +121,28 @@ enum Outcome {
     Stuck,
 }
 
-impl Work<'_> {
-    fn run(&self) {
-        let (mut limit, mut looks) = (None, 0);
-        while self.signal.wait(limit) {
-            match self.empty() {
-                Ok(left) => {
-                    // What does not leave soon may never: a tenant can give a file to any project.
-                    looks = if self.quota.give_back(&self.trash) {
-                        looks + 1
-                    } else {
-                        0
-                    };
-                    let again = if looks < LOOKS { COUNTED } else { RETRY };
-                    limit = if left {
-                        Some(RETRY)
-                    } else {
-                        (looks > 0).then_some(again)
-                    };
-                }
-                Err(Stopped) => return,
+impl Work {
+    /// Empties the trash again and again, until the eraser is dropped.
+    fn run(&self, woken: &Receiver<()>) {
+        let mut looks = 0;
+        while let Ok(left) = self.empty() {
+            // What does not leave soon may never: a tenant can give a file to any project.
+            looks = if self.quota.release_unused(&self.trash) {
+                looks + 1
+            } else {
+                0
+            };
+            let limit = match (left, looks) {
+                (false, 0) => None,
+                (false, looks) if looks < LOOKS => Some(COUNTED),
+                _ => Some(RETRY),
+            };
+            let waited = match limit {
+                None => woken.recv().map_err(RecvTimeoutError::from),
+                Some(limit) => woken.recv_timeout(limit),
+            };
+            if waited == Err(RecvTimeoutError::Disconnected) {
+                return;
             }
         }
     }
@@ -221,11 +184,11 @@ impl Work<'_> {
             Err(errno) => return Ok(Ok(stuck(&self.trash, name, errno))),
         }
         let dir = self.trash.child(name)?;
-        self.quota.leaves(&dir);
+        self.quota.note_erasing(&dir);
         let mut outcome = Outcome::Gone;
         // The directory of a volume: seen before it is gone. What cannot be opened is stuck, below.
         if let Ok(Some(data)) = dir.find_child(DATA) {
-            self.quota.leaves(&data);
+            self.quota.note_erasing(&data);
             drop(data);
             // Also when it is empty: its quota group has to be given back.
             if let Destroyed::Holds(nested) = self.quota.destroy(&dir, DATA)? {
@@ -247,7 +210,7 @@ impl Work<'_> {
             if let Err(errno) = removed {
                 outcome = stuck(&dir, &entry, errno);
             }
-            if let Err(stopped) = pace.step(self.signal) {
+            if let Err(stopped) = pace.step(&self.stop) {
                 return Ok(Err(stopped));
             }
         }
@@ -355,10 +318,10 @@ impl Pace {
         }
     }
 
-    fn step(&mut self, signal: &Signal) -> Result<(), Stopped> {
+    fn step(&mut self, stop: &Stop) -> Result<(), Stopped> {
         self.steps += 1;
         if self.steps.is_multiple_of(BATCH) {
-            signal.rest(self.since.elapsed())?;
+            stop.rest(self.since.elapsed())?;
             self.since = Instant::now();
             debug!(removed = self.steps, "erasing");
         }

@@ -1,28 +1,30 @@
-//! This machine: pools on its disks, and bind mounts. The Linux edge of hostdir, answering [`crate::volume::ports`].
+//! This machine: pools on its disks, and bind mounts. The Linux edge of hostdir, answering [`crate::volume::disk`].
 //!
 //! What needs a kernel lives here and nowhere else. Linux 5.12 is the oldest that has every call that volumes need: openat2(2)
-//! 5.6, statx(2) with `STATX_ATTR_MOUNT_ROOT` 5.8, mount_setattr(2) 5.12. Quotas need more: quotactl_fd(2) 5.14 on XFS and
+//! 5.6, statx(2) with `STATX_ATTR_MOUNT_ROOT` 5.8, mount_setattr(2) 5.12. QuotaConfig need more: quotactl_fd(2) 5.14 on XFS and
 //! ext4.
 
+mod background;
 mod dir;
-mod disk;
 mod eraser;
+mod layout;
 mod mountinfo;
 mod open;
+mod pool;
 mod privileges;
 mod quota;
-mod survey;
 mod sys;
 mod target;
+mod usage;
 
-pub use privileges::drop_privileges;
+pub(crate) use privileges::drop_privileges;
 
 use crate::volume::access::TargetPath;
+use crate::volume::disk::{BindError, Host, Inode, Opened, PoolConfig, Unusable};
 use crate::volume::id::VolumeId;
-use crate::volume::ports::{BindError, Host, Inode, Opened, PoolConfig, Unusable};
 
 /// The machine this process runs on.
-pub struct Linux;
+pub(crate) struct Linux;
 
 impl Host for Linux {
     fn open(&self, pool: &PoolConfig) -> Result<Opened, Unusable> {

@@ -6,7 +6,7 @@ use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
 use super::dir::failed;
-use crate::volume::ports::DiskError;
+use crate::volume::disk::DiskError;
 
 /// One mount.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -15,7 +15,6 @@ pub(super) struct Entry {
     pub(super) id: u64,
     /// What of its filesystem is mounted.
     pub(super) root: PathBuf,
-    /// Where.
     pub(super) mount_point: PathBuf,
     /// Type of the filesystem.
     pub(super) filesystem: String,

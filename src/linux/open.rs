@@ -1,6 +1,6 @@
 //! Opening a pool: is it the right disk, is it ours alone, what is on it.
 
-use std::ffi::CStr;
+use std::collections::HashMap;
 use std::fs::File;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -16,22 +16,18 @@ use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 
 use super::dir::{Dir, failed};
-use super::disk::{PoolDisk, space};
 use super::eraser::Eraser;
+use super::layout::{IDENTITY, LOCK, META, NEW, NEW_IDENTITY, TRASH, VOLUMES};
+use super::pool::{PoolDisk, space};
 use super::quota::Quota;
-use super::survey::Survey;
+use super::usage::UsageCounter;
 use super::{mountinfo, target};
 use crate::volume::access::TargetPath;
+use crate::volume::disk::{Disk, DiskError, Mount, Opened, PoolConfig, PoolVolume, Unusable};
 use crate::volume::id::VolumeId;
-use crate::volume::ports::{Disk, DiskError, Opened, PoolConfig, Unusable};
-use crate::volume::quota::Policy;
+use crate::volume::quota::QuotaPolicy;
 use crate::volume::record::PoolId;
 use crate::volume::size::Bytes;
-
-const META: &CStr = c".hostdir";
-const IDENTITY: &CStr = c"pool.json";
-const NEW_IDENTITY: &CStr = c"pool.json.new";
-const LOCK: &CStr = c"lock";
 
 /// `pool.json`.
 #[derive(Serialize, Deserialize)]
@@ -58,63 +54,69 @@ pub(super) fn open(config: &PoolConfig) -> Result<Opened, Unusable> {
             config.path.display()
         )));
     }
-    let meta = root.ensure_child(META)?;
-    let lock = lock(&meta)?;
-    let volumes = root.ensure_child(c"volumes")?;
-    let Identity { id, foreign, .. } = identify(&meta, &volumes, config.expected)?;
-    let trash = root.ensure_child(c"trash")?;
-    let new = meta.ensure_child(c"new")?;
-    meta.sync().and_then(|()| root.sync())?;
-
-    let identity = root
-        .stat(c"")
-        .map_err(|errno| failed("stat", config.path.clone(), errno))?
-        .inode;
-    let quota = Arc::new(Quota::find(config.quotas, &volumes, &mount)?);
-    quota.ready_trash(&trash)?;
-    let survey = Survey::new(config.name.clone(), root.child(c"volumes")?);
-    let eraser = Eraser::new(config.name.clone(), Arc::clone(&quota));
-    let (path, counter, unsettled) = (config.path.clone(), AtomicU64::new(0), AtomicBool::new(false));
-    let disk = PoolDisk {
-        path,
-        identity,
-        meta,
-        new,
-        volumes,
-        trash,
-        quota,
-        survey,
-        eraser,
-        counter,
-        unsettled,
-        _lock: lock,
-    };
-    disk.sweep()?;
-    // An earlier process may have died between a change and its sync. From here on all that is found is answered for, so
-    // all of it has to be durable first.
-    syncfs(&root).map_err(|errno| failed("sync the filesystem of", config.path.clone(), errno))?;
-    let volumes = disk.load()?;
-    disk.sort_out(&volumes);
-    disk.quota.sweep(&disk.volumes);
-    say_enforcement(config, &disk);
-    let targets = targets(&disk)?;
-    disk.eraser.start(root.child(c"trash")?);
+    let (disk, Identity { id, foreign, .. }) = lock_and_identify(config, &root, &mount)?;
+    let volumes = recover(config, &root, &disk)?;
+    disk.eraser.start(root.child(TRASH)?);
     Ok(Opened {
         id,
         filesystem: mount.filesystem,
         foreign,
         volumes,
-        targets,
         disk: Box::new(disk),
     })
 }
 
-fn say_enforcement(config: &PoolConfig, disk: &PoolDisk) {
+fn lock_and_identify(
+    config: &PoolConfig,
+    root: &Dir,
+    mount: &mountinfo::Entry,
+) -> Result<(PoolDisk, Identity), Unusable> {
+    let meta = root.ensure_child(META)?;
+    let lock = lock(&meta)?;
+    let volumes = root.ensure_child(VOLUMES)?;
+    let identity = identify(&meta, &volumes, config.expected)?;
+    let trash = root.ensure_child(TRASH)?;
+    let new = meta.ensure_child(NEW)?;
+    meta.sync().and_then(|()| root.sync())?;
+    let quota = Arc::new(Quota::find(config.quotas, &volumes, mount)?);
+    quota.prepare_trash(&trash)?;
+    let disk = PoolDisk {
+        path: config.path.clone(),
+        identity: root.inode()?,
+        meta,
+        new,
+        trash,
+        usage: UsageCounter::new(config.name.clone(), root.child(VOLUMES)?),
+        volumes,
+        eraser: Eraser::new(config.name.clone(), Arc::clone(&quota)),
+        quota,
+        counter: AtomicU64::new(0),
+        unsettled: AtomicBool::new(false),
+        _lock: lock,
+    };
+    Ok((disk, identity))
+}
+
+/// Finishes or undoes what an earlier process left, and finds the volumes.
+fn recover(config: &PoolConfig, root: &Dir, disk: &PoolDisk) -> Result<Vec<PoolVolume>, Unusable> {
+    disk.sweep()?;
+    // An earlier process may have died between a change and its sync. From here on all that is found is answered for, so
+    // all of it has to be durable first.
+    syncfs(root).map_err(|errno| failed("sync the filesystem of", config.path.clone(), errno))?;
+    let mut volumes = disk.load()?;
+    disk.enforce_all(&volumes);
+    disk.quota.sweep(&disk.volumes);
+    log_enforcement(config, disk);
+    find_mounts(disk, &mut volumes)?;
+    Ok(volumes)
+}
+
+fn log_enforcement(config: &PoolConfig, disk: &PoolDisk) {
     let pool = &config.name;
     match disk.enforcement() {
-        Ok(means) => info!(%pool, %means, "volumes are held to their sizes"),
-        Err(why) if config.quotas.policy == Policy::Off => info!(%pool, why, "volumes are held to no size"),
-        Err(why) => warn!(%pool, why, "volumes are held to no size"),
+        Ok(kind) => info!(%pool, %kind, "volumes are limited to their sizes"),
+        Err(why) if config.quotas.policy == QuotaPolicy::Off => info!(%pool, why, "volumes are not limited"),
+        Err(why) => warn!(%pool, why, "volumes are not limited"),
     }
 }
 
@@ -136,7 +138,7 @@ fn open_root(config: &PoolConfig) -> Result<Dir, Unusable> {
             Some(Errno::ELOOP) => Err(Unusable(format!(
                 "{shown} goes through a symbolic link; configure the real directory"
             ))),
-            Some(Errno::ENOTDIR) => Err(Unusable(format!("{shown} is no directory; configure one"))),
+            Some(Errno::ENOTDIR) => Err(Unusable(format!("{shown} is not a directory; configure one"))),
             Some(_) | None => Err(error.into()),
         },
     }
@@ -235,31 +237,45 @@ fn make_identity(meta: &Dir, volumes: &Dir) -> Result<Identity, Unusable> {
     Ok(identity)
 }
 
-/// Where volumes of the pool are mounted already: the kernel knows what an earlier process did.
-fn targets(disk: &PoolDisk) -> Result<Vec<(VolumeId, TargetPath)>, DiskError> {
-    let mut targets = Vec::new();
+/// Notes where volumes of the pool are mounted already: the kernel knows what an earlier process did.
+fn find_mounts(disk: &PoolDisk, volumes: &mut [PoolVolume]) -> Result<(), DiskError> {
+    let mut by_id: HashMap<VolumeId, &mut PoolVolume> =
+        volumes.iter_mut().map(|volume| (volume.id.clone(), volume)).collect();
     for entry in mountinfo::read()? {
         let Some(id) = volume_of(&entry.root) else { continue };
         let Ok(target) = TargetPath::parse(&entry.mount_point) else {
             continue;
         };
-        let data = match disk.data(&id) {
-            Ok(None) => continue,
-            Ok(Some(data)) => Some(data),
-            Err(_) => None,
-        };
-        match target::mounted_stat(&target) {
-            // On top, and another directory: of another pool, or not ours at all.
-            Ok(Some(there)) if there.mount_id == entry.id && data.is_some_and(|data| data != there.inode) => {}
-            // Ours; or covered by another mount, gone meanwhile, or not to be told: then it is taken for mounted, too.
-            Ok(_) => targets.push((id, target)),
-            Err(error) => {
-                warn!(volume.id = %id, %target, %error, "cannot tell what is mounted");
-                targets.push((id, target));
+        if !may_be_mounted(disk, &id, &target, entry.id) {
+            continue;
+        }
+        match by_id.get_mut(&id) {
+            Some(volume) => volume.mounts.push(Mount { target, mode: None }),
+            None => {
+                warn!(volume.id = %id, %target, path = %disk.path.display(), "mounted, but not a volume of this pool");
             }
         }
     }
-    Ok(targets)
+    Ok(())
+}
+
+/// Whether the mount of this number may be of the volume.
+fn may_be_mounted(disk: &PoolDisk, id: &VolumeId, target: &TargetPath, mount_id: u64) -> bool {
+    let data = match disk.data(id) {
+        Ok(None) => return false,
+        Ok(Some(data)) => Some(data),
+        Err(_) => None,
+    };
+    match target::mounted_stat(target) {
+        // On top, and another directory: of another pool, or not of hostdir.
+        Ok(Some(there)) if there.mount_id == mount_id => data.is_none_or(|data| data == there.inode),
+        // Covered by another mount, or gone meanwhile: what cannot be told is taken for mounted.
+        Ok(_) => true,
+        Err(error) => {
+            warn!(volume.id = %id, %target, %error, "cannot tell what is mounted");
+            true
+        }
+    }
 }
 
 /// The volume whose directory may be what is mounted, by the looks of its path.

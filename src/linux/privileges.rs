@@ -23,7 +23,7 @@ const KEPT: [Capability; 6] = [
 
 /// Privileges that could not be dropped.
 #[derive(Debug, Error)]
-pub enum PrivilegeError {
+pub(crate) enum PrivilegeError {
     /// capget(2), capset(2) or prctl(2) failed.
     #[error("change the capabilities of this process")]
     Capabilities(#[from] CapsError),
@@ -37,7 +37,7 @@ pub enum PrivilegeError {
 ///
 /// # Errors
 /// The kernel refuses; nothing should be served then.
-pub fn drop_privileges() -> Result<(), PrivilegeError> {
+pub(crate) fn drop_privileges() -> Result<(), PrivilegeError> {
     let permitted = caps::read(None, CapSet::Permitted)?;
     let kept: CapsHashSet = KEPT.into_iter().filter(|kept| permitted.contains(kept)).collect();
     if permitted.contains(&Capability::CAP_SETPCAP) {

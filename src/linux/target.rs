@@ -18,8 +18,8 @@ use super::dir::{Dir, absent};
 use super::mountinfo;
 use super::sys::{DetachedMount, Stat};
 use crate::volume::access::{MountOptions, TargetPath};
+use crate::volume::disk::{BindError, DiskError, Inode};
 use crate::volume::id::VolumeId;
-use crate::volume::ports::{BindError, DiskError, Inode};
 
 /// Permissions of a target directory while nothing is mounted on it. The mount brings its own.
 const TARGET_MODE: Mode = Mode::S_IRWXU.union(Mode::S_IRGRP).union(Mode::S_IXGRP);

@@ -7,7 +7,8 @@ use thiserror::Error;
 
 /// The access modes a volume on one node can have (CSI `VolumeCapability.AccessMode`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum AccessMode {
+#[expect(clippy::enum_variant_names, reason = "CSI names them so")]
+pub(crate) enum AccessMode {
     /// ReadWriteOnce as orchestrators ask for it that do not tell the two below apart.
     SingleNodeWriter,
     /// Read-only, on one node.
@@ -20,8 +21,7 @@ pub enum AccessMode {
 
 impl AccessMode {
     /// Whether a second mount beside this one is a breach of promise.
-    #[must_use]
-    pub fn is_exclusive(self) -> bool {
+    pub(crate) fn is_exclusive(self) -> bool {
         match self {
             Self::SingleNodeSingleWriter => true,
             Self::SingleNodeWriter | Self::SingleNodeReaderOnly | Self::SingleNodeMultiWriter => false,
@@ -29,8 +29,7 @@ impl AccessMode {
     }
 
     /// Whether the mount must refuse writes.
-    #[must_use]
-    pub fn is_read_only(self) -> bool {
+    pub(crate) fn is_read_only(self) -> bool {
         match self {
             Self::SingleNodeReaderOnly => true,
             Self::SingleNodeWriter | Self::SingleNodeSingleWriter | Self::SingleNodeMultiWriter => false,
@@ -44,30 +43,25 @@ impl AccessMode {
     clippy::struct_excessive_bools,
     reason = "each is a flag of its own, and any set of them is possible"
 )]
-pub struct MountOptions {
-    /// `ro`
-    pub read_only: bool,
-    /// `nosuid`
-    pub nosuid: bool,
-    /// `nodev`
-    pub nodev: bool,
-    /// `noexec`
-    pub noexec: bool,
-    /// `noatime`
-    pub noatime: bool,
+pub(crate) struct MountOptions {
+    pub(crate) read_only: bool,
+    pub(crate) nosuid: bool,
+    pub(crate) nodev: bool,
+    pub(crate) noexec: bool,
+    pub(crate) noatime: bool,
 }
 
 /// A mount option that a bind mount of a directory cannot have.
 #[derive(Debug, Error)]
 #[error("mount option {0:?} is not supported: hostdir knows ro, rw, nosuid, nodev, noexec and noatime")]
-pub struct InvalidOption(String);
+pub(crate) struct InvalidOption(String);
 
 impl MountOptions {
     /// Reads the mount options of a StorageClass or PersistentVolume.
     ///
     /// # Errors
     /// An option is none of `ro`, `rw`, `nosuid`, `nodev`, `noexec`, `noatime`.
-    pub fn parse<'a>(options: impl IntoIterator<Item = &'a str>) -> Result<Self, InvalidOption> {
+    pub(crate) fn parse<'a>(options: impl IntoIterator<Item = &'a str>) -> Result<Self, InvalidOption> {
         let mut parsed = Self::default();
         for option in options {
             match option {
@@ -86,12 +80,12 @@ impl MountOptions {
 
 /// Where a volume is mounted: an absolute path without `.` and `..`, below `/`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct TargetPath(PathBuf);
+pub(crate) struct TargetPath(PathBuf);
 
 /// A text that is not a [`TargetPath`], and why.
 #[derive(Debug, Error)]
 #[error("target path {0:?} {1}")]
-pub struct InvalidTarget(String, &'static str);
+pub(crate) struct InvalidTarget(String, &'static str);
 
 impl TargetPath {
     /// Longest path the kernel takes, with its final NUL (`PATH_MAX`, limits.h).
@@ -99,7 +93,7 @@ impl TargetPath {
 
     /// # Errors
     /// The path is relative, is `/`, has a `.`, `..` or NUL in it, or is too long.
-    pub fn parse(path: impl Into<PathBuf>) -> Result<Self, InvalidTarget> {
+    pub(crate) fn parse(path: impl Into<PathBuf>) -> Result<Self, InvalidTarget> {
         let path = path.into();
         let text = path.as_os_str().as_encoded_bytes();
         let why = if !path.is_absolute() {
@@ -121,9 +115,7 @@ impl TargetPath {
         Err(InvalidTarget(shown, why))
     }
 
-    /// The path.
-    #[must_use]
-    pub fn as_path(&self) -> &Path {
+    pub(crate) fn as_path(&self) -> &Path {
         &self.0
     }
 }

@@ -4,25 +4,35 @@ use thiserror::Error;
 use uuid::Uuid;
 
 use super::access::TargetPath;
+use super::disk::{BindError, DiskError, Unusable};
 use super::id::{NodeName, PoolName, VolumeId};
-use super::ports::{BindError, DiskError, Unusable};
 use super::record::PoolId;
 use super::size::{Bytes, SizeRange};
 
 /// A refusal: of what, where, and why.
 #[derive(Debug, Error)]
-#[error("{}{reason}", of(volume.as_ref(), node.as_ref()))]
-pub struct Error {
+#[error("{}{reason}", subject(volume.as_ref(), node.as_ref()))]
+pub(crate) struct Error {
     /// The volume it is about, if it is about one.
-    pub volume: Option<VolumeId>,
+    pub(crate) volume: Option<VolumeId>,
     /// The node it is about, or that refuses.
-    pub node: Option<NodeName>,
-    /// Why.
+    pub(crate) node: Option<NodeName>,
     #[source]
-    pub reason: Box<Reason>,
+    pub(crate) reason: Box<Reason>,
 }
 
-fn of(volume: Option<&VolumeId>, node: Option<&NodeName>) -> String {
+impl Error {
+    pub(crate) fn new(volume: Option<&VolumeId>, node: Option<&NodeName>, reason: Reason) -> Self {
+        Self {
+            volume: volume.cloned(),
+            node: node.cloned(),
+            reason: Box::new(reason),
+        }
+    }
+}
+
+/// What a message is about, with a colon behind it: every message of hostdir that names a volume begins with this.
+pub(crate) fn subject(volume: Option<&VolumeId>, node: Option<&NodeName>) -> String {
     match (volume, node) {
         (Some(volume), Some(node)) => format!("volume {volume} on node {node}: "),
         (Some(volume), None) => format!("volume {volume}: "),
@@ -33,9 +43,9 @@ fn of(volume: Option<&VolumeId>, node: Option<&NodeName>) -> String {
 
 /// Why, and what to do about it.
 #[derive(Debug, Error)]
-pub enum Reason {
+pub(crate) enum Reason {
     /// Another call for the same volume or target is running.
-    #[error("another operation on {0} is still running; ask again when it has ended")]
+    #[error("another call for {0} is still running; the call will be retried")]
     Running(String),
     /// No volume of that id.
     #[error("there is no such volume here")]
@@ -44,44 +54,33 @@ pub enum Reason {
     #[error("a volume of this name exists already with {0}; use another name or delete that volume first")]
     Exists(String),
     /// A size range that no size is in.
-    #[error("no size is at least {} and at most {}", .0.required, .0.limit.unwrap_or_default())]
+    #[error("no size is both at least {} and at most {}", .0.required, .0.limit.unwrap_or_default())]
     EmptyRange(SizeRange),
     /// It has a size already that is none of those asked for.
     #[error("it has {has}, and volumes never shrink; ask for that or more")]
-    Shrink {
-        /// The size it has.
-        has: Bytes,
-    },
+    Shrink { has: Bytes },
     /// It cannot grow so much.
     #[error(
         "it cannot grow to {wanted}: pool {pool} has room for {room} in all; delete volumes there, or ask for less"
     )]
     NoRoomToGrow {
-        /// Its pool.
         pool: PoolName,
-        /// The size asked for.
         wanted: Bytes,
         /// The size it could have.
         room: Bytes,
     },
-    /// It is to be held to its size, and nothing does.
-    #[error("quotas are required of pool {pool}, and nothing holds this volume to its size: {why}")]
-    Unlimited {
-        /// Its pool.
+    /// Quotas are required, and it has no limit.
+    #[error("quotas are required of pool {pool}, and this volume has no limit: {why}")]
+    Unenforced {
         pool: PoolName,
         /// Why, and what to do.
         why: String,
     },
-    /// A node is asked to let it have more than was promised.
+    /// A node is asked to let it have more than is allocated.
     #[error(
-        "it is promised {promised}, and this node is asked to let it have {wanted}; expand it at the controller first"
+        "it is to grow to {wanted} on this node, and {allocated} are allocated to it; expand it at the controller first"
     )]
-    NotPromised {
-        /// What is promised.
-        promised: Bytes,
-        /// What is asked for.
-        wanted: Bytes,
-    },
+    NotAllocated { allocated: Bytes, wanted: Bytes },
     /// The topology names other nodes only.
     #[error("the topology asked for does not include this node; a volume made here is reachable from here alone")]
     OtherNode,
@@ -89,20 +88,13 @@ pub enum Reason {
     #[error(
         "this node has no pool {wanted} (it has: {known}); correct the StorageClass parameter `pool`, or give the node such a pool"
     )]
-    NoSuchPool {
-        /// The pool asked for.
-        wanted: PoolName,
-        /// The pools there are.
-        known: String,
-    },
-    /// More than the pool can promise.
+    NoSuchPool { wanted: PoolName, known: String },
+    /// More than the pool has room for.
     #[error(
-        "{wanted} do not fit in pool {pool}: {room} are left to promise; delete volumes there, ask for less, or let the pod go to another node"
+        "{wanted} do not fit in pool {pool}, which has room for {room}; delete volumes there, ask for less, or let the pod go to another node"
     )]
     NoRoom {
-        /// The pool asked for.
         pool: PoolName,
-        /// The size asked for.
         wanted: Bytes,
         /// The largest size there would be room for.
         room: Bytes,
@@ -110,17 +102,15 @@ pub enum Reason {
     /// The pool cannot be used now.
     #[error("pool {pool} cannot be used: {why}")]
     PoolUnusable {
-        /// The pool.
         pool: PoolName,
         /// What happened and what to do.
         why: Unusable,
     },
     /// Several pools say they have the volume.
     #[error(
-        "both pool {0} and pool {1} hold a volume of this id; move one of the two directories out of its pool's `volumes` folder, and restart hostdir on this node"
+        "both pool {0} and pool {1} have a volume of this id; move one of the two directories out of its pool's `volumes` folder, and restart hostdir on this node"
     )]
     Ambiguous(PoolName, PoolName),
-    /// Its record cannot be read.
     #[error(
         "its record cannot be read ({0}); restore volume.json from a backup and restart hostdir on this node, or delete the volume"
     )]
@@ -132,10 +122,8 @@ pub enum Reason {
     DataMissing {
         /// Identity of the pool the volume was made on, as far as known.
         made_on: String,
-        /// What is here instead.
         here: String,
     },
-    /// It is mounted.
     #[error("it is mounted at {0}; it can be deleted when that is unmounted (NodeUnpublishVolume)")]
     Mounted(TargetPath),
     /// Another mount excludes the one asked for.
@@ -149,13 +137,10 @@ pub enum Reason {
     /// It could not be mounted or unmounted.
     #[error("at {target}: {}", chain(.source))]
     Bind {
-        /// Where.
         target: TargetPath,
-        /// Why.
         #[source]
         source: BindError,
     },
-    /// The disk failed.
     #[error("{}", chain(.0))]
     Disk(#[from] DiskError),
     /// No node that may have it can have it now.
@@ -163,7 +148,7 @@ pub enum Reason {
     NoNode(String),
     /// Another volume of the same name was here before, and its data still is.
     #[error(
-        "its place is taken by the data of an earlier volume of the same name (it was made for HostVolume {there}, this one is {wanted}); move that directory out of the pool's `volumes` folder, and restart hostdir on this node"
+        "the pool has the data of an earlier volume of the same name (its HostVolume was {there}, this one is {wanted}); move that directory out of the pool's `volumes` folder, and restart hostdir on this node"
     )]
     Predecessor {
         /// The UID of the HostVolume that the data was made for.
@@ -171,7 +156,7 @@ pub enum Reason {
         /// The UID of the HostVolume that is asked for.
         wanted: Uuid,
     },
-    /// Another volume of the same name was promised since.
+    /// Another volume of the same name was recorded since.
     #[error(
         "its HostVolume {wanted} is gone, and the one of that name now is another ({there}); if HostVolumes were restored from a backup, the data is given up by deleting the claim"
     )]
@@ -182,10 +167,10 @@ pub enum Reason {
         wanted: Uuid,
     },
     /// Its HostVolume is being deleted.
-    #[error("it is being deleted; ask again when it is gone")]
+    #[error("it is being deleted; the call will be retried")]
     Deleting,
-    /// The API server does not do what is needed of it.
-    #[error("cannot {verb}: {why}; hostdir asks again when it is asked again")]
+    /// The API server refuses, or does not answer.
+    #[error("cannot {verb}: {why}; the call will be retried")]
     Api {
         /// What was tried, as a verb.
         verb: &'static str,
@@ -199,10 +184,14 @@ pub enum Reason {
     #[error("its node says: {0}")]
     InUse(String),
     /// The controller that is asked must not act.
-    #[error("the controller that was asked is not one any more: {0}; another one answers as soon as it leads")]
+    #[error(
+        "this controller has stopped working: {0}; the call will be retried, and another controller will answer it"
+    )]
     Fenced(String),
     /// A node of elected mode is asked for what controllers do.
-    #[error("a node makes and deletes no volumes but those of `hostdir selftest`; ask a controller")]
+    #[error(
+        "nodes do not create or delete volumes in elected mode, except those of `hostdir selftest`; call a controller"
+    )]
     NotOnNodes,
     /// One or more pools are not what they should be.
     #[error("not ready: {0}")]
@@ -211,8 +200,7 @@ pub enum Reason {
 
 impl Reason {
     /// A volume that was made on `made_on` where now only the pools `here` are.
-    #[must_use]
-    pub fn data_missing(made_on: PoolId, here: &[PoolId]) -> Self {
+    pub(crate) fn data_missing(made_on: PoolId, here: &[PoolId]) -> Self {
         let here: Vec<String> = here.iter().map(PoolId::to_string).collect();
         let here = format!("the pools of this node are {}", here.join(", "));
         Self::DataMissing {
@@ -222,12 +210,16 @@ impl Reason {
     }
 }
 
-/// An error with its causes on one line: the message leaves this process, so that it must carry them all.
-fn chain(error: &dyn std::error::Error) -> String {
+/// An error with its causes on one line, for messages that leave this process.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut next = error.source();
     while let Some(cause) = next {
-        text = format!("{text}: {cause}");
+        let cause_text = cause.to_string();
+        // Some errors of libraries repeat their cause.
+        if !text.contains(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
         next = cause.source();
     }
     text

@@ -8,18 +8,18 @@ use sha2::{Digest, Sha256};
 use thiserror::Error;
 
 /// Longest [`VolumeId`], in bytes: a DNS label, so that the id is also a legal Kubernetes object name and label value.
-pub const VOLUME_ID_MAX: usize = 63;
+pub(crate) const VOLUME_ID_MAX: usize = 63;
 
 /// Ids with this prefix only ever come from [`VolumeId::for_name`]: no literal name can pass for a hashed one.
 const HASHED: &str = "hash-";
 
 /// Ids with this prefix are of volumes that `hostdir selftest` makes and deletes.
-pub const SELF_TEST: &str = "selftest-";
+pub(crate) const SELF_TEST: &str = "selftest-";
 
 /// A text that is not a [`VolumeId`], [`PoolName`] or [`NodeName`], and why.
 #[derive(Debug, Error)]
 #[error("{what} {text:?} {why}")]
-pub struct InvalidName {
+pub(crate) struct InvalidName {
     what: &'static str,
     /// Cut to a printable length: what is refused here may be megabytes of anything.
     text: String,
@@ -42,14 +42,14 @@ impl InvalidName {
 /// case: no id can leave its directory, and none differs from another only on some filesystems.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub struct VolumeId(String);
+pub(crate) struct VolumeId(String);
 
 impl VolumeId {
     /// Accepts an id that hostdir can have given out.
     ///
     /// # Errors
     /// The text breaks the grammar above.
-    pub fn parse(text: &str) -> Result<Self, InvalidName> {
+    pub(crate) fn parse(text: &str) -> Result<Self, InvalidName> {
         label(text)
             .map(|()| Self(text.to_owned()))
             .map_err(|why| InvalidName::new("volume id", text, why))
@@ -57,23 +57,19 @@ impl VolumeId {
 
     /// The id of the volume that CreateVolume is asked for by `name`: the name itself where it is an id already
     /// (external-provisioner's `pvc-<uid>` is), else a hash of it. CSI allows any Unicode in a name.
-    #[must_use]
-    pub fn for_name(name: &str) -> Self {
+    pub(crate) fn for_name(name: &str) -> Self {
         match Self::parse(name) {
             Ok(id) if !name.starts_with(HASHED) => id,
             Ok(_) | Err(_) => Self(hashed(name)),
         }
     }
 
-    /// The id as text.
-    #[must_use]
-    pub fn as_str(&self) -> &str {
+    pub(crate) fn as_str(&self) -> &str {
         &self.0
     }
 
     /// Whether the volume is one that `hostdir selftest` makes.
-    #[must_use]
-    pub fn is_of_self_test(&self) -> bool {
+    pub(crate) fn is_of_self_test(&self) -> bool {
         self.0.starts_with(SELF_TEST)
     }
 }
@@ -107,23 +103,21 @@ impl fmt::Display for VolumeId {
 /// The name of a pool: a DNS label, chosen by the administrator, named by StorageClasses.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub struct PoolName(String);
+pub(crate) struct PoolName(String);
 
 impl PoolName {
     /// The pool of a StorageClass that names none.
-    pub const DEFAULT: &str = "default";
+    pub(crate) const DEFAULT: &str = "default";
 
     /// # Errors
     /// The text is not a DNS label of at most 63 bytes.
-    pub fn parse(text: &str) -> Result<Self, InvalidName> {
+    pub(crate) fn parse(text: &str) -> Result<Self, InvalidName> {
         label(text)
             .map(|()| Self(text.to_owned()))
             .map_err(|why| InvalidName::new("pool name", text, why))
     }
 
-    /// The name as text.
-    #[must_use]
-    pub fn as_str(&self) -> &str {
+    pub(crate) fn as_str(&self) -> &str {
         &self.0
     }
 }
@@ -156,7 +150,7 @@ impl fmt::Display for PoolName {
 
 /// The Kubernetes name of a node, and what stands for it in a topology.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct NodeName(String);
+pub(crate) struct NodeName(String);
 
 impl NodeName {
     /// Longest Kubernetes node name, in bytes (a DNS subdomain).
@@ -164,7 +158,7 @@ impl NodeName {
 
     /// # Errors
     /// The text is not a DNS subdomain.
-    pub fn parse(text: &str) -> Result<Self, InvalidName> {
+    pub(crate) fn parse(text: &str) -> Result<Self, InvalidName> {
         let ends = |c: Option<char>| c.is_some_and(|c| c.is_ascii_alphanumeric());
         if text.len() > Self::MAX {
             Err(InvalidName::new("node name", text, "is longer than 253 bytes"))
@@ -181,16 +175,13 @@ impl NodeName {
         }
     }
 
-    /// The name as text.
-    #[must_use]
-    pub fn as_str(&self) -> &str {
+    pub(crate) fn as_str(&self) -> &str {
         &self.0
     }
 
     /// The value of this node's topology segment. It becomes a label of the Node, so a name longer than a label value
     /// may be (63 bytes) is represented by a hash.
-    #[must_use]
-    pub fn segment(&self) -> String {
+    pub(crate) fn segment(&self) -> String {
         if self.0.len() <= VOLUME_ID_MAX {
             self.0.clone()
         } else {

@@ -1,40 +1,30 @@
 //! The core: what a volume is, and the verbs on it. It knows neither gRPC nor Kubernetes nor system calls.
 //!
-//! [`Driver`] holds the verbs of a node. They act through [`ports::Host`] (this machine) and [`ports::Disk`] (one pool on
-//! it), and refuse with an [`Error`] that says what happened to which volume, where, and what to do.
+//! [`Node`] has the verbs of a node: publish, unpublish, statistics, expansion; in local mode also create and delete. It acts
+//! through [`disk::Host`] (this machine) and [`disk::Disk`] (one pool on it). In elected mode create and delete are those of a
+//! [`Controller`]: it records volumes in a [`host_volume::HostVolumeStore`] and chooses nodes by what its
+//! [cache](controller::cache) knows; each node finds the volumes assigned to it in [`host_volume::Assignments`]. [`Control`] is what
+//! both have in common for callers. All refuse with an [`Error`] that says what happened to which volume, where, and what to do.
 //!
-//! The walk of a volume: *create* counts its size against the pool's [`room`] and writes a [`record`] — *publish* makes
-//! its directory the first time, limited to its size where the filesystem can ([`quota`]), marks the record `Ready`, then mounts it — *unpublish* unmounts — *delete* moves it out
-//! of the pool by one rename.
-//!
-//! In elected mode *create* and *delete* are those of a controller, [`Elected`]: it enters promises in a [`ports::Book`],
-//! by what the [`registry`] knows of all nodes; a node finds those made to it in its [`ports::Ledger`]. [`Control`] is what
-//! both modes have in common for callers.
+//! The life of a volume: *create* allocates its size from the pool's [`room`] and writes a [`record`]; the first *publish* makes
+//! its directory, limited to its size where the filesystem can ([`quota`]), and mounts it; *unpublish* unmounts; *delete* moves it
+//! out of the pool by one rename.
 
-pub mod access;
-pub mod control;
-mod driver;
-mod elected;
-mod error;
-mod fence;
-pub mod id;
-mod local;
-#[cfg(test)]
-mod memory;
-mod operations;
-mod pool;
-pub mod ports;
-pub mod quota;
-pub mod record;
-pub mod registry;
-pub mod room;
-mod selftest;
-pub mod size;
-mod sizes;
+pub(crate) mod access;
+pub(crate) mod control;
+pub(crate) mod controller;
+pub(crate) mod disk;
+pub(crate) mod error;
+pub(crate) mod host_volume;
+pub(crate) mod id;
+pub(crate) mod node;
+pub(crate) mod pool_status;
+pub(crate) mod quota;
+pub(crate) mod record;
+pub(crate) mod room;
+pub(crate) mod size;
 
-pub use control::{Control, Health, Parameters, Placement, Volume, Want};
-pub use driver::{Driver, Held, PoolFacts, PoolState, Publish};
-pub use elected::Elected;
-pub use error::{Error, Reason};
-pub use fence::Fence;
-pub use selftest::SelfTest;
+pub(crate) use control::{Control, CreateRequest, Health, Parameters, Topology, Volume};
+pub(crate) use controller::{Controller, Fence};
+pub(crate) use error::{Error, Reason};
+pub(crate) use node::{Node, PublishRequest, SelfTest};

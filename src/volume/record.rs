@@ -1,7 +1,8 @@
 //! `volume.json`: what is known of one volume, kept beside its data.
 
 use jiff::Timestamp;
-use serde::{Deserialize, Serialize};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize, Serializer};
 use uuid::Uuid;
 
 use super::id::VolumeId;
@@ -10,12 +11,10 @@ use super::size::Bytes;
 /// Identity of a pool: random, made once, kept on the pool's own disk. It tells a disk from its replacement.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
-pub struct PoolId(Uuid);
+pub(crate) struct PoolId(Uuid);
 
 impl PoolId {
-    /// A new identity.
-    #[must_use]
-    pub fn random() -> Self {
+    pub(crate) fn random() -> Self {
         Self(Uuid::new_v4())
     }
 }
@@ -34,24 +33,20 @@ impl std::fmt::Display for PoolId {
     }
 }
 
-/// The claim (PVC) a volume was made for, where external-provisioner passes it on (`--extra-create-metadata`).
+/// The PersistentVolumeClaim a volume was made for, where external-provisioner names it (`--extra-create-metadata`).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Claim {
-    /// Namespace of the claim.
-    pub namespace: String,
-    /// Name of the claim.
-    pub name: String,
+pub(crate) struct Claim {
+    pub(crate) namespace: String,
+    pub(crate) name: String,
 }
 
 /// Owner and permission bits of a volume's top directory when it is made. Later changes are the tenant's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Directory {
+pub(crate) struct Directory {
     /// Permission bits, with set-user-id, set-group-id and sticky: at most 0o7777.
-    pub mode: u32,
-    /// Owning user.
-    pub uid: u32,
-    /// Owning group.
-    pub gid: u32,
+    pub(crate) mode: u32,
+    pub(crate) uid: u32,
+    pub(crate) gid: u32,
 }
 
 impl Default for Directory {
@@ -66,48 +61,134 @@ impl Default for Directory {
     }
 }
 
+/// What CreateVolume asked for, wherever the volume is recorded.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct VolumeSpec {
+    /// The name CreateVolume was called with.
+    pub(crate) name: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) claim: Option<Claim>,
+    /// The size that is allocated to it.
+    pub(crate) bytes: Bytes,
+    pub(crate) directory: Directory,
+}
+
 /// How far a volume has come.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 pub enum Phase {
-    /// Promised; nobody has ever seen its directory.
+    /// Its room is reserved. No disk has ever had data of it.
+    #[default]
     Claimed,
-    /// Its directory exists, and a pod may have written into it: from here on a missing directory is lost data.
+    /// Its node has its data: from here on a missing directory is lost data.
     Ready,
+    /// Its node had its data, and does not have it now.
+    Lost,
+}
+
+impl Phase {
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::Claimed => "Claimed",
+            Self::Ready => "Ready",
+            Self::Lost => "Lost",
+        }
+    }
 }
 
 /// One volume, as recorded on its pool.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Record {
-    /// Version of this format; [`Record::FORMAT`]. Another one is refused, not guessed at.
-    pub format: u32,
+pub(crate) struct Record {
+    /// Version of this format. A record of any other than [`Record::FORMAT`] is refused.
+    pub(crate) format: u32,
     /// The volume's id, equal to the name of the directory this record lies in.
-    pub id: VolumeId,
+    pub(crate) id: VolumeId,
     /// The UID of its HostVolume, where there is one: it tells the volume from an earlier one of the same name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub uid: Option<Uuid>,
-    /// The name CreateVolume was called with.
-    pub name: String,
-    /// The claim it was made for.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub claim: Option<Claim>,
-    /// Size promised.
-    pub bytes: Bytes,
+    pub(crate) uid: Option<Uuid>,
+    #[serde(flatten)]
+    pub(crate) spec: VolumeSpec,
     /// The project that its files are in, where the filesystem limits by project.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub project: Option<u32>,
-    /// Owner and mode of the top directory.
-    pub directory: Directory,
+    pub(crate) project: Option<u32>,
     /// The pool it was made on.
-    pub pool_id: PoolId,
-    /// How far it has come.
-    pub phase: Phase,
-    /// When it was made.
-    pub created: Timestamp,
+    pub(crate) pool_id: PoolId,
+    /// Whether a pod has ever used it.
+    #[serde(rename = "phase", serialize_with = "as_phase", deserialize_with = "is_ready")]
+    pub(crate) ready: bool,
+    pub(crate) created: Timestamp,
 }
 
 impl Record {
-    /// The version written and understood.
-    pub const FORMAT: u32 = 1;
+    pub(crate) const FORMAT: u32 = 1;
+}
+
+/// On a disk a volume is either of two phases: where its data is lost, no record says so.
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+enum RecordedPhase {
+    Claimed,
+    Ready,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+fn as_phase<S: Serializer>(ready: &bool, serializer: S) -> Result<S::Ok, S::Error> {
+    let phase = if *ready {
+        RecordedPhase::Ready
+    } else {
+        RecordedPhase::Claimed
+    };
+    phase.serialize(serializer)
+}
+
+fn is_ready<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<bool, D::Error> {
+    RecordedPhase::deserialize(deserializer).map(|phase| matches!(phase, RecordedPhase::Ready))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As hostdir 389b711 wrote them. Every later version must read these.
+    #[test]
+    fn records_of_earlier_versions_are_read() {
+        let claimed = r#"{"format":1,"id":"pvc-1","name":"pvc-1","bytes":1073741824,"directory":{"mode":504,"uid":0,"gid":0},
+            "poolId":"6b1f9a64-8d0e-4a3c-9a57-1f0a8c1d2e3f","phase":"claimed","created":"2026-01-02T03:04:05.678Z"}"#;
+        let record: Record = serde_json::from_str(claimed).unwrap();
+        assert!(!record.ready && record.uid.is_none() && record.project.is_none() && record.spec.claim.is_none());
+        assert_eq!(record.spec.bytes, Bytes(1 << 30));
+        let ready = r#"{
+  "format": 1,
+  "id": "pvc-2",
+  "uid": "0b5bd0f0-5b0f-4b0e-8b0a-5b5b5b5b5b5b",
+  "name": "pvc-2",
+  "claim": {
+    "namespace": "default",
+    "name": "data"
+  },
+  "bytes": 10485760,
+  "project": 1073741825,
+  "directory": {
+    "mode": 1528,
+    "uid": 1000,
+    "gid": 2000
+  },
+  "poolId": "6b1f9a64-8d0e-4a3c-9a57-1f0a8c1d2e3f",
+  "phase": "ready",
+  "created": "2026-01-02T03:04:05.678Z"
+}"#;
+        let record: Record = serde_json::from_str(ready).unwrap();
+        assert!(record.ready);
+        assert_eq!(record.project, Some(1_073_741_825));
+        // An earlier hostdir reads what this one writes: the same keys with the same values, in any order.
+        let written: serde_json::Value = serde_json::to_value(&record).unwrap();
+        assert_eq!(written, serde_json::from_str::<serde_json::Value>(ready).unwrap());
+    }
+
+    #[test]
+    fn a_phase_that_no_record_has_is_refused() {
+        let lost = r#"{"format":1,"id":"a","name":"a","bytes":1,"directory":{"mode":504,"uid":0,"gid":0},
+            "poolId":"6b1f9a64-8d0e-4a3c-9a57-1f0a8c1d2e3f","phase":"lost","created":"2026-01-02T03:04:05Z"}"#;
+        assert!(serde_json::from_str::<Record>(lost).is_err());
+    }
 }

@@ -1,17 +1,30 @@
-//! How much of a pool may be promised.
+//! The room of a pool: how much of it may still be allocated to volumes.
 
 use thiserror::Error;
 
-use super::ports::Space;
 use super::size::{Bytes, InvalidSize};
+
+/// Size and use of the filesystem below a pool, see statvfs(3).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Space {
+    /// Size of the filesystem.
+    pub(crate) total: Bytes,
+    /// What an unprivileged writer can still get.
+    pub(crate) available: Bytes,
+    pub(crate) used: Bytes,
+    pub(crate) inodes: u64,
+    /// Inodes an unprivileged writer can still get.
+    pub(crate) inodes_available: u64,
+    pub(crate) inodes_used: u64,
+}
 
 /// The administrator's limits for a pool.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Limits {
-    /// Kept free of promises.
-    pub reserve: Reserve,
-    /// How many times its size a pool may promise: 1 promises no byte twice.
-    pub overcommit: f64,
+pub(crate) struct Limits {
+    /// Never allocated.
+    pub(crate) reserve: Reserve,
+    /// How many times its size may be allocated: at 1 no byte is allocated twice.
+    pub(crate) overcommit: f64,
 }
 
 impl Default for Limits {
@@ -23,22 +36,19 @@ impl Default for Limits {
     }
 }
 
-/// A part of a pool, absolute or in percent of the filesystem.
+/// A part of a pool.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Reserve {
-    /// So many bytes.
+pub(crate) enum Reserve {
     Bytes(Bytes),
-    /// So many hundredths of the filesystem, 0 to 100.
+    /// Of the size of the filesystem, 0 to 100.
     Percent(f64),
 }
 
-/// A text that is not a reserve.
+/// Why a text is not a [`Reserve`].
 #[derive(Debug, Error)]
-pub enum InvalidReserve {
-    /// Neither a size nor a percentage.
+pub(crate) enum InvalidReserve {
     #[error(transparent)]
     Size(#[from] InvalidSize),
-    /// A percentage that is none.
     #[error("{0:?} is not a share of a disk: write 0% to 100%")]
     Percent(String),
 }
@@ -73,21 +83,19 @@ impl Limits {
 
     /// Steps in which free space of a filesystem of this size is reported: external-provisioner rewrites a
     /// CSIStorageCapacity object whenever a byte of it changes (pkg/capacity/capacity.go), and a busy disk changes every second.
-    #[must_use]
-    pub fn step(total: Bytes) -> Bytes {
+    pub(crate) fn step(total: Bytes) -> Bytes {
         Bytes(total.0 / 1024)
             .clamp(Bytes::MIB, Self::STEP_MAX)
             .rounded_down(Bytes::MIB)
     }
 
-    /// The largest volume that may be promised now, beside `claimed` bytes promised before, on a filesystem that held
-    /// `foreign` bytes when the pool was made.
+    /// The largest volume that may be created now, on a filesystem of which `allocated` bytes are allocated to volumes and that
+    /// held `foreign` bytes when the pool was made.
     ///
-    /// (size − what others use) × overcommit − reserve − claims, and never more than free space × overcommit. What others use
+    /// (size − what others use) × overcommit − reserve − allocated, and never more than free space × overcommit. What others use
     /// cannot be told from what volumes use without asking for each; it is what was there before the first volume (or all
-    /// that is used now, if that is less), or what is used beyond all claims, whichever is more.
-    #[must_use]
-    pub fn room(self, space: Space, foreign: Bytes, claimed: Bytes) -> Bytes {
+    /// that is used now, if that is less), or what is used beyond all that is allocated, whichever is more.
+    pub(crate) fn room(self, space: Space, foreign: Bytes, allocated: Bytes) -> Bytes {
         // As df(1) has it: what a filesystem keeps for root is nobody's.
         let size = space.used.plus(space.available);
         let reserve = match self.reserve {
@@ -95,10 +103,13 @@ impl Limits {
             Reserve::Percent(percent) => scaled(size, percent / 100.0),
         };
         let step = Self::step(size);
-        let others = foreign.min(space.used).max(space.used.less(claimed)).rounded_down(step);
-        let promised = scaled(size.less(others), self.overcommit).less(reserve).less(claimed);
+        let others = foreign
+            .min(space.used)
+            .max(space.used.less(allocated))
+            .rounded_down(step);
+        let unallocated = scaled(size.less(others), self.overcommit).less(reserve).less(allocated);
         let free = scaled(space.available.less(reserve), self.overcommit).rounded_down(step);
-        promised.min(free).rounded_down(Bytes::MIB)
+        unallocated.min(free).rounded_down(Bytes::MIB)
     }
 }
 
@@ -128,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn room_is_size_less_reserve_and_claims() {
+    fn room_is_size_less_reserve_and_what_is_allocated() {
         let limits = Limits {
             reserve: "10%".parse().unwrap(),
             overcommit: 1.0,
@@ -137,7 +148,7 @@ mod tests {
     }
 
     #[test]
-    fn what_others_use_is_not_promised() {
+    fn what_others_use_is_no_room() {
         assert_eq!(
             Limits::default().room(space(100, 5), Bytes(0), Bytes(0)),
             Bytes(5 << 30)
@@ -145,9 +156,9 @@ mod tests {
     }
 
     #[test]
-    fn what_others_had_is_not_promised_although_claims_are_unwritten() {
-        // 180 of 250 GiB were somebody else's before; 60 GiB are claimed, nothing of them written yet.
-        let room = |claimed: u64| Limits::default().room(space(250, 70), Bytes(180 << 30), Bytes(claimed << 30));
+    fn what_others_had_is_no_room_although_volumes_are_unwritten() {
+        // 180 of 250 GiB were somebody else's before; 60 GiB are allocated, nothing of them written yet.
+        let room = |allocated: u64| Limits::default().room(space(250, 70), Bytes(180 << 30), Bytes(allocated << 30));
         assert_eq!(room(0), Bytes(70 << 30));
         assert_eq!(room(60), Bytes(10 << 30));
     }
@@ -161,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn overcommit_promises_more_than_there_is() {
+    fn overcommit_allocates_more_than_there_is() {
         let limits = Limits {
             overcommit: 3.0,
             ..Limits::default()
@@ -173,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_left_when_all_is_claimed() {
+    fn nothing_is_left_when_all_is_allocated() {
         assert_eq!(
             Limits::default().room(space(10, 10), Bytes(0), Bytes(11 << 30)),
             Bytes(0)
@@ -193,14 +204,14 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_claim_never_makes_more_room(total in 1_u64..1 << 50, free in 0.0..=1.0_f64, claimed in 0_u64..1 << 50, more in 0_u64..1 << 50) {
+        fn a_volume_never_makes_more_room(total in 1_u64..1 << 50, free in 0.0..=1.0_f64, allocated in 0_u64..1 << 50, more in 0_u64..1 << 50) {
             let available = scaled(Bytes(total), free);
             let used = Bytes(total).less(available);
             let space = Space { total: Bytes(total), available, used, ..Space::default() };
-            let room = Limits::default().room(space, Bytes(0), Bytes(claimed));
-            prop_assert!(room.plus(Bytes(claimed)) <= Bytes(total).max(Bytes(claimed)));
+            let room = Limits::default().room(space, Bytes(0), Bytes(allocated));
+            prop_assert!(room.plus(Bytes(allocated)) <= Bytes(total).max(Bytes(allocated)));
             prop_assert!(room <= available);
-            prop_assert!(Limits::default().room(space, Bytes(0), Bytes(claimed).plus(Bytes(more))) <= room);
+            prop_assert!(Limits::default().room(space, Bytes(0), Bytes(allocated).plus(Bytes(more))) <= room);
         }
     }
 }

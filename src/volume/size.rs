@@ -6,32 +6,26 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-/// A number of bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
-pub struct Bytes(pub u64);
+pub(crate) struct Bytes(pub(crate) u64);
 
 impl Bytes {
-    /// One mebibyte.
-    pub const MIB: Self = Self(1 << 20);
-    /// One gibibyte.
-    pub const GIB: Self = Self(1 << 30);
+    pub(crate) const MIB: Self = Self(1 << 20);
+    pub(crate) const GIB: Self = Self(1 << 30);
 
     /// `self - other`, zero where that would be negative.
-    #[must_use]
-    pub fn less(self, other: Self) -> Self {
+    pub(crate) fn less(self, other: Self) -> Self {
         Self(self.0.saturating_sub(other.0))
     }
 
     /// `self + other`, the largest number where that would overflow.
-    #[must_use]
-    pub fn plus(self, other: Self) -> Self {
+    pub(crate) fn plus(self, other: Self) -> Self {
         Self(self.0.saturating_add(other.0))
     }
 
     /// The size as a Kubernetes quantity, in the largest binary unit that it is a whole number of.
-    #[must_use]
-    pub fn quantity(self) -> String {
+    pub(crate) fn quantity(self) -> String {
         let units = [(40, "Ti"), (30, "Gi"), (20, "Mi"), (10, "Ki")];
         let whole = |(shift, _): &(u32, &str)| self.0 != 0 && self.0.trailing_zeros() >= *shift;
         let (shift, unit) = units.into_iter().find(whole).unwrap_or((0, ""));
@@ -39,8 +33,7 @@ impl Bytes {
     }
 
     /// The largest multiple of `step` that is not larger.
-    #[must_use]
-    pub fn rounded_down(self, step: Self) -> Self {
+    pub(crate) fn rounded_down(self, step: Self) -> Self {
         Self(self.0 - self.0 % step.0)
     }
 }
@@ -67,7 +60,7 @@ impl fmt::Display for Bytes {
 /// A text that is not a size.
 #[derive(Debug, Error)]
 #[error("{0:?} is not a size: write a whole number of bytes, with Ki, Mi, Gi, Ti or k, M, G, T behind it if you like")]
-pub struct InvalidSize(String);
+pub(crate) struct InvalidSize(String);
 
 impl FromStr for Bytes {
     type Err = InvalidSize;
@@ -96,37 +89,43 @@ impl FromStr for Bytes {
 
 /// What CreateVolume asks for: at least `required`, at most `limit`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct SizeRange {
+pub(crate) struct SizeRange {
     /// Smallest acceptable size; zero when the caller has no wish.
-    pub required: Bytes,
-    /// Largest acceptable size.
-    pub limit: Option<Bytes>,
+    pub(crate) required: Bytes,
+    pub(crate) limit: Option<Bytes>,
+}
+
+/// How a volume comes to have a size that is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Growth {
+    /// It has one.
+    None,
+    To(Bytes),
+    /// It would have to shrink, or there is no such size.
+    Impossible,
 }
 
 impl SizeRange {
     /// Size of a volume for which none was asked.
-    pub const DEFAULT: Bytes = Bytes::GIB;
+    pub(crate) const DEFAULT: Bytes = Bytes::GIB;
 
     /// Whether a volume of this size is what the caller asked for.
-    #[must_use]
-    pub fn admits(self, size: Bytes) -> bool {
+    pub(crate) fn admits(self, size: Bytes) -> bool {
         size >= self.required && self.limit.is_none_or(|limit| size <= limit)
     }
 
-    /// The size that a volume which has `size` must grow to; nothing if it has what is asked for. None if it would have to
-    /// shrink, or if there is no such size.
-    #[must_use]
-    pub fn grow(self, size: Bytes) -> Option<Option<Bytes>> {
+    /// What a volume of this size must do to have a size that is asked for.
+    pub(crate) fn growth(self, size: Bytes) -> Growth {
         if self.admits(size) {
-            return Some(None);
+            Growth::None
+        } else if self.required > size && self.admits(self.required) {
+            Growth::To(self.required)
+        } else {
+            Growth::Impossible
         }
-        let possible = self.required > size && self.admits(self.required);
-        possible.then_some(Some(self.required))
     }
 
-    /// The size to give.
-    #[must_use]
-    pub fn choose(self) -> Bytes {
+    pub(crate) fn choose(self) -> Bytes {
         let wish = if self.required == Bytes(0) {
             Self::DEFAULT
         } else {
@@ -180,11 +179,19 @@ mod tests {
             required: Bytes(required),
             limit: limit.map(Bytes),
         };
-        assert_eq!(range(5, None).grow(Bytes(3)), Some(Some(Bytes(5))));
-        assert_eq!(range(5, Some(7)).grow(Bytes(3)), Some(Some(Bytes(5))));
-        assert_eq!(range(5, None).grow(Bytes(9)), Some(None));
-        assert_eq!(range(5, Some(7)).grow(Bytes(9)), None, "it would have to shrink");
-        assert_eq!(range(5, Some(4)).grow(Bytes(3)), None, "there is no such size");
+        assert_eq!(range(5, None).growth(Bytes(3)), Growth::To(Bytes(5)));
+        assert_eq!(range(5, Some(7)).growth(Bytes(3)), Growth::To(Bytes(5)));
+        assert_eq!(range(5, None).growth(Bytes(9)), Growth::None);
+        assert_eq!(
+            range(5, Some(7)).growth(Bytes(9)),
+            Growth::Impossible,
+            "it would have to shrink"
+        );
+        assert_eq!(
+            range(5, Some(4)).growth(Bytes(3)),
+            Growth::Impossible,
+            "there is no such size"
+        );
     }
 
     proptest! {

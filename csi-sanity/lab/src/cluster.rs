@@ -10,8 +10,8 @@ use nix::sys::signal::Signal;
 
 use hostdir_prove::upstream;
 
-pub use crate::control_plane::ControllerManager;
 use crate::control_plane::{self, ADDRESS, SERVER, SERVICE_ADDRESS};
+pub use crate::control_plane::{ControlPlane, ControllerManager};
 use crate::harness;
 use crate::images::{self, Image};
 use crate::janitor::Janitor;
@@ -28,12 +28,6 @@ pub const CHART: &str = "deploy/chart";
 pub const NAMESPACE: &str = "hostdir-system";
 /// The image of pods that do something: busybox.
 pub const BUSYBOX_IMAGE: &str = "hostdir-lab/busybox:1";
-
-/// The machine of the control plane.
-pub struct ControlPlane {
-    pub(crate) machine: Machine,
-    pki: Pki,
-}
 
 /// A cluster that runs. Dropping it takes it down.
 pub struct Cluster {

@@ -15,6 +15,12 @@ pub(crate) const SERVICE_ADDRESS: &str = "10.96.0.1";
 /// Where all machines find the API server.
 pub(crate) const SERVER: &str = "https://10.42.0.1:443";
 
+/// The machine of the control plane.
+pub struct ControlPlane {
+    pub(crate) machine: Machine,
+    pub(crate) pki: Pki,
+}
+
 /// Makes the bridge that all machines are plugged into.
 pub(crate) fn prepare_network(machine: &Machine) -> Result<()> {
     machine.sh(&format!(

@@ -9,7 +9,7 @@ use nix::sys::signal::Signal;
 use serde_json::json;
 
 use crate::cgroup;
-use crate::control_plane::{ADDRESS, SERVER, SERVICE_ADDRESS};
+use crate::control_plane::{ADDRESS, ControlPlane, SERVER, SERVICE_ADDRESS};
 use crate::machine::{Machine, wait_until};
 use crate::pki::Pki;
 
@@ -146,7 +146,7 @@ SystemdCgroup = false
     ///
     /// # Errors
     /// Something does not start.
-    pub fn power_on(&mut self, control_plane: &super::cluster::ControlPlane) -> Result<()> {
+    pub fn power_on(&mut self, control_plane: &ControlPlane) -> Result<()> {
         let machine = Machine::start(&self.name, &self.dir)?;
         self.plug_in(&machine, control_plane)?;
         let arg = |name: &str| format!("--config={}", self.file(name));
@@ -175,7 +175,7 @@ SystemdCgroup = false
     }
 
     /// A cable from its network to the bridge of the control plane, and the ways to everybody.
-    fn plug_in(&self, machine: &Machine, control_plane: &super::cluster::ControlPlane) -> Result<()> {
+    fn plug_in(&self, machine: &Machine, control_plane: &ControlPlane) -> Result<()> {
         let (hub, node) = (control_plane.machine.pid(), machine.pid());
         let cable = format!("node{}", self.number);
         // The hub's end of a cable whose node has lost its power may still be there.

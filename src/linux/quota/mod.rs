@@ -1,13 +1,12 @@
-//! Holding volumes to their sizes, by what the filesystem of a pool has for that: [`projects`] on XFS and ext4, [`qgroups`] on
-//! btrfs, nothing elsewhere.
+//! Quotas: volumes are limited to their sizes by what the filesystem of a pool has for that: [`projects`] on XFS and ext4,
+//! [`qgroups`] on btrfs, nothing elsewhere.
 //!
-//! It is found out once, when the pool is opened; whether it still works is asked of the kernel whenever somebody wants to
-//! know. Limits follow the records: they are set before a pod can write, and compared when the pool is opened and whenever a
+//! What there is, is found out when the pool is opened; whether it still works is asked of the kernel each time. Limits follow the records: they are set before a pod can write, and compared when the pool is opened and whenever a
 //! volume is mounted.
 
+mod membership;
 mod projects;
 mod qgroups;
-mod sorting;
 
 use std::collections::HashMap;
 use std::ffi::CStr;
@@ -17,15 +16,15 @@ use tracing::warn;
 
 use super::dir::Dir;
 use super::mountinfo;
+use crate::volume::disk::{DiskError, DiskErrorKind, PoolVolume, Unusable, Usage};
 use crate::volume::id::VolumeId;
-use crate::volume::ports::{DiskError, DiskErrorKind, Found, Unusable, Usage};
-use crate::volume::quota::{Means, Policy, Quotas};
-use crate::volume::record::{Phase, Record};
+use crate::volume::quota::{QuotaConfig, QuotaKind, QuotaPolicy};
+use crate::volume::record::Record;
 use crate::volume::size::Bytes;
+use membership::Membership;
 use projects::ProjectQuota;
 pub(super) use qgroups::Destroyed;
 use qgroups::Qgroups;
-use sorting::Standing;
 
 /// What a volume may take at most.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,12 +40,12 @@ impl Limit {
     };
 }
 
-/// What holds the volumes of one pool to their sizes.
+/// The quotas of one pool.
 pub(super) struct Quota {
-    wishes: Quotas,
+    config: QuotaConfig,
     kind: Kind,
-    /// Volumes that are held to nothing, and why.
-    loose: Mutex<HashMap<VolumeId, String>>,
+    /// Volumes that have no limit, and why.
+    unenforced: Mutex<HashMap<VolumeId, String>>,
 }
 
 enum Kind {
@@ -58,35 +57,35 @@ enum Kind {
 
 impl Quota {
     /// What there is on the filesystem of a pool, whose volumes are in `volumes`.
-    pub(super) fn find(wishes: Quotas, volumes: &Dir, mount: &mountinfo::Entry) -> Result<Self, Unusable> {
+    pub(super) fn find(config: QuotaConfig, volumes: &Dir, mount: &mountinfo::Entry) -> Result<Self, Unusable> {
         let kind = match mount.filesystem.as_str() {
             "btrfs" => Qgroups::find(volumes).map(Kind::Qgroups),
-            filesystem => ProjectQuota::find(wishes.projects, volumes, filesystem).map(Kind::Projects),
+            filesystem => ProjectQuota::find(config.projects, volumes, filesystem).map(Kind::Projects),
         };
-        let kind = match (kind, wishes.policy) {
+        let kind = match (kind, config.policy) {
             (Ok(kind), _) => kind,
-            (Err(why), Policy::Required) => {
+            (Err(why), QuotaPolicy::Required) => {
                 return Err(Unusable(format!("quotas are required of it, and {why}")));
             }
-            (Err(why), Policy::Auto | Policy::Off) => Kind::None(why),
+            (Err(why), QuotaPolicy::Auto | QuotaPolicy::Off) => Kind::None(why),
         };
-        if wishes.inodes_per_gib.is_some() && !matches!(kind, Kind::Projects(_)) {
+        if config.inodes_per_gib.is_some() && !matches!(kind, Kind::Projects(_)) {
             let why = "only project quotas (XFS, ext4) limit inodes";
-            if wishes.policy == Policy::Required {
+            if config.policy == QuotaPolicy::Required {
                 return Err(Unusable(format!("inodesPerGiB is set, and {why}; take it out")));
             }
             warn!(path = %volumes.path().display(), why, "inodesPerGiB has no effect on this pool");
         }
         Ok(Self {
-            wishes,
+            config,
             kind,
-            loose: Mutex::default(),
+            unenforced: Mutex::default(),
         })
     }
 
-    /// By what volumes are held to their sizes, as it is now; or why by nothing, and what to do about it.
-    pub(super) fn enforcement(&self, volumes: &Dir) -> Result<Means, String> {
-        if self.wishes.policy == Policy::Off {
+    /// Which quotas limit volumes now; or why none do, and what to do about it.
+    pub(super) fn enforcement(&self, volumes: &Dir) -> Result<QuotaKind, String> {
+        if self.config.policy == QuotaPolicy::Off {
             return Err("quota is off in its configuration".into());
         }
         match &self.kind {
@@ -96,15 +95,15 @@ impl Quota {
         }
     }
 
-    /// Why a volume is held to nothing, although others are.
-    pub(super) fn loose(&self, id: &VolumeId) -> Option<String> {
+    /// Why a volume has no limit, although others have.
+    pub(super) fn unenforced(&self, id: &VolumeId) -> Option<String> {
         self.lock().get(id).cloned()
     }
 
     /// Makes the directory `name` of a volume in its own, where there is none or an empty one, and limits it. With it comes
     /// the record to write.
     pub(super) fn make(&self, volume: &Dir, name: &CStr, record: &Record) -> Result<(Dir, Record), DiskError> {
-        let limit = self.limit(record.bytes);
+        let limit = self.limit(record.spec.bytes);
         let mut project = None;
         let data = match (&self.kind, self.enforcement(volume)) {
             (Kind::Projects(projects), Ok(_)) => {
@@ -119,7 +118,7 @@ impl Quota {
                 data
             }
             // Asked for before, and gone since.
-            (_, Err(why)) if self.wishes.policy == Policy::Required => {
+            (_, Err(why)) if self.config.policy == QuotaPolicy::Required => {
                 return Err(DiskError {
                     verb: "make",
                     path: volume.path().to_owned(),
@@ -132,7 +131,9 @@ impl Quota {
                 // What an attempt with quotas has left must not limit it.
                 match kind {
                     Kind::Projects(projects) => projects.leave(&data)?,
-                    Kind::Qgroups(qgroups) if self.wishes.policy == Policy::Off && qgroups::is_subvolume(&data)? => {
+                    Kind::Qgroups(qgroups)
+                        if self.config.policy == QuotaPolicy::Off && qgroups::is_subvolume(&data)? =>
+                    {
                         qgroups.limit(&data, limit)?;
                     }
                     Kind::Qgroups(_) | Kind::None(_) => {}
@@ -149,10 +150,10 @@ impl Quota {
 
     /// Limits a volume, whose directory is `data`, to the size that `record` says.
     pub(super) fn resize(&self, data: &Dir, record: &Record) -> Result<(), DiskError> {
-        if self.wishes.policy == Policy::Off {
+        if self.config.policy == QuotaPolicy::Off {
             return Ok(());
         }
-        let limit = self.limit(record.bytes);
+        let limit = self.limit(record.spec.bytes);
         let limited = match (&self.kind, record.project) {
             // Whatever else is the matter with it: its old limit must not go on.
             (Kind::Projects(projects), Some(project)) if projects.is_of(project, &record.id) => {
@@ -179,36 +180,36 @@ impl Quota {
 
     /// Sets the limits of the volumes that were found on the disk, or finds out why there can be none. `data` opens the
     /// directory of a volume, if it has one.
-    pub(super) fn sort_out(&self, found: &[Found], data: impl Fn(&VolumeId) -> Result<Option<Dir>, DiskError>) {
+    pub(super) fn enforce_all(&self, found: &[PoolVolume], data: impl Fn(&VolumeId) -> Result<Option<Dir>, DiskError>) {
         if let Kind::Projects(projects) = &self.kind {
-            projects.know(found, &data);
+            projects.note_volumes(found, &data);
         }
-        for Found { id, record } in found {
+        for PoolVolume { id, record, .. } in found {
             let Ok(record) = record else { continue };
             match data(id) {
                 Ok(None) => {}
-                Ok(Some(data)) => self.check(&data, record),
-                Err(error) => self.let_loose(id, &error.with_cause()),
+                Ok(Some(data)) => self.enforce(&data, record),
+                Err(error) => self.set_unenforced(id, &error.with_cause()),
             }
         }
     }
 
-    /// Looks whether a volume is what its record says, and limits it; if it is not, it is held to nothing, and its data stays
-    /// in reach.
-    pub(super) fn check(&self, data: &Dir, record: &Record) {
-        match self.settle(data, record) {
+    /// Limits a volume, if its directory is what its record says. If not, it has no limit from now on, and its data stays in
+    /// reach.
+    pub(super) fn enforce(&self, data: &Dir, record: &Record) {
+        match self.try_enforce(data, record) {
             Ok(None) => drop(self.lock().remove(&record.id)),
-            Ok(Some(why)) => self.let_loose(&record.id, &why),
-            Err(error) => self.let_loose(&record.id, &error.with_cause()),
+            Ok(Some(why)) => self.set_unenforced(&record.id, &why),
+            Err(error) => self.set_unenforced(&record.id, &error.with_cause()),
         }
     }
 
-    /// Limits a volume; or says why it is held to nothing.
-    fn settle(&self, data: &Dir, record: &Record) -> Result<Option<String>, DiskError> {
-        if record.phase == Phase::Claimed {
+    /// Limits a volume. Returns why that is not possible, if it is not.
+    fn try_enforce(&self, data: &Dir, record: &Record) -> Result<Option<String>, DiskError> {
+        if !record.ready {
             return Ok(None);
         }
-        let limit = self.limit(record.bytes);
+        let limit = self.limit(record.spec.bytes);
         match &self.kind {
             Kind::None(_) => Ok(None),
             Kind::Qgroups(qgroups) if qgroups::is_subvolume(data)? => qgroups.limit(data, limit).map(|()| None),
@@ -217,18 +218,18 @@ impl Quota {
                  its data there"
                     .into(),
             )),
-            Kind::Projects(projects) => match projects.standing(data, record)? {
-                Standing::In(project) => projects.limit(data, project, limit).map(|()| None),
-                Standing::Loose(why) => Ok(Some(why)),
-                Standing::Unused => Ok(None),
+            Kind::Projects(projects) => match projects.membership(data, record)? {
+                Membership::Of(project) => projects.limit(data, project, limit).map(|()| None),
+                Membership::Unenforced(why) => Ok(Some(why)),
+                Membership::Unused => Ok(None),
             },
         }
     }
 
-    fn let_loose(&self, id: &VolumeId, why: &str) {
+    fn set_unenforced(&self, id: &VolumeId, why: &str) {
         let known = self.lock().insert(id.clone(), why.to_owned());
-        if self.wishes.policy != Policy::Off && known.as_deref() != Some(why) {
-            warn!(volume.id = %id, why, "volume is held to no size");
+        if self.config.policy != QuotaPolicy::Off && known.as_deref() != Some(why) {
+            warn!(volume.id = %id, why, "volume is not limited to its size");
         }
     }
 
@@ -236,17 +237,17 @@ impl Quota {
     pub(super) fn forget(&self, id: &VolumeId) {
         self.lock().remove(id);
         if let Kind::Projects(projects) = &self.kind {
-            projects.trashed(id);
+            projects.note_trashed(id);
         }
     }
 
-    /// Makes a directory fit to be the trash of the pool.
-    pub(super) fn ready_trash(&self, trash: &Dir) -> Result<(), DiskError> {
+    /// Lets files of all projects be moved into the trash of the pool.
+    pub(super) fn prepare_trash(&self, trash: &Dir) -> Result<(), DiskError> {
         match &self.kind {
-            Kind::Projects(_) => ProjectQuota::open_to_all(trash),
+            Kind::Projects(_) => ProjectQuota::accept_all(trash),
             // A tenant may have given files to other projects all the same; not every filesystem knows of any.
             Kind::Qgroups(_) | Kind::None(_) => {
-                let _ = ProjectQuota::open_to_all(trash);
+                let _ = ProjectQuota::accept_all(trash);
                 Ok(())
             }
         }
@@ -261,10 +262,10 @@ impl Quota {
         }
     }
 
-    /// Notes that a directory in the trash is being erased: its project is given back when its last file is gone.
-    pub(super) fn leaves(&self, trashed: &Dir) {
+    /// Notes that a directory in the trash is being erased: its project is released when its last file is gone.
+    pub(super) fn note_erasing(&self, trashed: &Dir) {
         if let Kind::Projects(projects) = &self.kind {
-            projects.leaves(trashed);
+            projects.note_erasing(trashed);
         }
     }
 
@@ -275,32 +276,32 @@ impl Quota {
             Kind::Projects(_) => Ok(Destroyed::NoSubvolume),
             // There may be subvolumes of a time when there were quotas, or of tenants.
             Kind::None(_) => qgroups::destroy(dir, name, |_| {}),
-            Kind::Qgroups(qgroups) => qgroups::destroy(dir, name, |id| qgroups.leaves(id)),
+            Kind::Qgroups(qgroups) => qgroups::destroy(dir, name, |id| qgroups.note_destroyed(id)),
         }
     }
 
-    /// Gives back the projects and quota groups whose last file is gone; whether some are left.
-    pub(super) fn give_back(&self, dir: &Dir) -> bool {
+    /// Releases the projects and quota groups whose last file is gone. Returns whether some are left.
+    pub(super) fn release_unused(&self, dir: &Dir) -> bool {
         match &self.kind {
-            Kind::Projects(projects) => projects.give_back(dir),
-            Kind::Qgroups(qgroups) => qgroups.give_back(dir),
+            Kind::Projects(projects) => projects.release_unused(dir),
+            Kind::Qgroups(qgroups) => qgroups.release_unused(dir),
             Kind::None(_) => false,
         }
     }
 
     /// The limit that a volume of this size is to have: none if quotas are off.
     fn limit(&self, size: Bytes) -> Limit {
-        match self.wishes.policy {
-            Policy::Required | Policy::Auto => Limit {
+        match self.config.policy {
+            QuotaPolicy::Required | QuotaPolicy::Auto => Limit {
                 bytes: Some(size),
-                inodes: self.wishes.inodes(size),
+                inodes: self.config.inodes(size),
             },
-            Policy::Off => Limit::NONE,
+            QuotaPolicy::Off => Limit::NONE,
         }
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<VolumeId, String>> {
         // Every change is one statement.
-        self.loose.lock().unwrap_or_else(PoisonError::into_inner)
+        self.unenforced.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -12,18 +12,18 @@ use nix::sys::statvfs::fstatvfs;
 use tracing::{debug, warn};
 
 use super::Limit;
-use super::sorting::{self, Standing, Tagged};
+use super::membership::{self, Membership, Tagged};
 use crate::linux::dir::Dir;
 use crate::linux::sys::quota::{self as sys, Project, Tag};
+use crate::volume::disk::{DiskError, DiskErrorKind, PoolVolume, Usage};
 use crate::volume::id::VolumeId;
-use crate::volume::ports::{DiskError, DiskErrorKind, Found, Usage};
-use crate::volume::quota::{Means, Projects};
+use crate::volume::quota::{ProjectRange, QuotaKind};
 use crate::volume::record::Record;
 use crate::volume::size::Bytes;
 
 /// The projects of one pool.
 pub(super) struct ProjectQuota {
-    range: Projects,
+    range: ProjectRange,
     filesystem: String,
     /// Block of the filesystem, in bytes: limits are whole ones.
     block: u64,
@@ -36,7 +36,7 @@ struct State {
     /// they are below.
     taken: BTreeMap<u32, Vec<VolumeId>>,
     /// Those of files that are being erased.
-    leaving: BTreeSet<u32>,
+    erasing: BTreeSet<u32>,
 }
 
 impl State {
@@ -49,7 +49,7 @@ impl State {
 
 impl ProjectQuota {
     /// The projects of the filesystem that `volumes` is on; or why there are none, and what to do about it.
-    pub(super) fn find(range: Projects, volumes: &Dir, filesystem: &str) -> Result<Self, String> {
+    pub(super) fn find(range: ProjectRange, volumes: &Dir, filesystem: &str) -> Result<Self, String> {
         let block = fstatvfs(volumes)
             .map_err(|errno| format!("statvfs: {errno}"))?
             .fragment_size();
@@ -64,9 +64,9 @@ impl ProjectQuota {
     }
 
     /// Whether the kernel limits projects now.
-    pub(super) fn enforcement(&self, volumes: &Dir) -> Result<Means, String> {
+    pub(super) fn enforcement(&self, volumes: &Dir) -> Result<QuotaKind, String> {
         let off = match sys::project_state(volumes) {
-            Ok(state) if state.enforced => return Ok(Means::Projects),
+            Ok(state) if state.enforced => return Ok(QuotaKind::Projects),
             Ok(state) if state.accounted => "it counts what projects take, but does not limit it",
             Ok(_) => "project quotas are off",
             Err(Errno::EPERM) => "hostdir may not ask for quotas (CAP_SYS_ADMIN)",
@@ -90,8 +90,12 @@ impl ProjectQuota {
     }
 
     /// Notes which projects the volumes of the pool have.
-    pub(super) fn know(&self, found: &[Found], data: impl Fn(&VolumeId) -> Result<Option<Dir>, DiskError>) {
-        for Found { id, record } in found {
+    pub(super) fn note_volumes(
+        &self,
+        found: &[PoolVolume],
+        data: impl Fn(&VolumeId) -> Result<Option<Dir>, DiskError>,
+    ) {
+        for PoolVolume { id, record, .. } in found {
             let record = record.as_ref().ok();
             // Only where there is no record to say so.
             let tag = || data(id).ok()?.and_then(|data| Self::tag(&data).ok());
@@ -102,15 +106,15 @@ impl ProjectQuota {
         }
     }
 
-    /// Where a volume stands.
-    pub(super) fn standing(&self, data: &Dir, record: &Record) -> Result<Standing, DiskError> {
+    /// Which project a volume is in.
+    pub(super) fn membership(&self, data: &Dir, record: &Record) -> Result<Membership, DiskError> {
         let volume = Tagged::new(&record.id, Some(record), Some(Self::tag(data)?));
         let other = |project: u32, id: &VolumeId| {
             let state = self.lock();
             let owners = state.taken.get(&project)?;
             owners.iter().find(|owner| *owner != id).cloned()
         };
-        Ok(sorting::standing(&volume, other, self.range))
+        Ok(membership::membership(&volume, other, self.range))
     }
 
     /// Whether a project is this volume's and no other's.
@@ -143,7 +147,7 @@ impl ProjectQuota {
             self.lock().taken.remove(&id);
             entered?;
         }
-        let Projects { first, last } = self.range;
+        let ProjectRange { first, last } = self.range;
         Err(DiskError {
             verb: "give a project of its own to",
             path: data.path().to_owned(),
@@ -156,7 +160,7 @@ impl ProjectQuota {
     pub(super) fn leave(&self, data: &Dir) -> Result<(), DiskError> {
         let before = Self::tag(data)?;
         if before.inherited && self.range.contains(before.project) {
-            self.lock().leaving.insert(before.project);
+            self.lock().erasing.insert(before.project);
             sys::set_tag(data, Tag::default()).map_err(|errno| data.failed_itself("take out of its project", errno))?;
         }
         Ok(())
@@ -224,25 +228,25 @@ impl ProjectQuota {
     }
 
     /// Notes that a volume is being erased.
-    pub(super) fn trashed(&self, id: &VolumeId) {
+    pub(super) fn note_trashed(&self, id: &VolumeId) {
         let mut state = self.lock();
-        let State { taken, leaving } = &mut *state;
+        let State { taken, erasing } = &mut *state;
         for (project, owners) in taken.iter_mut().filter(|(_, owners)| owners.contains(id)) {
             owners.retain(|owner| owner != id);
             if owners.is_empty() {
-                leaving.insert(*project);
+                erasing.insert(*project);
             }
         }
     }
 
     /// Notes that a directory in the trash is being erased: it may be from a time before this process. What a tenant has given
     /// to the project of a living volume changes nothing.
-    pub(super) fn leaves(&self, trashed: &Dir) {
+    pub(super) fn note_erasing(&self, trashed: &Dir) {
         match sys::tag(trashed) {
             Ok(Tag { project, .. }) if self.range.contains(project) => {
                 let mut state = self.lock();
                 if state.taken.entry(project).or_default().is_empty() {
-                    state.leaving.insert(project);
+                    state.erasing.insert(project);
                 }
             }
             Ok(_) => {}
@@ -253,7 +257,7 @@ impl ProjectQuota {
     }
 
     /// Lets files of all projects be moved into a directory: one that lies in a project itself would take none of another.
-    pub(super) fn open_to_all(dir: &Dir) -> Result<(), DiskError> {
+    pub(super) fn accept_all(dir: &Dir) -> Result<(), DiskError> {
         let tag = Self::tag(dir)?;
         if !tag.inherited {
             return Ok(());
@@ -265,14 +269,14 @@ impl ProjectQuota {
         sys::set_tag(dir, open).map_err(|errno| dir.failed_itself("open to all projects", errno))
     }
 
-    /// Gives back the projects whose last file is gone: XFS counts some after the fact. Whether some are left.
-    pub(super) fn give_back(&self, dir: &Dir) -> bool {
-        let leaving: Vec<u32> = self.lock().leaving.iter().copied().collect();
-        for id in leaving {
+    /// Releases the projects whose last file is gone: XFS counts some after the fact. Returns whether some are left.
+    pub(super) fn release_unused(&self, dir: &Dir) -> bool {
+        let erasing: Vec<u32> = self.lock().erasing.iter().copied().collect();
+        for id in erasing {
             match self.forget_unused(dir, id) {
                 Ok(true) => {
                     let mut state = self.lock();
-                    state.leaving.remove(&id);
+                    state.erasing.remove(&id);
                     if state.taken.get(&id).is_some_and(Vec::is_empty) {
                         state.taken.remove(&id);
                     }
@@ -281,11 +285,11 @@ impl ProjectQuota {
                 Err(error) => warn!(
                     project = id,
                     error = error.with_cause(),
-                    "cannot give a project back yet"
+                    "cannot release a project yet; trying again"
                 ),
             }
         }
-        !self.lock().leaving.is_empty()
+        !self.lock().erasing.is_empty()
     }
 
     /// Forgets the limits of a project without files; whether it is one.
@@ -311,12 +315,12 @@ impl ProjectQuota {
                 match self.forget_unused(dir, found.id) {
                     Ok(true) => {}
                     // Of the trash, or of another pool here: looked at again until it is without files.
-                    Ok(false) => drop(self.lock().leaving.insert(found.id)),
+                    Ok(false) => drop(self.lock().erasing.insert(found.id)),
                     Err(error) => {
                         warn!(
                             project = found.id,
                             error = error.with_cause(),
-                            "cannot forget a project that nobody has"
+                            "cannot remove the limit of a project that no volume has"
                         );
                     }
                 }

@@ -20,8 +20,8 @@ use super::Limit;
 use crate::linux::dir::Dir;
 use crate::linux::mountinfo;
 use crate::linux::sys::{btrfs as sys, clear_immutable};
-use crate::volume::ports::{DiskError, Usage};
-use crate::volume::quota::Means;
+use crate::volume::disk::{DiskError, Usage};
+use crate::volume::quota::QuotaKind;
 use crate::volume::size::Bytes;
 
 /// Quota groups of one filesystem.
@@ -32,7 +32,7 @@ pub(super) struct Qgroups {
     /// Whether quotas were seen to be off since: then all limits are gone.
     lost: AtomicBool,
     /// Destroyed subvolumes whose groups may be there still.
-    leaving: Mutex<BTreeSet<u64>>,
+    destroyed: Mutex<BTreeSet<u64>>,
 }
 
 const OFF: &str = "quotas are off on this btrfs filesystem; run `btrfs quota enable --simple` (before Linux 6.7: `btrfs quota \
@@ -51,14 +51,14 @@ impl Qgroups {
             simple: is_simple(&sysfs),
             sysfs,
             lost: AtomicBool::new(false),
-            leaving: Mutex::default(),
+            destroyed: Mutex::default(),
         };
         found.enforcement()?;
         Ok(found)
     }
 
     /// Whether the kernel limits quota groups now.
-    pub(super) fn enforcement(&self) -> Result<Means, String> {
+    pub(super) fn enforcement(&self) -> Result<QuotaKind, String> {
         match fs::metadata(&self.sysfs) {
             Ok(_) => {}
             Err(error) if error.kind() == ErrorKind::NotFound => {
@@ -74,7 +74,7 @@ impl Qgroups {
             );
         }
         if self.simple {
-            return Ok(Means::SimpleQuotas);
+            return Ok(QuotaKind::SimpleQuotas);
         }
         // The kernel stops to count, for example when a large subvolume is destroyed (`drop_subtree_threshold`).
         let inconsistent = fs::read_to_string(self.sysfs.join("inconsistent")).is_ok_and(|text| text.trim() == "1");
@@ -85,7 +85,7 @@ impl Qgroups {
                     .into(),
             );
         }
-        Ok(Means::Qgroups)
+        Ok(QuotaKind::Qgroups)
     }
 
     /// Makes what the limit of a new subvolume is set on.
@@ -129,7 +129,7 @@ impl Qgroups {
     }
 
     /// Notes that a subvolume is destroyed.
-    pub(super) fn leaves(&self, subvolume: u64) {
+    pub(super) fn note_destroyed(&self, subvolume: u64) {
         self.lock().insert(subvolume);
     }
 
@@ -145,9 +145,9 @@ impl Qgroups {
 
     /// Removes the groups of destroyed subvolumes, which the kernel allows when it has cleaned up behind them (and does itself
     /// as of Linux 6.12); whether some are left.
-    pub(super) fn give_back(&self, dir: &Dir) -> bool {
-        let leaving: Vec<u64> = self.lock().iter().copied().collect();
-        for id in leaving {
+    pub(super) fn release_unused(&self, dir: &Dir) -> bool {
+        let destroyed: Vec<u64> = self.lock().iter().copied().collect();
+        for id in destroyed {
             let upper = sys::upper(id);
             // The kernel says EBUSY of what is not cleaned up, ENOENT of what it has removed, and ENOTCONN where quotas are off.
             if self.read(upper, "referenced").is_some() {
@@ -169,7 +169,7 @@ impl Qgroups {
 
     fn lock(&self) -> MutexGuard<'_, BTreeSet<u64>> {
         // Every change is one statement.
-        self.leaving.lock().unwrap_or_else(PoisonError::into_inner)
+        self.destroyed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn limited(&self, group: u64) -> Option<u64> {
@@ -226,7 +226,7 @@ pub(in crate::linux) enum Destroyed {
 }
 
 /// Destroys `name` in `dir`, if it is a subvolume without others in it.
-pub(super) fn destroy(dir: &Dir, name: &CStr, leaves: impl Fn(u64)) -> Result<Destroyed, DiskError> {
+pub(super) fn destroy(dir: &Dir, name: &CStr, destroyed: impl Fn(u64)) -> Result<Destroyed, DiskError> {
     // What cannot be opened is none, or something is mounted on it.
     let Ok(top) = dir.child(name) else {
         return Ok(Destroyed::NoSubvolume);
@@ -264,7 +264,7 @@ pub(super) fn destroy(dir: &Dir, name: &CStr, leaves: impl Fn(u64)) -> Result<De
     }
     drop(top);
     sys::destroy_subvolume(dir, id).map_err(failed)?;
-    leaves(id);
+    destroyed(id);
     Ok(Destroyed::Gone)
 }
 

@@ -12,7 +12,7 @@ use libc::{c_int, c_long, c_uint};
 use nix::errno::Errno;
 use nix::{NixPath, Result};
 
-use crate::volume::ports::Inode;
+use crate::volume::disk::Inode;
 
 /// What statx(2) says of a file.
 pub(super) struct Stat {

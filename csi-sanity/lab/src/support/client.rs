@@ -1,4 +1,5 @@
-//! A CSI client that blocks: one method per RPC, with the usual request filled in.
+//! The CSI client of tests and benchmarks: one method per RPC, with the usual request filled in. [`Csi`] is asynchronous, [`Client`]
+//! blocks.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -10,8 +11,8 @@ use hostdir::csi::proto::volume_capability::access_mode::Mode;
 use hostdir::csi::proto::volume_capability::{AccessMode, AccessType, MountVolume};
 use hostdir::csi::proto::{
     CapacityRange, ControllerExpandVolumeRequest, CreateVolumeRequest, DeleteVolumeRequest, GetCapacityRequest,
-    GetPluginInfoRequest, ListVolumesRequest, NodeGetVolumeStatsRequest, NodePublishVolumeRequest,
-    NodeUnpublishVolumeRequest, ProbeRequest, Volume, VolumeCapability, VolumeUsage,
+    GetCapacityResponse, GetPluginInfoRequest, ListVolumesRequest, ListVolumesResponse, NodeGetVolumeStatsRequest,
+    NodePublishVolumeRequest, NodeUnpublishVolumeRequest, ProbeRequest, Volume, VolumeCapability, VolumeUsage,
 };
 use tokio::runtime::Runtime;
 use tonic::Status;
@@ -19,10 +20,16 @@ use tonic::transport::{Channel, Endpoint};
 
 const GIB: i64 = 1 << 30;
 
-/// A connection to a driver.
+/// A connection to a driver; clones share it.
+#[derive(Clone)]
+pub struct Csi {
+    channel: Channel,
+}
+
+/// A connection to a driver, for threads that block.
 pub struct Client {
     runtime: Runtime,
-    channel: Channel,
+    csi: Csi,
 }
 
 /// How to publish.
@@ -77,18 +84,15 @@ pub fn map(entries: &[(&str, &str)]) -> HashMap<String, String> {
         .collect()
 }
 
-impl Client {
+impl Csi {
     /// A connection on which the driver has answered: the kernel alone accepts one before the driver is ready.
-    pub fn connect(socket: &Path) -> Result<Self, Box<dyn std::error::Error>> {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .expect("start a runtime");
+    pub async fn connect(socket: &Path) -> Result<Self, Box<dyn std::error::Error>> {
         let endpoint = Endpoint::try_from(format!("unix://{}", socket.display()))?.timeout(super::DEADLINE);
-        let channel = runtime.block_on(endpoint.connect())?;
-        let client = Self { runtime, channel };
-        client.wait(client.identity().get_plugin_info(GetPluginInfoRequest {}))?;
-        Ok(client)
+        let csi = Self {
+            channel: endpoint.connect().await?,
+        };
+        csi.info().await?;
+        Ok(csi)
     }
 
     pub fn identity(&self) -> IdentityClient<Channel> {
@@ -103,25 +107,22 @@ impl Client {
         NodeClient::new(self.channel.clone())
     }
 
-    /// Waits for the answer to a call.
-    pub fn wait<T>(&self, call: impl Future<Output = Result<tonic::Response<T>, Status>>) -> Result<T, Status> {
-        self.runtime.block_on(call).map(tonic::Response::into_inner)
+    pub async fn info(&self) -> Result<(), Status> {
+        self.identity().get_plugin_info(GetPluginInfoRequest {}).await.map(drop)
     }
 
-    pub fn probe(&self) -> Result<(), Status> {
-        self.wait(self.identity().probe(ProbeRequest {})).map(drop)
+    /// Whether the driver says that it is ready.
+    pub async fn probe(&self) -> Result<bool, Status> {
+        let answer = self.identity().probe(ProbeRequest {}).await?.into_inner();
+        Ok(answer.ready.unwrap_or(true))
     }
 
-    pub fn create(&self, name: &str) -> Result<Volume, Status> {
-        self.create_as(create_request(name))
+    pub async fn create(&self, request: CreateVolumeRequest) -> Result<Volume, Status> {
+        let answer = self.controller().create_volume(request).await?.into_inner();
+        Ok(answer.volume.expect("an answer has a volume"))
     }
 
-    pub fn create_as(&self, request: CreateVolumeRequest) -> Result<Volume, Status> {
-        self.wait(self.controller().create_volume(request))
-            .map(|answer| answer.volume.expect("an answer has a volume"))
-    }
-
-    pub fn expand(&self, id: &str, required_bytes: i64) -> Result<i64, Status> {
+    pub async fn expand(&self, id: &str, required_bytes: i64) -> Result<i64, Status> {
         let request = ControllerExpandVolumeRequest {
             volume_id: id.to_owned(),
             capacity_range: Some(CapacityRange {
@@ -130,23 +131,19 @@ impl Client {
             }),
             ..ControllerExpandVolumeRequest::default()
         };
-        self.wait(self.controller().controller_expand_volume(request))
-            .map(|answer| answer.capacity_bytes)
+        let answer = self.controller().controller_expand_volume(request).await?;
+        Ok(answer.into_inner().capacity_bytes)
     }
 
-    pub fn delete(&self, id: &str) -> Result<(), Status> {
+    pub async fn delete(&self, id: &str) -> Result<(), Status> {
         let request = DeleteVolumeRequest {
             volume_id: id.to_owned(),
             ..DeleteVolumeRequest::default()
         };
-        self.wait(self.controller().delete_volume(request)).map(drop)
+        self.controller().delete_volume(request).await.map(drop)
     }
 
-    pub fn publish(&self, id: &str, target: &Path) -> Result<(), Status> {
-        self.publish_as(id, &target.to_string_lossy(), Mount::default())
-    }
-
-    pub fn publish_as(&self, id: &str, target: &str, mount: Mount) -> Result<(), Status> {
+    pub async fn publish(&self, id: &str, target: &str, mount: Mount) -> Result<(), Status> {
         let request = NodePublishVolumeRequest {
             volume_id: id.to_owned(),
             target_path: target.to_owned(),
@@ -155,7 +152,108 @@ impl Client {
             volume_context: mount.context,
             ..NodePublishVolumeRequest::default()
         };
-        self.wait(self.node().node_publish_volume(request)).map(drop)
+        self.node().node_publish_volume(request).await.map(drop)
+    }
+
+    pub async fn unpublish(&self, id: &str, target: &str) -> Result<(), Status> {
+        let request = NodeUnpublishVolumeRequest {
+            volume_id: id.to_owned(),
+            target_path: target.to_owned(),
+        };
+        self.node().node_unpublish_volume(request).await.map(drop)
+    }
+
+    pub async fn stats(&self, id: &str, path: &str) -> Result<Vec<VolumeUsage>, Status> {
+        let request = NodeGetVolumeStatsRequest {
+            volume_id: id.to_owned(),
+            volume_path: path.to_owned(),
+            ..NodeGetVolumeStatsRequest::default()
+        };
+        let answer = self.node().node_get_volume_stats(request).await?;
+        Ok(answer.into_inner().usage)
+    }
+
+    pub async fn capacity(&self, request: GetCapacityRequest) -> Result<GetCapacityResponse, Status> {
+        let answer = self.controller().get_capacity(request).await?;
+        Ok(answer.into_inner())
+    }
+
+    pub async fn list(&self, max_entries: i32, starting_token: String) -> Result<ListVolumesResponse, Status> {
+        let request = ListVolumesRequest {
+            max_entries,
+            starting_token,
+        };
+        Ok(self.controller().list_volumes(request).await?.into_inner())
+    }
+}
+
+impl Client {
+    /// A connection on which the driver has answered.
+    pub fn connect(socket: &Path) -> Result<Self, Box<dyn std::error::Error>> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .expect("start a runtime");
+        let csi = runtime.block_on(Csi::connect(socket))?;
+        Ok(Self { runtime, csi })
+    }
+
+    pub fn csi(&self) -> &Csi {
+        &self.csi
+    }
+
+    pub fn identity(&self) -> IdentityClient<Channel> {
+        self.csi.identity()
+    }
+
+    pub fn controller(&self) -> ControllerClient<Channel> {
+        self.csi.controller()
+    }
+
+    pub fn node(&self) -> NodeClient<Channel> {
+        self.csi.node()
+    }
+
+    /// Waits for the answer to a call.
+    pub fn wait<T>(&self, call: impl Future<Output = Result<tonic::Response<T>, Status>>) -> Result<T, Status> {
+        self.block_on(call).map(tonic::Response::into_inner)
+    }
+
+    /// Waits for whatever uses this connection.
+    pub fn block_on<T>(&self, future: impl Future<Output = T>) -> T {
+        self.runtime.block_on(future)
+    }
+
+    pub fn probe(&self) -> Result<(), Status> {
+        self.block_on(self.csi.probe()).map(drop)
+    }
+
+    pub fn is_ready(&self) -> bool {
+        self.block_on(self.csi.probe()).unwrap_or(false)
+    }
+
+    pub fn create(&self, name: &str) -> Result<Volume, Status> {
+        self.create_as(create_request(name))
+    }
+
+    pub fn create_as(&self, request: CreateVolumeRequest) -> Result<Volume, Status> {
+        self.block_on(self.csi.create(request))
+    }
+
+    pub fn expand(&self, id: &str, required_bytes: i64) -> Result<i64, Status> {
+        self.block_on(self.csi.expand(id, required_bytes))
+    }
+
+    pub fn delete(&self, id: &str) -> Result<(), Status> {
+        self.block_on(self.csi.delete(id))
+    }
+
+    pub fn publish(&self, id: &str, target: &Path) -> Result<(), Status> {
+        self.publish_as(id, &target.to_string_lossy(), Mount::default())
+    }
+
+    pub fn publish_as(&self, id: &str, target: &str, mount: Mount) -> Result<(), Status> {
+        self.block_on(self.csi.publish(id, target, mount))
     }
 
     pub fn unpublish(&self, id: &str, target: &Path) -> Result<(), Status> {
@@ -163,21 +261,11 @@ impl Client {
     }
 
     pub fn unpublish_at(&self, id: &str, target: &str) -> Result<(), Status> {
-        let request = NodeUnpublishVolumeRequest {
-            volume_id: id.to_owned(),
-            target_path: target.to_owned(),
-        };
-        self.wait(self.node().node_unpublish_volume(request)).map(drop)
+        self.block_on(self.csi.unpublish(id, target))
     }
 
     pub fn stats(&self, id: &str, path: &str) -> Result<Vec<VolumeUsage>, Status> {
-        let request = NodeGetVolumeStatsRequest {
-            volume_id: id.to_owned(),
-            volume_path: path.to_owned(),
-            ..NodeGetVolumeStatsRequest::default()
-        };
-        self.wait(self.node().node_get_volume_stats(request))
-            .map(|answer| answer.usage)
+        self.block_on(self.csi.stats(id, path))
     }
 
     /// The capacity that a pool reports, which must be its largest volume, too.
@@ -186,7 +274,7 @@ impl Client {
             parameters: map(&[("pool", pool)]),
             ..GetCapacityRequest::default()
         };
-        let answer = self.wait(self.controller().get_capacity(request)).expect("GetCapacity");
+        let answer = self.block_on(self.csi.capacity(request)).expect("GetCapacity");
         assert_eq!(answer.maximum_volume_size, Some(answer.available_capacity));
         answer.available_capacity
     }
@@ -195,17 +283,9 @@ impl Client {
     pub fn list(&self, page: i32) -> Vec<String> {
         let (mut ids, mut token) = (Vec::new(), String::new());
         loop {
-            let request = ListVolumesRequest {
-                max_entries: page,
-                starting_token: token,
-            };
-            let answer = self.wait(self.controller().list_volumes(request)).expect("ListVolumes");
-            ids.extend(
-                answer
-                    .entries
-                    .into_iter()
-                    .filter_map(|entry| Some(entry.volume?.volume_id)),
-            );
+            let answer = self.block_on(self.csi.list(page, token)).expect("ListVolumes");
+            let volumes = answer.entries.into_iter().filter_map(|entry| entry.volume);
+            ids.extend(volumes.map(|volume| volume.volume_id));
             token = answer.next_token;
             if token.is_empty() {
                 return ids;

@@ -40,15 +40,24 @@ impl Driver {
 
     /// The same, on a node of this name.
     pub fn on_node(scratch: &Scratch, node: &str) -> Self {
-        let (socket, log) = (scratch.path("csi.sock"), scratch.path("log"));
-        let args = ["local", "--node-name", node].map(str::to_owned).to_vec();
+        Self::with_args(&scratch.path(""), &["local", "--node-name", node])
+    }
+
+    /// `hostdir` with these arguments, its socket and log in a directory.
+    pub fn with_args(dir: &Path, args: &[&str]) -> Self {
         Self {
-            socket,
-            log,
-            args,
+            socket: dir.join("csi.sock"),
+            log: dir.join("log"),
+            args: args.iter().map(|arg| (*arg).to_owned()).collect(),
             kubeconfig: None,
             with_faults: false,
         }
+    }
+
+    /// With an API server.
+    pub fn kubeconfig(mut self, path: impl Into<PathBuf>) -> Self {
+        self.kubeconfig = Some(path.into());
+        self
     }
 
     pub fn arg(mut self, arg: impl Into<String>) -> Self {
@@ -64,10 +73,7 @@ impl Driver {
             users: [{name: c, user: {token: none}}]\n\
             contexts: [{name: c, context: {cluster: c, user: c}}]\n";
         fs::write(&kubeconfig, nobody).expect("write a kubeconfig");
-        let mut driver = Self::new(scratch);
-        "node".clone_into(&mut driver.args[0]);
-        driver.kubeconfig = Some(kubeconfig);
-        driver
+        Self::with_args(&scratch.path(""), &["node", "--node-name", "node-a"]).kubeconfig(kubeconfig)
     }
 
     /// With a pool.

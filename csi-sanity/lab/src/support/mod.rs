@@ -20,7 +20,7 @@ pub mod uml;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-pub use client::{Client, Mount};
+pub use client::{Client, Csi, Mount};
 pub use driver::{Driver, Process};
 pub use scratch::Scratch;
 

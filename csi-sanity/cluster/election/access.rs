@@ -1,0 +1,75 @@
+//! Who may write the Leases, and who says who leads.
+
+use super::broken::*;
+use super::*;
+use crate::lab::{Lab, PATIENCE, Thaw, is_ready, lab, report};
+use crate::mode::Mode;
+use crate::objects::{claim_of, class, on_node, pod};
+use crate::rights::{Holder, token};
+use anyhow::{Context, Result, ensure};
+use hostdir_lab::cluster::{ControllerManager, NAMESPACE};
+use hostdir_lab::prove::target_dir;
+use hostdir_lab::{SetOnDrop, needs};
+use k8s_openapi::api::coordination::v1::Lease;
+use serde_json::{Value, json};
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+/// Who may write the Leases: a token that is bound to a living Pod, in that Pod's name.
+#[needs(Root, Go, Cluster)]
+fn nobody_holds_a_lease_in_anothers_name() {
+    let election = Election::begin("ghost-policy", "who may write the Leases, and who says who leads");
+    election.lab.join_network().unwrap();
+    let (leader, _) = election.leader();
+    let other = election
+        .lab
+        .controllers()
+        .iter()
+        .map(name_of)
+        .find(|name| *name != leader)
+        .unwrap();
+    let hold = |token: &str, lease: &str, holder: &str| election.hold(token, lease, holder);
+    let (unbound, bound) = (election.token(None), election.token(Some(&other)));
+    for (what, refused) in [
+        ("without a pod", hold(&unbound, LEASE, &other)),
+        ("in the leader's name", hold(&bound, LEASE, &leader)),
+        ("empty, of another", hold(&bound, LEASE, "")),
+        ("another's heartbeat", hold(&bound, &leader, &other)),
+        ("a heartbeat without a pod", hold(&unbound, &other, &other)),
+    ] {
+        let error = refused.expect_err(what).to_string();
+        assert!(error.contains(POLICY), "{what}: {error}");
+    }
+    // An administrator cannot either, by a slip; but can delete it.
+    let patch = r#"{"spec":{"holderIdentity":"me"}}"#;
+    let slip = election
+        .lab
+        .kubectl()
+        .run(&["patch", "lease", LEASE, "-n", NAMESPACE, "--type=merge", "-p", patch]);
+    assert!(format!("{:#}", slip.unwrap_err()).contains("only a controller of hostdir"));
+    hold(&bound, &other, &other).expect("its own heartbeat");
+
+    // Each Lease has its own leader, and who leads by one stands by for the other.
+    hold(&bound, RESIZER_LEASE, &other).expect("another Lease, in its own name");
+    let report = election.ask_who_leads(&leader).unwrap();
+    let of_resizer = report.find(RESIZER_LEASE).expect("both Leases");
+    let blocks = [
+        (&report[..of_resizer], &leader, &other),
+        (&report[of_resizer..], &other, &leader),
+    ];
+    for (block, holder, idle) in blocks {
+        for line in [
+            &format!("holder           {holder}"),
+            "verdict          it leads",
+            &format!("stands by        {idle}"),
+        ] {
+            assert!(block.contains(line), "{line:?} is not in\n{block}\nof\n{report}");
+        }
+    }
+    let metrics = election.lab.http(&election.lab.controllers()[0], "metrics").unwrap();
+    let line = format!("hostdir_leader{{lease=\"{LEASE}\",holder=\"{leader}\"}} 1");
+    assert!(metrics.contains(&line), "{line} is not in\n{metrics}");
+    election.end();
+}

@@ -1,0 +1,216 @@
+//! What is broken on purpose, until it is dropped.
+
+use super::*;
+use crate::lab::{Lab, PATIENCE, Thaw, is_ready, lab, report};
+use crate::mode::Mode;
+use crate::objects::{claim_of, class, on_node, pod};
+use crate::rights::{Holder, token};
+use anyhow::{Context, Result, ensure};
+use hostdir_lab::cluster::{ControllerManager, NAMESPACE};
+use hostdir_lab::prove::target_dir;
+use hostdir_lab::{SetOnDrop, needs};
+use k8s_openapi::api::coordination::v1::Lease;
+use serde_json::{Value, json};
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+/// A node on which something is wrong, until this is dropped.
+pub(super) struct BrokenNode<'a> {
+    pub(super) election: &'a Election,
+    pub(super) node: usize,
+    pub(super) kubelet: Cell<bool>,
+}
+
+impl<'a> BrokenNode<'a> {
+    pub(super) fn new(election: &'a Election, node: usize) -> Self {
+        let kubelet = true.into();
+        Self {
+            election,
+            node,
+            kubelet,
+        }
+    }
+
+    pub(super) fn name(&self) -> &str {
+        &self.election.lab.nodes[self.node].name
+    }
+
+    pub(super) fn stop_kubelet(&self) {
+        self.election.lab.nodes[self.node].kill_kubelet().unwrap();
+        self.kubelet.set(false);
+        self.election.note(&format!("the kubelet of {} is dead", self.name()));
+    }
+
+    pub(super) fn delete_node(&self) -> Instant {
+        self.election
+            .lab
+            .kubectl()
+            .run(&["delete", "node", self.name()])
+            .unwrap();
+        self.election.note(&format!("Node {} is deleted", self.name()));
+        Instant::now()
+    }
+
+    pub(super) fn recover(&self) -> Result<()> {
+        let lab = &self.election.lab;
+        let node = &lab.nodes[self.node];
+        node.sh("for p in /proc/[0-9]*; do kill -CONT ${p#/proc/} 2>/dev/null || :; done")?;
+        if !self.kubelet.get() {
+            node.start_kubelet()?;
+        }
+        lab.wait_ready(3)?;
+        lab.kubectl().wait(PATIENCE, "both drivers are registered", || {
+            let drivers = lab.kubectl().get(&["csinode", self.name()])?["spec"]["drivers"].clone();
+            Ok(drivers.as_array().is_some_and(|drivers| drivers.len() == 2))
+        })
+    }
+}
+
+impl Drop for BrokenNode<'_> {
+    fn drop(&mut self) {
+        let recovered = self.recover();
+        if !std::thread::panicking() {
+            recovered.expect("the node recovers");
+        }
+    }
+}
+
+/// A controller that a machine runs outside of Kubernetes, under the name of a pod and with a token: the ghost itself. Its
+/// driver does not look after itself, as those before hostdir did not; its sidecar is started again whenever it ends, until
+/// this is dropped.
+pub(super) struct GhostController<'a> {
+    pub(super) election: &'a Election,
+    pub(super) node: usize,
+}
+
+impl<'a> GhostController<'a> {
+    pub(super) const DIR: &'static str = "/run/ghost";
+
+    /// In place of a pod's own sidecar, which is killed: one of the same name goes on at once.
+    pub(super) fn start(election: &'a Election, node: usize, pod: &str, token: &str) -> Self {
+        let ghost = Self { election, node };
+        let config = json!({
+            "apiVersion": "v1", "kind": "Config", "current-context": "c",
+            "clusters": [{"name": "c", "cluster": {"server": "https://10.42.0.1:443", "insecure-skip-tls-verify": true}}],
+            "users": [{"name": "c", "user": {"token": token}}],
+            "contexts": [{"name": "c", "context": {"cluster": "c", "user": "c"}}],
+        });
+        let provisioner = target_dir().join("lab/bin/csi-provisioner");
+        let hostdir = hostdir_lab::harness::hostdir();
+        let script = format!(
+            "mkdir -p {dir}; echo '{config}' > {dir}/kubeconfig; : > {dir}/starts
+             exec 0<&- >{dir}/log 2>&1
+             setsid unshare --uts sh -c 'hostname {pod}; echo $$ > {dir}/pid
+                export KUBECONFIG={dir}/kubeconfig
+                {hostdir} controller --endpoint unix://{dir}/csi.sock & echo $! > {dir}/driver
+                while :; do
+                    echo start >> {dir}/starts
+                    {provisioner} --kubeconfig=$KUBECONFIG --csi-address={dir}/csi.sock \\
+                        --leader-election --leader-election-namespace={NAMESPACE} --leader-election-lease-duration=10s \\
+                        --leader-election-renew-deadline=9s --leader-election-retry-period=2s --strict-topology \\
+                        --immediate-topology=false --extra-create-metadata --timeout=10s
+                    sleep 1
+                done' &",
+            dir = Self::DIR,
+            provisioner = provisioner.display(),
+            hostdir = hostdir.display(),
+        );
+        election.signal(node, pod, "csi-provisioner", "KILL");
+        let renewed = election.renewed();
+        ghost.sh(&script);
+        election.lab.wait("the ghost renews", || {
+            ensure!(
+                election.holder() == pod && election.renewed() != renewed,
+                "{}",
+                ghost.log()
+            );
+            Ok(true)
+        });
+        ghost
+    }
+
+    pub(super) fn hang_driver(&self) {
+        self.sh(&format!("kill -STOP $(cat {}/driver)", Self::DIR));
+    }
+
+    pub(super) fn sh(&self, script: &str) -> String {
+        self.election.lab.nodes[self.node].sh(script).unwrap()
+    }
+
+    /// How often it has risen.
+    pub(super) fn starts(&self) -> usize {
+        self.sh(&format!("cat {}/starts", Self::DIR)).lines().count()
+    }
+
+    pub(super) fn log(&self) -> String {
+        self.sh(&format!("tail -n 20 {}/log", Self::DIR))
+    }
+}
+
+impl Drop for GhostController<'_> {
+    fn drop(&mut self) {
+        // The session is that of the shell.
+        let script = format!("kill -9 -- -$(cat {0}/pid); rm -rf {0}", Self::DIR);
+        let _ = self.election.lab.nodes[self.node].sh(&script);
+    }
+}
+
+/// A cluster whose admission policy for Leases binds nobody, until this is dropped.
+pub(super) struct WithoutPolicy<'a> {
+    pub(super) election: &'a Election,
+    pub(super) binding: Value,
+}
+
+impl<'a> WithoutPolicy<'a> {
+    pub(super) const KIND: &'static str = "validatingadmissionpolicybinding";
+
+    pub(super) fn begin(election: &'a Election) -> Self {
+        let kubectl = election.lab.kubectl();
+        let mut binding = kubectl.get(&[Self::KIND, POLICY]).unwrap();
+        binding["metadata"]
+            .as_object_mut()
+            .unwrap()
+            .retain(|key, _| ["name", "labels", "annotations"].contains(&key.as_str()));
+        kubectl.run(&["delete", Self::KIND, POLICY]).unwrap();
+        Self { election, binding }
+    }
+}
+
+impl Drop for WithoutPolicy<'_> {
+    fn drop(&mut self) {
+        let _ = self.election.lab.kubectl().apply(&self.binding.to_string());
+    }
+}
+
+/// A controller manager that calls a Node not Ready after 20 s of a silent kubelet instead of 50 s, until this is dropped.
+pub(super) struct SoonerNotReady<'a>(pub(super) &'a Lab);
+
+impl<'a> SoonerNotReady<'a> {
+    pub(super) fn begin(lab: &'a Lab) -> Self {
+        let sooner = ControllerManager {
+            node_grace: 20,
+            ..ControllerManager::default()
+        };
+        lab.restart_controller_manager(sooner).unwrap();
+        Self(lab)
+    }
+}
+
+impl Drop for SoonerNotReady<'_> {
+    fn drop(&mut self) {
+        let _ = self.0.restart_controller_manager(ControllerManager::default());
+    }
+}
+
+pub(super) struct CutOff<'a> {
+    pub(super) election: &'a Election,
+    pub(super) node: usize,
+}
+
+impl Drop for CutOff<'_> {
+    fn drop(&mut self) {
+        let _ = self.election.lab.cut_network(self.node, false);
+    }
+}

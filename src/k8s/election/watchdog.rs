@@ -1,0 +1,218 @@
+//! Looks at the elections again and again, and carries out what the [`Watchdog`] decides.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
+
+use futures::future::join_all;
+use jiff::Timestamp;
+use k8s_openapi::api::coordination::v1::Lease;
+use kube::{Resource, ResourceExt};
+use tokio::time::{sleep, timeout};
+use tracing::{info, warn};
+
+use super::api::{HAND_OVER, Reading};
+use super::failing::Failing;
+use super::{FRESH, Guard, answers};
+use crate::k8s::client::Problem;
+use crate::leader::{LeaseState, Obstacle, TakeOver, Verdict, Watchdog};
+
+/// How often to look.
+const PERIOD: Duration = Duration::from_secs(2);
+/// When to look again while waiting for this controller's turn.
+const TURN: Duration = Duration::from_secs(1);
+
+/// What goes from one look to the next.
+struct Memory {
+    start: Instant,
+    watchdog: Watchdog,
+    reading: Failing,
+    writing: Failing,
+    /// What the log has said, by Lease.
+    told: BTreeMap<String, String>,
+    claims: Claims,
+}
+
+impl Memory {
+    fn new(me: String) -> Self {
+        Self {
+            start: Instant::now(),
+            watchdog: Watchdog::new(me),
+            reading: Failing::default(),
+            writing: Failing::default(),
+            told: BTreeMap::new(),
+            claims: Claims::new(),
+        }
+    }
+}
+
+/// Hand-overs that were asked for, by Lease, until it is known what became of them; with the note that each writes on the Lease.
+type Claims = BTreeMap<String, (String, TakeOver)>;
+
+/// What follows from a look.
+enum Next {
+    Pause(Duration),
+    /// This controller must end, and why.
+    Ghost(String),
+}
+
+impl Guard {
+    /// Looks at the elections, and takes over where that is due, until it finds that it must end.
+    pub(super) async fn run_watchdog(&self) -> String {
+        let mut memory = Memory::new(self.me.clone());
+        loop {
+            let began = Instant::now();
+            match self.look_once(&mut memory).await {
+                Next::Ghost(why) => return why,
+                Next::Pause(pause) => sleep(pause.saturating_sub(began.elapsed())).await,
+            }
+        }
+    }
+
+    async fn look_once(&self, memory: &mut Memory) -> Next {
+        let began = Instant::now();
+        let (read, fit) = tokio::join!(timeout(FRESH, self.elections.read()), self.fit());
+        // This process may have stood still with the answer at hand.
+        let late = began.elapsed() > FRESH;
+        match read {
+            Ok(Ok(seen)) if !late => {
+                memory.reading.ended("the election can be watched again");
+                self.note_claims(&seen, &mut memory.claims);
+                let verdict = memory.watchdog.look(memory.start.elapsed(), &seen.view, &fit);
+                self.act(&seen, verdict, memory).await
+            }
+            Ok(Err(problem)) if !late => {
+                self.metrics.failed("watch the election");
+                let end = memory.reading.refused(problem, false, Instant::now());
+                end.map_or(Next::Pause(PERIOD), Next::Ghost)
+            }
+            Ok(_) | Err(_) => {
+                self.metrics.failed("watch the election");
+                let why = "the API server did not answer in time";
+                memory.reading.refused = None;
+                memory.reading.because(why, "cannot watch the election; trying again");
+                Next::Pause(PERIOD)
+            }
+        }
+    }
+
+    async fn act(&self, seen: &Reading, verdict: Verdict, memory: &mut Memory) -> Next {
+        let (take_overs, leases) = match verdict {
+            Verdict::Ghost(why) => return Next::Ghost(why),
+            Verdict::Watching { take_overs, leases } => (take_overs, leases),
+        };
+        self.tell(&leases, &mut memory.told);
+        let waits = leases.values().any(|lease| lease.obstacle == Some(Obstacle::Turn));
+        let mut pause = if waits { TURN } else { PERIOD };
+        if take_overs.is_empty() {
+            memory.writing.ended("no Lease has to be taken over any more");
+        }
+        for due in take_overs {
+            match self.take_over(seen, due, &mut memory.claims).await {
+                Ok(()) => memory.writing.ended("the Lease can be written again"),
+                // Decided anew, and at once: the ghost has renewed meanwhile, and will again.
+                Err(Problem::Conflict(_)) => {
+                    memory.writing.refused = None;
+                    pause = Duration::ZERO;
+                }
+                Err(problem) => {
+                    self.metrics.failed("hand over");
+                    if let Some(why) = memory.writing.refused(problem, true, Instant::now()) {
+                        return Next::Ghost(why);
+                    }
+                }
+            }
+        }
+        Next::Pause(pause)
+    }
+
+    /// The Leases that this controller could lead by.
+    async fn fit(&self) -> BTreeSet<String> {
+        let sidecars = self
+            .config
+            .sidecars
+            .iter()
+            .map(|(lease, check)| async move { answers(check).await.is_ok().then(|| lease.clone()) });
+        let (driver, sidecars) = tokio::join!(answers(&self.config.driver), join_all(sidecars));
+        if driver.is_err() {
+            BTreeSet::new()
+        } else {
+            sidecars.into_iter().flatten().collect()
+        }
+    }
+
+    /// Says what is new about the elections, in the log and the metrics.
+    fn tell(&self, leases: &BTreeMap<String, LeaseState>, told: &mut BTreeMap<String, String>) {
+        self.metrics.clear_leaders();
+        for (lease, state) in leases {
+            self.metrics
+                .set_leader(lease, state.holder.as_deref(), state.silence, state.leaderless);
+            let news = match (&state.holder, &state.guilt, state.obstacle) {
+                (None, ..) => "nobody leads; the sidecars elect somebody".to_owned(),
+                (Some(holder), None, _) => format!("{holder} leads"),
+                (Some(holder), Some(guilt), Some(obstacle)) if obstacle != Obstacle::Turn => {
+                    format!(
+                        "{holder} leads and must not: {}. Not taking over: {obstacle}",
+                        guilt.reason()
+                    )
+                }
+                // It is told when it has happened.
+                (Some(_), Some(_), _) => continue,
+            };
+            if told.get(lease) != Some(&news) {
+                info!(lease, "{news}");
+                told.insert(lease.clone(), news);
+            }
+        }
+        told.retain(|lease, _| leases.contains_key(lease));
+    }
+
+    async fn take_over(&self, seen: &Reading, due: TakeOver, claims: &mut Claims) -> Result<(), Problem> {
+        let Some(lease) = seen.leases.get(&due.lease) else {
+            return Ok(());
+        };
+        let name = due.lease.clone();
+        // One whose answer was lost may take effect yet: what it wrote must be known again.
+        let undecided = claims.remove(&name).filter(|(_, before)| before.holder == due.holder);
+        let note = undecided.map_or_else(|| due.note(Timestamp::now(), &self.me), |(note, _)| note);
+        claims.insert(name.clone(), (note.clone(), due));
+        let written = self.elections.hand_over(lease, &self.me, &note).await?;
+        if let Some((_, due)) = claims.remove(&name) {
+            self.announce(&due, &written);
+        }
+        Ok(())
+    }
+
+    /// Finds the hand-overs that have taken effect though nobody said so.
+    fn note_claims(&self, seen: &Reading, claims: &mut Claims) {
+        claims.retain(|name, (note, due)| {
+            let Some(lease) = seen.leases.get(name) else {
+                return false;
+            };
+            let took_effect = lease.annotations().get(HAND_OVER) == Some(note);
+            if took_effect {
+                self.announce(due, lease);
+            }
+            !took_effect
+        });
+    }
+
+    /// Says that a Lease was taken from a ghost: in the log, the metrics, and where people look.
+    fn announce(&self, due: &TakeOver, lease: &Lease) {
+        let TakeOver {
+            lease: name,
+            holder,
+            node,
+            guilt,
+        } = due;
+        self.metrics.handed_over(name, guilt.reason());
+        let place = node
+            .as_ref()
+            .map_or_else(String::new, |node| format!(" on node {node}"));
+        let note = format!(
+            "{holder}{place} held Lease {name}, and must not lead: {guilt}. {} has it now and leads within seconds",
+            self.me
+        );
+        warn!(lease = name, from = holder, reason = guilt.reason(), "{note}");
+        tokio::spawn(self.announcer.clone().write_events(lease.object_ref(&()), note));
+    }
+}

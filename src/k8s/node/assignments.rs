@@ -1,0 +1,97 @@
+//! The HostVolumes of this node, as the core reads and marks them. A volume whose data is on the node needs none of this: it is
+//! mounted without the API server.
+
+use std::sync::Arc;
+
+use kube::Client;
+use kube::api::{Api, Patch, PatchParams};
+use serde_json::{Value, json};
+use tokio::runtime::Handle;
+
+use super::cache::NodeCache;
+use crate::k8s::client::{Problem, api_error, ask};
+use crate::k8s::store::ApiStore;
+use crate::k8s::{api, convert};
+use crate::volume::Reason;
+use crate::volume::host_volume::{Assignments, HostVolume, HostVolumeStore as _};
+use crate::volume::id::VolumeId;
+use crate::volume::record::{Phase, Record};
+
+/// How often marking a volume is tried again when its HostVolume changes meanwhile.
+const CONFLICTS: usize = 3;
+
+pub(super) struct ApiAssignments {
+    cache: Arc<NodeCache>,
+    pub(super) store: ApiStore,
+    volumes: Api<api::HostVolume>,
+    runtime: Handle,
+}
+
+impl ApiAssignments {
+    pub(super) fn new(cache: Arc<NodeCache>, client: Client, runtime: Handle) -> Self {
+        Self {
+            cache,
+            store: ApiStore::new(client.clone(), runtime.clone()),
+            volumes: Api::all(client),
+            runtime,
+        }
+    }
+
+    /// Writes the status of a HostVolume. Returns false if the object has changed since `volume` was read.
+    pub(super) fn write_status(&self, volume: &HostVolume, status: &Value) -> Result<bool, Reason> {
+        let verb = "write the status of its HostVolume";
+        let patch = Patch::Merge(json!({"metadata": {"resourceVersion": volume.version}, "status": status}));
+        let params = PatchParams::default();
+        let patched = self.volumes.patch_status(volume.id.as_str(), &params, &patch);
+        match ask(&self.runtime, verb, patched) {
+            Ok(object) => {
+                if let Ok(volume) = convert::host_volume(object) {
+                    self.cache.update(volume);
+                }
+                Ok(true)
+            }
+            Err(Problem::Conflict(_) | Problem::NotFound(_)) => Ok(false),
+            Err(problem) => Err(problem.into()),
+        }
+    }
+}
+
+impl Assignments for ApiAssignments {
+    fn get_cached(&self, id: &VolumeId) -> Result<Option<HostVolume>, Reason> {
+        match self.cache.get(id) {
+            Some(volume) => Ok(Some(volume)),
+            // The watch may be late.
+            None => self.get(id),
+        }
+    }
+
+    fn get(&self, id: &VolumeId) -> Result<Option<HostVolume>, Reason> {
+        self.store.get(id)
+    }
+
+    fn mark_ready(&self, record: &Record) -> Result<(), Reason> {
+        // No HostVolume speaks of it.
+        if record.uid.is_none() && record.id.is_of_self_test() {
+            return Ok(());
+        }
+        let here = record.pool_id;
+        let mut volume = self.get_cached(&record.id)?;
+        for _ in 0..CONFLICTS {
+            let same = volume.filter(|volume| Some(volume.uid) == record.uid);
+            let current = same.ok_or(Reason::NoSuchVolume)?;
+            match current.made_on {
+                _ if current.deleting => return Err(Reason::Deleting),
+                Some(there) if there == here => return Ok(()),
+                Some(there) => return Err(Reason::data_missing(there, &[here])),
+                None => {}
+            }
+            let status = json!({"phase": Phase::Ready, "poolId": here.to_string(), "reason": null, "message": null});
+            if self.write_status(&current, &status)? {
+                return Ok(());
+            }
+            volume = self.get(&record.id)?;
+        }
+        let why = "the object changes all the time";
+        Err(api_error("mark its HostVolume as Ready", why.into()))
+    }
+}

@@ -1,0 +1,61 @@
+//! What the pools of this node have of the volumes that its HostVolumes speak of.
+
+use std::collections::{HashMap, HashSet};
+
+use uuid::Uuid;
+
+use crate::volume::disk::{PoolVolume, Unusable};
+use crate::volume::host_volume::HostVolume;
+use crate::volume::id::{PoolName, VolumeId};
+use crate::volume::node::Inventory;
+use crate::volume::record::Record;
+
+/// What the pools of this node have of a volume.
+#[derive(Clone, Copy)]
+pub(super) enum Found<'a> {
+    /// They were not looked at, or it is too early to judge.
+    Unknown,
+    Record(&'a Record),
+    /// It is there, and its record cannot be read.
+    Broken,
+    /// Its pool cannot be used.
+    Unusable(&'a Unusable),
+    Nothing,
+}
+
+/// What was found on the pools, by volume.
+pub(super) struct OnDisk<'a> {
+    records: HashMap<(&'a VolumeId, Uuid), &'a Record>,
+    broken: HashSet<&'a VolumeId>,
+    unusable: &'a HashMap<PoolName, Unusable>,
+}
+
+impl<'a> OnDisk<'a> {
+    pub(super) fn new(inventory: &'a Inventory) -> Self {
+        let (mut records, mut broken) = (HashMap::new(), HashSet::new());
+        for (_, PoolVolume { id, record, .. }) in &inventory.volumes {
+            match record {
+                Ok(record) => records.extend(record.uid.map(|uid| ((id, uid), record))),
+                Err(_) => drop(broken.insert(id)),
+            }
+        }
+        let unusable = &inventory.unusable;
+        Self {
+            records,
+            broken,
+            unusable,
+        }
+    }
+
+    pub(super) fn find(&self, volume: &'a HostVolume) -> Found<'a> {
+        if let Some(record) = self.records.get(&(&volume.id, volume.uid)) {
+            Found::Record(record)
+        } else if self.broken.contains(&volume.id) {
+            Found::Broken
+        } else if let Some(why) = self.unusable.get(&volume.pool) {
+            Found::Unusable(why)
+        } else {
+            Found::Nothing
+        }
+    }
+}

@@ -1,0 +1,176 @@
+//! A node of elected mode: it follows its own HostVolumes with one API watch, makes its volumes be what they say
+//! ([`reconcile`]), and publishes what its pools are like ([`status`]).
+
+mod assignments;
+mod cache;
+mod deletes;
+mod found;
+mod orphans;
+mod reconcile;
+mod status;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use kube::Client;
+use kube::api::Api;
+use kube::runtime::watcher::{Config, watcher};
+use tokio::runtime::Handle;
+use tokio::time::timeout;
+use tracing::warn;
+
+use super::api;
+use super::events::Events;
+use super::watch::follow;
+use crate::metrics::Metrics;
+use crate::volume::disk::Unusable;
+use crate::volume::host_volume::{Assignments, HostVolume};
+use crate::volume::id::{NodeName, PoolName};
+use crate::volume::node::Inventory;
+use crate::volume::{Node, Reason};
+use assignments::ApiAssignments;
+use cache::NodeCache;
+use deletes::Deletes;
+use found::OnDisk;
+use orphans::find_orphans;
+use reconcile::{Failed, Reconciler};
+use status::Publisher;
+
+/// How often a node compares its pools with its HostVolumes.
+const PERIOD: Duration = Duration::from_secs(10);
+
+/// For how long a pool must be unusable before its volumes are `Lost`: a large one takes a while to open, and an administrator to
+/// mount its disk.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Carries out what HostVolumes ask of this node.
+pub(crate) struct Agent {
+    name: NodeName,
+    client: Client,
+    runtime: Handle,
+    metrics: Arc<Metrics>,
+    cache: Arc<NodeCache>,
+    assignments: Arc<ApiAssignments>,
+}
+
+impl Agent {
+    pub(crate) fn new(name: NodeName, client: Client, runtime: Handle, metrics: Arc<Metrics>) -> Self {
+        let cache = Arc::new(NodeCache::new(name.clone()));
+        let assignments = ApiAssignments::new(Arc::clone(&cache), client.clone(), runtime.clone());
+        Self {
+            name,
+            client,
+            runtime,
+            metrics,
+            cache,
+            assignments: Arc::new(assignments),
+        }
+    }
+
+    /// For the core; nothing is in their cache before [`Agent::run`].
+    pub(crate) fn assignments(&self) -> Arc<dyn Assignments> {
+        Arc::clone(&self.assignments) as _
+    }
+
+    /// Works for ever: what it returns is why it cannot go on.
+    pub(crate) async fn run(self, node: Arc<Node>) -> anyhow::Error {
+        let fields = format!("spec.node={}", self.name);
+        let volumes: Api<api::HostVolume> = Api::all(self.client.clone());
+        let watch = watcher(volumes, Config::default().fields(&fields));
+        let reconciler = Arc::new(Reconciler {
+            node: Arc::clone(&node),
+            assignments: Arc::clone(&self.assignments),
+            events: Events::new(self.client.clone(), self.name.to_string(), self.runtime.clone()),
+        });
+        let deletes = Deletes::new(
+            Arc::clone(&self.cache),
+            Arc::clone(&reconciler),
+            Arc::clone(&self.metrics),
+        );
+        let passes = Passes {
+            publisher: Publisher::new(&self.name, self.client.clone(), self.runtime.clone()),
+            node,
+            cache: Arc::clone(&self.cache),
+            reconciler,
+            metrics: Arc::clone(&self.metrics),
+            unusable: HashMap::new(),
+        };
+        tokio::select! {
+            () = follow("watch HostVolumes", watch, &self.metrics, &*self.cache) => anyhow::anyhow!("the watch has ended"),
+            () = deletes.run() => anyhow::anyhow!("nothing is deleted any more"),
+            error = passes.run() => error,
+        }
+    }
+}
+
+/// Compares all pools with all HostVolumes, again and again.
+struct Passes {
+    publisher: Publisher,
+    node: Arc<Node>,
+    cache: Arc<NodeCache>,
+    reconciler: Arc<Reconciler>,
+    metrics: Arc<Metrics>,
+    /// The pools that cannot be used, and since when.
+    unusable: HashMap<PoolName, Instant>,
+}
+
+impl Passes {
+    async fn run(mut self) -> anyhow::Error {
+        let cache = Arc::clone(&self.cache);
+        loop {
+            let pass = move || {
+                self.pass();
+                self
+            };
+            // Disks block.
+            self = match tokio::task::spawn_blocking(pass).await {
+                Ok(passes) => passes,
+                Err(panic) => return anyhow::anyhow!("looking at pools panicked, which is a bug: {panic}"),
+            };
+            // The second pass as soon as all HostVolumes are known.
+            let _ = timeout(PERIOD, cache.listed.notified()).await;
+        }
+    }
+
+    fn pass(&mut self) {
+        let mut orphans = Vec::new();
+        if self.cache.is_complete() {
+            // First the HostVolumes, then the disks: a volume that is Ready in the API server was on a disk before.
+            let volumes = self.cache.volumes(|volume| !volume.deleting);
+            let inventory = self.node.inventory();
+            self.note_unusable(&inventory.unusable);
+            self.reconcile_all(&volumes, &inventory);
+            let assignments = &self.reconciler.assignments;
+            orphans = find_orphans(&self.node, &self.cache, assignments, &self.metrics, inventory.volumes);
+        }
+        self.metrics.set_orphans(orphans.len());
+        if let Err(why) = self.publisher.publish(&self.node, &self.metrics, &orphans) {
+            self.metrics.failed("publish pools");
+            warn!(node = %self.node.name(), %why, "cannot publish the status of the pools; trying again");
+        }
+    }
+
+    fn note_unusable(&mut self, unusable: &HashMap<PoolName, Unusable>) {
+        self.unusable.retain(|pool, _| unusable.contains_key(pool));
+        for pool in unusable.keys() {
+            self.unusable.entry(pool.clone()).or_insert_with(Instant::now);
+        }
+    }
+
+    fn reconcile_all(&self, volumes: &[HostVolume], inventory: &Inventory) {
+        let on_disk = OnDisk::new(inventory);
+        let too_early = |pool| self.unusable.get(pool).is_some_and(|since| since.elapsed() < PATIENCE);
+        for volume in volumes.iter().filter(|volume| !too_early(&volume.pool)) {
+            let Err(Failed { task, why }) = self.reconciler.reconcile(volume, on_disk.find(volume)) else {
+                continue;
+            };
+            self.metrics.failed(task);
+            warn!(volume.id = %volume.id, node = %volume.node, %why, task, "cannot reconcile a volume; trying again");
+            if matches!(why, Reason::Api { .. }) {
+                // The API server will not answer for the others either.
+                return;
+            }
+        }
+    }
+}

@@ -1,0 +1,132 @@
+//! Why a controller must not lead, by what is known of its Pod, its Node and its heartbeat.
+
+use std::fmt;
+use std::time::Duration;
+
+use super::view::{ControllerPod, NodeState};
+
+/// How long a Node may be without its kubelet. A kubelet restarts in less.
+const NODE_NOT_READY: Duration = Duration::from_mins(1);
+/// How long a Pod may be not ready, or in the act of ending (its grace period).
+const POD_NOT_READY: Duration = Duration::from_secs(30);
+/// How long a heartbeat may stay away: four are due in that time.
+pub(super) const SILENT: Duration = Duration::from_secs(20);
+
+/// Why a holder must not lead.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Guilt {
+    PodGone,
+    NodeGone(String),
+    NodeNotReady(String, Duration),
+    /// Its Pod was deleted, and does not end.
+    PodEnding(Duration),
+    PodNotReady(Duration),
+    /// Its driver does not answer on its own socket, or does not reach the API server.
+    Silent(Duration),
+}
+
+impl Guilt {
+    /// Why a controller could not lead, as far as that can be told without having watched it: of what must last for a while
+    /// it is only known that it has begun. `silence` is how long ago its last heartbeat was, if it ever gave one.
+    pub(crate) fn at_first_sight(controller: Option<&ControllerPod>, silence: Option<Duration>) -> Option<Self> {
+        let node = controller.map(|one| one.node.as_str());
+        let by_standing = Standing::of(controller).guilt(node, Duration::ZERO);
+        by_standing.or_else(|| {
+            let silence = silence.unwrap_or(Duration::MAX);
+            (silence >= SILENT).then_some(Self::Silent(silence))
+        })
+    }
+
+    /// The reason as one word, for Events and metrics.
+    pub(crate) fn reason(&self) -> &'static str {
+        match self {
+            Self::PodGone => "PodGone",
+            Self::NodeGone(_) => "NodeGone",
+            Self::NodeNotReady(..) => "NodeNotReady",
+            Self::PodEnding(_) => "PodEnding",
+            Self::PodNotReady(_) => "PodNotReady",
+            Self::Silent(_) => "DriverSilent",
+        }
+    }
+}
+
+impl fmt::Display for Guilt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::PodGone => f.write_str("its Pod does not exist"),
+            Self::NodeGone(node) => write!(f, "its Node {node} does not exist"),
+            Self::NodeNotReady(node, age) => write!(f, "its Node {node} is not Ready{}", For(*age)),
+            Self::PodEnding(age) => write!(f, "its Pod was deleted and has not ended{}", For(*age)),
+            Self::PodNotReady(age) => write!(f, "its Pod is not Ready{}", For(*age)),
+            Self::Silent(Duration::MAX) => f.write_str("its driver has never given a heartbeat"),
+            Self::Silent(age) => write!(f, "its driver gives no heartbeat{}", For(*age)),
+        }
+    }
+}
+
+/// `, for … s`, if it has been for some time.
+struct For(Duration);
+
+impl fmt::Display for For {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0.as_secs() {
+            0 => Ok(()),
+            seconds => write!(f, ", for {seconds} s"),
+        }
+    }
+}
+
+/// What is known of a controller, the worst first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Standing {
+    PodGone,
+    NodeGone,
+    PodEnding,
+    /// What the API server says of the Pod is not known to be true any more.
+    NodeNotReady,
+    PodNotReady,
+    Good,
+}
+
+impl Standing {
+    pub(super) fn of(controller: Option<&ControllerPod>) -> Self {
+        let Some(ControllerPod {
+            ready,
+            ending,
+            node_state,
+            ..
+        }) = controller
+        else {
+            return Self::PodGone;
+        };
+        match node_state {
+            NodeState::Gone => Self::NodeGone,
+            _ if *ending => Self::PodEnding,
+            NodeState::NotReady => Self::NodeNotReady,
+            NodeState::Ready if !ready => Self::PodNotReady,
+            NodeState::Ready => Self::Good,
+        }
+    }
+
+    /// What it is guilty of that stands so, on this Node and for so long.
+    pub(super) fn guilt(self, node: Option<&str>, age: Duration) -> Option<Guilt> {
+        let node = || node.unwrap_or_default().to_owned();
+        match self {
+            Self::PodGone => Some(Guilt::PodGone),
+            Self::NodeGone => Some(Guilt::NodeGone(node())),
+            Self::PodEnding => Some(Guilt::PodEnding(age)),
+            Self::NodeNotReady => Some(Guilt::NodeNotReady(node(), age)),
+            Self::PodNotReady => Some(Guilt::PodNotReady(age)),
+            Self::Good => None,
+        }
+    }
+
+    /// For how long a holder may stand so.
+    pub(super) fn patience(self) -> Duration {
+        match self {
+            Self::PodGone | Self::NodeGone | Self::Good => Duration::ZERO,
+            Self::NodeNotReady => NODE_NOT_READY,
+            Self::PodEnding | Self::PodNotReady => POD_NOT_READY,
+        }
+    }
+}

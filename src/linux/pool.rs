@@ -1,0 +1,338 @@
+//! One open pool: volumes are recorded, made, limited, mounted and discarded. Its layout is in [`layout`].
+//!
+//! A volume appears in `volumes/` by one rename and leaves it by one rename; everything that a rename makes visible was
+//! synced before, and the rename is synced before it is answered for.
+
+use std::ffi::{CStr, CString};
+use std::fs::File;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use nix::errno::Errno;
+use nix::fcntl::{AT_FDCWD, Flock, OFlag};
+use nix::sys::stat::{Mode, fchmod};
+use nix::sys::statvfs::{FsFlags, fstatvfs};
+use nix::unistd::{Gid, Uid, fchown};
+use tracing::warn;
+
+use super::dir::{Dir, absent};
+use super::eraser::Eraser;
+use super::layout::{self, DATA, NEW_RECORD, RECORD, dir_name};
+use super::quota::Quota;
+use super::usage::UsageCounter;
+use super::{sys, target};
+use crate::volume::access::{MountOptions, TargetPath};
+use crate::volume::disk::{BindError, Disk, DiskError, DiskErrorKind, Inode, Measure, PoolVolume, Unusable};
+use crate::volume::id::VolumeId;
+use crate::volume::quota::QuotaKind;
+use crate::volume::record::{Directory, Record};
+use crate::volume::room::Space;
+use crate::volume::size::Bytes;
+
+/// One pool, opened and locked. Dropping it stops the eraser and gives the lock back.
+pub(super) struct PoolDisk {
+    pub(super) path: PathBuf,
+    /// The pool's directory when it was opened.
+    pub(super) identity: Inode,
+    pub(super) meta: Dir,
+    pub(super) new: Dir,
+    pub(super) volumes: Dir,
+    pub(super) trash: Dir,
+    pub(super) quota: Arc<Quota>,
+    pub(super) usage: UsageCounter,
+    pub(super) eraser: Eraser,
+    pub(super) counter: AtomicU64,
+    /// Set when a rename took effect but could not be synced; the next call syncs first.
+    pub(super) unsettled: AtomicBool,
+    pub(super) _lock: Flock<File>,
+}
+
+impl Disk for PoolDisk {
+    fn present(&self) -> Result<(), Unusable> {
+        let path = self.path.display();
+        let there = sys::statx(AT_FDCWD, &self.path).map_err(|errno| {
+            Unusable(format!(
+                "{path} is gone ({errno}); mount its disk again or make it reachable"
+            ))
+        })?;
+        if there.inode != self.identity {
+            return Err(Unusable(format!(
+                "{path} is another directory now than when hostdir opened it: its disk was unmounted or replaced; \
+                 mount the old disk again, or restart hostdir to accept the new one"
+            )));
+        }
+        if self.unsettled.load(Ordering::Acquire) {
+            self.settle()
+                .map_err(|error| Unusable(format!("{path} does not take writes: {}", error.with_cause())))?;
+        }
+        Ok(())
+    }
+
+    fn writable(&self) -> Result<(), Unusable> {
+        const PROBE: &CStr = c"probe";
+        let flags = OFlag::O_WRONLY | OFlag::O_CREAT;
+        let tried = match self.meta.open_beneath(PROBE, flags, Mode::S_IRUSR | Mode::S_IWUSR) {
+            // Another call may have removed it first.
+            Ok(_) => match self.meta.unlink(PROBE) {
+                Err(Errno::ENOENT) => Ok(()),
+                unlinked => unlinked,
+            },
+            Err(Errno::ENOSPC | Errno::EDQUOT) => Ok(()),
+            Err(errno) => Err(errno),
+        };
+        tried.map_err(|errno| {
+            let path = self.path.display();
+            Unusable(format!(
+                "{path} cannot be written to ({errno}); check the disk and how it is mounted"
+            ))
+        })
+    }
+
+    fn space(&self) -> Result<Space, DiskError> {
+        space(&self.volumes)
+    }
+
+    fn create(&self, record: &Record) -> Result<(), DiskError> {
+        let name = self.numbered(record.id.as_str());
+        let id = dir_name(&record.id);
+        let created = self.write_new(&name, record).and_then(|()| {
+            self.new
+                .move_to(&name, &self.volumes, &id)
+                .map_err(|errno| self.volumes.failed("create", &id, errno))
+        });
+        if let Err(error) = created {
+            self.remove_new(&name);
+            return Err(error);
+        }
+        self.settle_or(|| self.volumes.sync())
+    }
+
+    fn make_directory(&self, record: &Record) -> Result<Record, DiskError> {
+        let volume = self.open_volume(&record.id)?;
+        let (data, record) = self.quota.make(&volume, DATA, record)?;
+        let Directory { mode, uid, gid } = record.spec.directory;
+        fchown(&data, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))
+            .and_then(|()| fchmod(&data, Mode::from_bits_truncate(mode)))
+            .map_err(|errno| data.failed_itself("set the owner and mode of", errno))?;
+        data.sync()?;
+        // The directory must be durable before the record says that it was ever there.
+        volume.sync()?;
+        self.replace_record(&volume, &record)?;
+        Ok(record)
+    }
+
+    fn resize(&self, record: &Record) -> Result<(), DiskError> {
+        let volume = self.open_volume(&record.id)?;
+        // First the limit: what is answered for holds, and a limit that is too large is put right when the pool is opened.
+        if let Some(data) = volume.find_child(DATA)? {
+            self.quota.resize(&data, record)?;
+        }
+        self.replace_record(&volume, record)
+    }
+
+    fn enforcement(&self) -> Result<QuotaKind, String> {
+        self.quota.enforcement(&self.volumes)
+    }
+
+    fn unenforced(&self, id: &VolumeId) -> Option<String> {
+        self.quota.unenforced(id)
+    }
+
+    fn enforce(&self, record: &Record) -> Result<(), DiskError> {
+        self.quota.enforce(&self.open_data(&record.id)?, record);
+        Ok(())
+    }
+
+    fn measure(&self, record: &Record, mounted: Inode) -> Result<Measure, DiskError> {
+        let Some(data) = absent(self.open_data(&record.id))? else {
+            return Ok(Measure::Elsewhere);
+        };
+        if data.inode()? != mounted {
+            return Ok(Measure::Elsewhere);
+        }
+        let usage = match self.quota.usage(&data, record)? {
+            None => self.usage.usage(&record.id)?,
+            counted => counted,
+        };
+        Ok(usage.map_or(Measure::Counting, Measure::Takes))
+    }
+
+    fn data(&self, id: &VolumeId) -> Result<Option<Inode>, DiskError> {
+        absent(self.open_data(id))?.map(|data| data.inode()).transpose()
+    }
+
+    fn bind(&self, id: &VolumeId, target: &TargetPath, options: MountOptions) -> Result<bool, BindError> {
+        let data = absent(self.open_data(id))?.ok_or(BindError::NoData)?;
+        target::bind(&data, target, options)
+    }
+
+    fn discard(&self, id: &VolumeId) -> Result<(), DiskError> {
+        let name = dir_name(id);
+        match self.move_to_trash(&self.volumes, &name) {
+            // Either there is no such volume, or there is no trash any more: rename(2) says the same of both.
+            Err(Errno::ENOENT) if self.volumes.stat(&name).err() != Some(Errno::ENOENT) => {
+                let verb = "move to the trash (somebody removed that; restart hostdir to have it made again)";
+                return Err(self.volumes.failed(verb, &name, Errno::ENOENT));
+            }
+            Ok(()) | Err(Errno::ENOENT) => {}
+            Err(errno) => return Err(self.volumes.failed("move to the trash", &name, errno)),
+        }
+        self.quota.forget(id);
+        self.usage.forget(id);
+        self.settle_or(|| self.settle())?;
+        self.eraser.wake();
+        Ok(())
+    }
+}
+
+impl PoolDisk {
+    /// The volumes on the disk.
+    pub(super) fn load(&self) -> Result<Vec<PoolVolume>, DiskError> {
+        let mut found = Vec::new();
+        for name in self.volumes.names()? {
+            let name = name?;
+            match name.to_str().map(VolumeId::parse) {
+                Ok(Ok(id)) => {
+                    let record = self.read_record(&id);
+                    found.push(PoolVolume::new(id, record));
+                }
+                Ok(Err(_)) | Err(_) => {
+                    warn!(path = %self.volumes.path().display(), ?name, "not a volume of hostdir; ignoring it");
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    fn read_record(&self, id: &VolumeId) -> Result<Record, String> {
+        let read = || self.volumes.child(&dir_name(id))?.read(RECORD);
+        let bytes = read()
+            .map_err(|error| error.with_cause())?
+            .ok_or("volume.json is missing")?;
+        let record: Record = serde_json::from_slice(&bytes).map_err(|error| format!("volume.json: {error}"))?;
+        if record.format != Record::FORMAT {
+            return Err(format!(
+                "volume.json is of format {}, this hostdir knows {}",
+                record.format,
+                Record::FORMAT
+            ));
+        }
+        if record.id != *id {
+            return Err(format!("volume.json is that of volume {}", record.id));
+        }
+        Ok(record)
+    }
+
+    /// Moves what an earlier process did not finish into the trash: nobody was ever told of it.
+    pub(super) fn sweep(&self) -> Result<(), DiskError> {
+        for name in self.new.names()? {
+            let name = name?;
+            self.move_to_trash(&self.new, &name)
+                .map_err(|errno| self.new.failed("move to the trash", &name, errno))?;
+        }
+        Ok(())
+    }
+
+    /// Moves an entry into the trash, under a name that nothing there has.
+    fn move_to_trash(&self, dir: &Dir, name: &CStr) -> nix::Result<()> {
+        loop {
+            let moved = dir.move_to(name, &self.trash, &self.numbered(&name.to_string_lossy()));
+            if moved != Err(Errno::EEXIST) {
+                return moved;
+            }
+        }
+    }
+
+    /// A whole volume that nobody sees yet.
+    fn write_new(&self, name: &CStr, record: &Record) -> Result<(), DiskError> {
+        let dir = self.new.make_child(name)?;
+        dir.write(RECORD, &json(record)?)?;
+        dir.sync()
+    }
+
+    /// What cannot be removed now is swept when the pool is next opened.
+    fn remove_new(&self, name: &CStr) {
+        let removed = self.new.find_child(name).map(|dir| dir.map(|dir| dir.unlink(RECORD)));
+        if let (Ok(Some(_)), Err(errno)) = (removed, self.new.rmdir(name)) {
+            warn!(path = %self.new.path().display(), ?name, %errno, "cannot remove a half-made volume; a restart will");
+        }
+    }
+
+    fn open_volume(&self, id: &VolumeId) -> Result<Dir, DiskError> {
+        let name = dir_name(id);
+        self.volumes.find_child(&name)?.ok_or_else(|| {
+            let verb = "find (somebody removed it; delete the volume and make it anew)";
+            self.volumes.failed(verb, &name, Errno::ENOENT)
+        })
+    }
+
+    fn replace_record(&self, volume: &Dir, record: &Record) -> Result<(), DiskError> {
+        volume.write(NEW_RECORD, &json(record)?)?;
+        volume.rename(NEW_RECORD, RECORD)?;
+        self.settle_or(|| volume.sync())
+    }
+
+    /// Sets the limits of the volumes that were found.
+    pub(super) fn enforce_all(&self, found: &[PoolVolume]) {
+        self.quota.enforce_all(found, |id| absent(self.open_data(id)));
+    }
+
+    fn open_data(&self, id: &VolumeId) -> Result<Dir, DiskError> {
+        layout::open_data(&self.volumes, id)
+    }
+
+    /// Makes every rename durable. Syncs the destination before the source, or a crash could lose the volume.
+    fn settle(&self) -> Result<(), DiskError> {
+        // Taken first: what another call leaves unsettled from now on stays marked.
+        self.unsettled.store(false, Ordering::Release);
+        let settled = self.trash.sync().and_then(|()| self.volumes.sync());
+        settled.inspect_err(|_| self.unsettled.store(true, Ordering::Release))
+    }
+
+    /// Syncs a change that took effect. If that fails, the change is not undone: it may be durable all the same.
+    fn settle_or(&self, sync: impl FnOnce() -> Result<(), DiskError>) -> Result<(), DiskError> {
+        sync().map_err(|error| {
+            self.unsettled.store(true, Ordering::Release);
+            DiskError {
+                kind: DiskErrorKind::Unsettled,
+                ..error
+            }
+        })
+    }
+
+    /// A name that no other call has.
+    fn numbered(&self, name: &str) -> CString {
+        layout::numbered(name, self.counter.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
+/// Size and use of the filesystem of a directory.
+pub(super) fn space(dir: &Dir) -> Result<Space, DiskError> {
+    let found = fstatvfs(dir).map_err(|errno| dir.failed_itself("statvfs", errno))?;
+    let bytes = |blocks: u64| Bytes(blocks.saturating_mul(found.fragment_size()));
+    let available = if found.flags().contains(FsFlags::ST_RDONLY) {
+        0
+    } else {
+        found.blocks_available()
+    };
+    Ok(Space {
+        total: bytes(found.blocks()),
+        available: bytes(available),
+        used: bytes(found.blocks().saturating_sub(found.blocks_free())),
+        inodes: found.files(),
+        inodes_available: found.files_available(),
+        inodes_used: found.files().saturating_sub(found.files_free()),
+    })
+}
+
+fn json(record: &Record) -> Result<Vec<u8>, DiskError> {
+    let mut bytes = serde_json::to_vec_pretty(record).map_err(|error| DiskError {
+        verb: "encode the record of",
+        path: record.id.as_str().into(),
+        kind: DiskErrorKind::Failed,
+        source: Box::new(error),
+    })?;
+    bytes.push(b'\n');
+    Ok(bytes)
+}

@@ -1,0 +1,276 @@
+//! A controller of elected mode. It records volumes in a [`HostVolumeStore`] that all controllers share; their nodes make them later.
+//!
+//! Correctness does not depend on who leads: a name belongs to whoever records it first, and a record is only deleted by its UID.
+//! Any number of controllers may do so at once. One thing is not exact then: two that allocate the last room of a pool at the same
+//! moment do not see each other's volume, and more than the pool has is allocated, as with overcommit.
+
+pub(crate) mod cache;
+mod fence;
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tracing::info;
+
+use super::control::{Control, CreateRequest, Health, Volume};
+use super::error::{Error, Reason};
+use super::host_volume::{HostVolume, HostVolumeStore, NewHostVolume, StatusReason};
+use super::id::{NodeName, PoolName, VolumeId};
+use super::record::{Phase, VolumeSpec};
+use super::size::{Bytes, Growth, SizeRange};
+use cache::ClusterCache;
+
+pub(crate) use fence::Fence;
+
+/// How long a delete waits for the node: below the 30 s that external-provisioner is told to wait (the chart's `--timeout`).
+const DELETE_WAIT: Duration = Duration::from_secs(20);
+
+/// After this time a delete is answered with the node's reason, if it has written one. The node tries again every second, so a
+/// reason from before the delete is overwritten by then.
+const REASON_WAIT: Duration = Duration::from_secs(3);
+
+/// Creates, grows and deletes volumes on all nodes.
+pub(crate) struct Controller {
+    store: Arc<dyn HostVolumeStore>,
+    cache: Arc<ClusterCache>,
+    fence: Arc<Fence>,
+}
+
+/// An error about a volume on the node of its HostVolume.
+fn at(volume: &HostVolume) -> impl Fn(Reason) -> Error {
+    |reason| Error::new(Some(&volume.id), Some(&volume.node), reason)
+}
+
+/// An error about a volume whose node is not known.
+fn about(id: &VolumeId) -> impl Fn(Reason) -> Error {
+    |reason| Error::new(Some(id), None, reason)
+}
+
+impl Controller {
+    /// Refuses all changes once `fence` is closed.
+    pub(crate) fn new(store: Arc<dyn HostVolumeStore>, cache: Arc<ClusterCache>, fence: Arc<Fence>) -> Self {
+        Self { store, cache, fence }
+    }
+
+    fn check_fence(&self, id: &VolumeId) -> Result<(), Error> {
+        self.fence.check().map_err(about(id))
+    }
+
+    fn find(&self, id: &VolumeId) -> Result<Option<HostVolume>, Error> {
+        self.store.get(id).map_err(about(id))
+    }
+
+    /// The node for a new volume; or the volume, if there is one of that name already.
+    fn choose(&self, id: &VolumeId, request: &CreateRequest) -> Result<Result<NodeName, HostVolume>, Error> {
+        // The cache may be late, so it cannot say whether the name is taken; but where it knows the name, choosing a node would
+        // count the volume twice.
+        if self.cache.uid(id).is_some()
+            && let Some(there) = self.find(id)?
+        {
+            return Ok(Err(there));
+        }
+        let bytes = request.size.choose();
+        if !request.size.admits(bytes) {
+            return Err(about(id)(Reason::EmptyRange(request.size)));
+        }
+        if !self.cache.is_complete() {
+            let why = "this controller has not seen all nodes and volumes yet; the call will be retried";
+            return Err(about(id)(Reason::Waiting(why.into())));
+        }
+        match self.cache.choose(&request.parameters.pool, bytes, &request.topology) {
+            Ok(node) => Ok(Ok(node)),
+            // A final refusal is proof that there is no such volume; an earlier answer may have been lost.
+            Err(refusal) => match self.find(id)? {
+                Some(there) => Ok(Err(there)),
+                None => Err(about(id)(refusal)),
+            },
+        }
+    }
+
+    fn try_create(&self, id: &VolumeId, request: &CreateRequest) -> Result<Volume, Error> {
+        let node = match self.choose(id, request)? {
+            Ok(node) => node,
+            Err(there) => return existing(there, request),
+        };
+        let new = NewHostVolume {
+            id: id.clone(),
+            node,
+            pool: request.parameters.pool.clone(),
+            spec: VolumeSpec {
+                name: request.name.clone(),
+                claim: request.claim.clone(),
+                bytes: request.size.choose(),
+                directory: request.parameters.directory,
+            },
+        };
+        let recorded = self.store.create_or_get(&new);
+        let (volume, created) = recorded.map_err(|reason| Error::new(Some(id), Some(&new.node), reason))?;
+        if !created {
+            return existing(volume, request);
+        }
+        self.cache.note(&volume);
+        info!(volume.id = %id, node = %volume.node, pool = %volume.pool, size = %volume.spec.bytes, "volume assigned");
+        Ok(to_volume(volume))
+    }
+
+    fn try_delete(&self, id: &VolumeId) -> Result<(), Error> {
+        let uid = match self.cache.uid(id) {
+            Some(uid) => uid,
+            None => match self.find(id)? {
+                None => return Ok(()),
+                Some(volume) => {
+                    // A volume that the watch has not shown yet must not pass for deleted.
+                    self.cache.note(&volume);
+                    volume.uid
+                }
+            },
+        };
+        let Some(volume) = self.store.delete(id, uid).map_err(about(id))? else {
+            self.cache.forget(id, uid);
+            return Ok(());
+        };
+        // No disk has ever had data of it, so no node has to be waited for. If its node begins to use it at this moment, one of the
+        // two finds that the object has changed.
+        if volume.phase == Phase::Claimed && self.store.remove_finalizer(&volume).map_err(at(&volume))? {
+            self.cache.forget(id, uid);
+            return Ok(());
+        }
+        self.wait_deleted(&volume).map_err(at(&volume))?;
+        info!(volume.id = %id, node = %volume.node, "volume deleted");
+        Ok(())
+    }
+
+    fn wait_deleted(&self, volume: &HostVolume) -> Result<(), Reason> {
+        let HostVolume { id, uid, node, .. } = volume;
+        let answer = match self.cache.wait_deleted(id, *uid, REASON_WAIT) {
+            Err(None) => {
+                let rest = DELETE_WAIT.saturating_sub(REASON_WAIT);
+                self.cache.wait_deleted(id, *uid, rest)
+            }
+            other => other,
+        };
+        match answer {
+            // The watch may be late, or may have been restarted from an old list: only the store is proof.
+            Ok(()) => match self.store.get(id)? {
+                Some(found) if found.uid == *uid => Err(Reason::Waiting("it is not deleted yet".into())),
+                Some(_) | None => Ok(()),
+            },
+            Err(Some(StatusReason { reason, message })) if reason == StatusReason::MOUNTED => {
+                Err(Reason::InUse(message))
+            }
+            Err(Some(StatusReason { message, .. })) => {
+                Err(Reason::Waiting(format!("it is not deleted yet; {message}")))
+            }
+            Err(None) => Err(Reason::Waiting(format!(
+                "it is not deleted yet: hostdir on node {node} has not answered within {} s. It will when it runs; \
+                 if the node is gone for good, delete the Node object",
+                DELETE_WAIT.as_secs()
+            ))),
+        }
+    }
+
+    fn try_expand(&self, volume: &HostVolume, size: SizeRange) -> Result<Bytes, Reason> {
+        let HostVolume {
+            id, node, pool, spec, ..
+        } = volume;
+        if volume.deleting {
+            return Err(Reason::Deleting);
+        }
+        let has = spec.bytes;
+        let wanted = match size.growth(has) {
+            Growth::Impossible => return Err(Reason::Shrink { has }),
+            Growth::None => return Ok(has),
+            Growth::To(bytes) => bytes,
+        };
+        // Not zero where it cannot be told: that would be a final refusal.
+        let room = has.plus(self.cache.room_of(node, pool)?);
+        if wanted > room {
+            let pool = pool.clone();
+            return Err(Reason::NoRoomToGrow { pool, wanted, room });
+        }
+        let Some(grown) = self.store.set_capacity(volume, wanted)? else {
+            return Err(Reason::Running("this volume".into()));
+        };
+        // The same room must not be allocated again before the watch has shown this.
+        self.cache.raise(&grown);
+        info!(volume.id = %id, node = %node, pool = %pool, size = %wanted, "volume expanded");
+        Ok(wanted)
+    }
+}
+
+impl Control for Controller {
+    fn create(&self, request: &CreateRequest) -> Result<Volume, Error> {
+        let id = VolumeId::for_name(&request.name);
+        self.check_fence(&id)?;
+        self.try_create(&id, request)
+    }
+
+    fn delete(&self, id: &VolumeId) -> Result<(), Error> {
+        self.check_fence(id)?;
+        self.try_delete(id)
+    }
+
+    fn expand(&self, id: &VolumeId, size: SizeRange) -> Result<Bytes, Error> {
+        self.check_fence(id)?;
+        let volume = self.find(id)?.ok_or_else(|| about(id)(Reason::NoSuchVolume))?;
+        self.try_expand(&volume, size).map_err(at(&volume))
+    }
+
+    fn expands_on_node(&self) -> bool {
+        true
+    }
+
+    fn get(&self, id: &VolumeId) -> Result<Volume, Error> {
+        let volume = self.find(id)?.ok_or_else(|| about(id)(Reason::NoSuchVolume))?;
+        Ok(to_volume(volume))
+    }
+
+    fn list(&self, after: Option<&VolumeId>, max: usize) -> Result<Vec<Volume>, Error> {
+        Ok(self.cache.list(after, max))
+    }
+
+    fn room(&self, pool: &PoolName, segment: Option<&str>) -> Option<Bytes> {
+        self.cache.room(pool, segment)
+    }
+
+    fn filesystem(&self, pool: &PoolName) -> Option<String> {
+        self.cache.filesystem(pool)
+    }
+}
+
+impl Health for Controller {
+    /// Not before all lists have been seen: a controller that knows no node would send every pod elsewhere.
+    fn probe(&self, _: bool) -> Result<bool, Error> {
+        self.fence.check().map_err(|reason| Error::new(None, None, reason))?;
+        Ok(self.cache.is_complete())
+    }
+}
+
+/// The volume that is there already, if it is what is asked for.
+fn existing(there: HostVolume, request: &CreateRequest) -> Result<Volume, Error> {
+    let check = || {
+        if there.deleting {
+            return Err(Reason::Deleting);
+        }
+        if there.spec.name != request.name {
+            return Err(Reason::Exists(format!("the other name {:?}", there.spec.name)));
+        }
+        to_volume(there.clone()).meets(request)
+    };
+    check().map_err(at(&there))?;
+    Ok(to_volume(there))
+}
+
+fn to_volume(volume: HostVolume) -> Volume {
+    Volume {
+        id: volume.id,
+        node: volume.node,
+        pool: volume.pool,
+        bytes: volume.spec.bytes,
+        directory: volume.spec.directory,
+        made_on: volume.made_on,
+        uid: Some(volume.uid),
+    }
+}

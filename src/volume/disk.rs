@@ -1,0 +1,232 @@
+//! What the core asks of the machine it runs on. [`crate::linux`] answers; the tests of the core answer from memory.
+
+use std::error::Error;
+use std::path::PathBuf;
+
+use thiserror::Error;
+
+use super::access::{AccessMode, MountOptions, TargetPath};
+use super::id::{PoolName, VolumeId};
+use super::quota::{QuotaConfig, QuotaKind};
+use super::record::{PoolId, Record};
+use super::room::{Limits, Space};
+use super::size::Bytes;
+
+/// A pool as the administrator describes it.
+#[derive(Clone, Debug)]
+pub(crate) struct PoolConfig {
+    /// What StorageClasses call it.
+    pub(crate) name: PoolName,
+    /// The directory, absolute.
+    pub(crate) path: PathBuf,
+    /// Whether the directory must lie on a disk of its own: never take an unmounted disk for an empty pool.
+    pub(crate) require_mount: bool,
+    /// `poolId`: a pool with any other identity is refused.
+    pub(crate) expected: Option<PoolId>,
+    pub(crate) limits: Limits,
+    pub(crate) quotas: QuotaConfig,
+}
+
+/// What one volume takes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Usage {
+    pub(crate) bytes: Bytes,
+    /// Unknown where the filesystem does not count them.
+    pub(crate) inodes: Option<u64>,
+}
+
+/// The answer when the usage of a mounted volume is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Measure {
+    /// What is mounted is not the volume's directory.
+    Elsewhere,
+    /// Its files are still being counted.
+    Counting,
+    Takes(Usage),
+}
+
+/// Identity of a directory while the machine is up: what a bind mount and its source have in common.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Inode {
+    pub(crate) dev: u64,
+    pub(crate) ino: u64,
+}
+
+/// Why a pool cannot be used now, and what to do about it.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[error("{0}")]
+pub(crate) struct Unusable(pub(crate) String);
+
+/// A step on the disk that failed.
+#[derive(Debug, Error)]
+#[error("cannot {verb} {path}")]
+pub(crate) struct DiskError {
+    /// What was tried, as a verb.
+    pub(crate) verb: &'static str,
+    pub(crate) path: PathBuf,
+    /// What that means for the caller.
+    pub(crate) kind: DiskErrorKind,
+    #[source]
+    pub(crate) source: Box<dyn Error + Send + Sync>,
+}
+
+impl DiskError {
+    /// What was tried and what the kernel said, on one line.
+    pub(crate) fn with_cause(&self) -> String {
+        format!("{self}: {}", self.source)
+    }
+}
+
+impl From<DiskError> for Unusable {
+    fn from(error: DiskError) -> Self {
+        Self(error.with_cause())
+    }
+}
+
+/// What a failed step means for the caller.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum DiskErrorKind {
+    /// No room for the bytes or the name (ENOSPC, EDQUOT): nothing was changed.
+    Full,
+    /// Something is in use (EBUSY): nothing was changed.
+    Busy,
+    /// The step was undone or never begun.
+    Failed,
+    /// The step took effect, but a power cut may still undo it.
+    Unsettled,
+}
+
+/// Whether a step was done, durable or not yet.
+pub(crate) fn took_effect<T>(step: &Result<T, DiskError>) -> bool {
+    step.as_ref()
+        .err()
+        .is_none_or(|error| error.kind == DiskErrorKind::Unsettled)
+}
+
+/// Why a volume could not be mounted or unmounted.
+#[derive(Debug, Error)]
+pub(crate) enum BindError {
+    #[error("its directory is missing")]
+    NoData,
+    /// The target holds a mount of something else, or of the volume with other options.
+    #[error("{0}")]
+    Conflict(String),
+    /// Something is in the way that hostdir did not make.
+    #[error("{0}")]
+    InTheWay(String),
+    /// The target cannot be reached safely.
+    #[error("{0}")]
+    BadTarget(String),
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+}
+
+/// A mount of a volume.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Mount {
+    pub(crate) target: TargetPath,
+    /// How it was asked for; unknown when it was made before this process started.
+    pub(crate) mode: Option<AccessMode>,
+}
+
+/// A volume on a pool.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct PoolVolume {
+    /// The name of its directory.
+    pub(crate) id: VolumeId,
+    /// Its record, or why that cannot be read.
+    pub(crate) record: Result<Record, String>,
+    /// Where it is mounted, as far as this process knows: what is listed is checked before it is relied on.
+    pub(crate) mounts: Vec<Mount>,
+}
+
+impl PoolVolume {
+    pub(crate) fn new(id: VolumeId, record: Result<Record, String>) -> Self {
+        Self {
+            id,
+            record,
+            mounts: Vec::new(),
+        }
+    }
+}
+
+/// A pool that was just opened.
+pub(crate) struct Opened {
+    pub(crate) id: PoolId,
+    /// The filesystem it is on, as mount(8) calls it.
+    pub(crate) filesystem: String,
+    /// Bytes that were in use on the filesystem when the pool was made: none of them a volume's.
+    pub(crate) foreign: Bytes,
+    pub(crate) volumes: Vec<PoolVolume>,
+    /// The way to change it.
+    pub(crate) disk: Box<dyn Disk>,
+}
+
+/// One pool, opened and locked by this process.
+///
+/// Every verb is whole or not at all, and durable when it returns without an error; repeating one is harmless. A step that
+/// failed has changed nothing, unless its error is [`DiskErrorKind::Unsettled`].
+pub(crate) trait Disk: Send + Sync {
+    /// Checks that the pool is still the one that was opened, and that all that took effect on it is durable (what a failed
+    /// sync left open is synced again here). Cheap enough for every call.
+    fn present(&self) -> Result<(), Unusable>;
+
+    /// Checks that a file can be made on it. A full pool will do: deletes still work.
+    fn writable(&self) -> Result<(), Unusable>;
+
+    fn space(&self) -> Result<Space, DiskError>;
+
+    /// Records a new volume, without a directory.
+    fn create(&self, record: &Record) -> Result<(), DiskError>;
+
+    /// Makes the directory of a volume, limited to its size where the filesystem can, and then replaces its record. Returns the
+    /// record as it was written: the disk adds the project that it has chosen.
+    fn make_directory(&self, record: &Record) -> Result<Record, DiskError>;
+
+    /// Limits a volume to the size that `record` gives it, and then replaces its record.
+    fn resize(&self, record: &Record) -> Result<(), DiskError>;
+
+    /// By which quotas volumes are limited now.
+    ///
+    /// # Errors
+    /// By none: why, and what to do about it.
+    fn enforcement(&self) -> Result<QuotaKind, String>;
+
+    /// Why this volume is not limited, although others are.
+    fn unenforced(&self, id: &VolumeId) -> Option<String>;
+
+    /// Checks the limit of a volume, and sets it again if it can; if not, [`Disk::unenforced`] says why from now on.
+    fn enforce(&self, record: &Record) -> Result<(), DiskError>;
+
+    /// What a volume takes, if `mounted` is its directory.
+    fn measure(&self, record: &Record, mounted: Inode) -> Result<Measure, DiskError>;
+
+    /// The directory of a volume, if it is there.
+    fn data(&self, id: &VolumeId) -> Result<Option<Inode>, DiskError>;
+
+    /// Mounts the directory of a volume at `target`, unless it is mounted there already with the same options. Returns whether
+    /// a mount was made.
+    fn bind(&self, id: &VolumeId, target: &TargetPath, options: MountOptions) -> Result<bool, BindError>;
+
+    /// Takes a volume out of the pool, to be erased in the background. Idempotent.
+    fn discard(&self, id: &VolumeId) -> Result<(), DiskError>;
+}
+
+/// The machine.
+pub(crate) trait Host: Send + Sync {
+    /// Opens a pool and locks it.
+    ///
+    /// # Errors
+    /// It cannot be used now; a later call may succeed.
+    fn open(&self, pool: &PoolConfig) -> Result<Opened, Unusable>;
+
+    /// What is mounted at `target`, if anything is.
+    fn mounted(&self, target: &TargetPath) -> Result<Option<Inode>, BindError>;
+
+    /// Unmounts the volume from `target` and removes the target. Idempotent: returns whether the target existed. `data` is the
+    /// directory of the volume, where it is known.
+    ///
+    /// # Errors
+    /// The target holds something that is not proven to be this volume, or a system call failed.
+    fn unbind(&self, id: &VolumeId, target: &TargetPath, data: Option<Inode>) -> Result<bool, BindError>;
+}

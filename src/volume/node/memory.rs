@@ -1,0 +1,285 @@
+//! A machine in memory, for the tests of the verbs: what a real disk cannot be made to do on demand.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use crate::volume::access::{MountOptions, TargetPath};
+use crate::volume::disk::{
+    BindError, Disk, DiskError, DiskErrorKind, Host, Inode, Measure, Opened, PoolConfig, PoolVolume, Unusable, Usage,
+    took_effect,
+};
+use crate::volume::id::{PoolName, VolumeId};
+use crate::volume::quota::QuotaKind;
+use crate::volume::record::{PoolId, Record};
+use crate::volume::room::Space;
+use crate::volume::size::Bytes;
+
+/// All disks and mounts; clones are the same machine.
+#[derive(Clone, Default)]
+pub(super) struct Memory(Arc<Mutex<State>>);
+
+#[derive(Default)]
+struct State {
+    pools: BTreeMap<PoolName, PoolState>,
+    mounts: HashMap<TargetPath, Inode>,
+    /// Verbs that fail next, once each, and how.
+    failing: HashMap<&'static str, DiskErrorKind>,
+    unreadable_targets: bool,
+    /// Whether volumes are limited, and which are not, and why.
+    enforcing: bool,
+    unenforced: HashMap<VolumeId, String>,
+    /// What every volume takes, once it is counted.
+    usage: Option<Usage>,
+}
+
+struct PoolState {
+    id: PoolId,
+    absent: bool,
+    volumes: BTreeMap<VolumeId, Record>,
+    directories: HashSet<VolumeId>,
+}
+
+impl Default for PoolState {
+    fn default() -> Self {
+        Self {
+            id: PoolId::random(),
+            absent: false,
+            volumes: BTreeMap::new(),
+            directories: HashSet::new(),
+        }
+    }
+}
+
+impl Memory {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.lock().expect("no test panics in here")
+    }
+
+    /// The next call of this verb fails so.
+    pub(super) fn fail(&self, verb: &'static str, kind: DiskErrorKind) {
+        self.lock().failing.insert(verb, kind);
+    }
+
+    /// Takes a pool's disk away, or brings it back.
+    pub(super) fn set_absent(&self, pool: &PoolName, absent: bool) {
+        self.lock().pools.entry(pool.clone()).or_default().absent = absent;
+    }
+
+    /// No longer tells what is mounted anywhere.
+    pub(super) fn hide_mounts(&self) {
+        self.lock().unreadable_targets = true;
+    }
+
+    /// Switches quotas on or off.
+    pub(super) fn enforce(&self, enforcing: bool) {
+        self.lock().enforcing = enforcing;
+    }
+
+    /// Takes the limit off a volume.
+    pub(super) fn set_unenforced(&self, id: &VolumeId, why: &str) {
+        self.lock().unenforced.insert(id.clone(), why.into());
+    }
+
+    /// What every volume takes from now on.
+    pub(super) fn set_usage(&self, usage: Option<Usage>) {
+        self.lock().usage = usage;
+    }
+
+    /// A record on a pool that nobody has opened yet.
+    pub(super) fn put(&self, pool: &PoolName, record: Record) {
+        self.lock()
+            .pools
+            .entry(pool.clone())
+            .or_default()
+            .volumes
+            .insert(record.id.clone(), record);
+    }
+
+    /// Whether a volume is on a pool.
+    pub(super) fn has(&self, pool: &PoolName, id: &VolumeId) -> bool {
+        self.lock()
+            .pools
+            .get(pool)
+            .is_some_and(|pool| pool.volumes.contains_key(id))
+    }
+
+    /// Loses the directory of a volume.
+    pub(super) fn lose_directory(&self, pool: &PoolName, id: &VolumeId) {
+        self.lock()
+            .pools
+            .entry(pool.clone())
+            .or_default()
+            .directories
+            .remove(id);
+    }
+}
+
+impl State {
+    fn attempt(&mut self, verb: &'static str) -> Result<(), DiskError> {
+        match self.failing.remove(verb) {
+            None => Ok(()),
+            Some(kind) => Err(failed(verb, kind)),
+        }
+    }
+}
+
+fn failed(verb: &'static str, kind: DiskErrorKind) -> DiskError {
+    DiskError {
+        verb,
+        path: PathBuf::from("/memory"),
+        kind,
+        source: "as the test wants".into(),
+    }
+}
+
+/// The directory of a volume has the same identity as long as it exists.
+fn inode(id: &VolumeId) -> Inode {
+    let ino = id
+        .as_str()
+        .bytes()
+        .fold(7_u64, |hash, byte| hash.wrapping_mul(31).wrapping_add(u64::from(byte)));
+    Inode { dev: 1, ino }
+}
+
+impl Host for Memory {
+    fn open(&self, config: &PoolConfig) -> Result<Opened, Unusable> {
+        let mut state = self.lock();
+        let pool = state.pools.entry(config.name.clone()).or_default();
+        if pool.absent {
+            return Err(Unusable("its disk is absent".into()));
+        }
+        let volume = |(id, record): (&VolumeId, &Record)| PoolVolume::new(id.clone(), Ok(record.clone()));
+        Ok(Opened {
+            id: pool.id,
+            filesystem: "memory".into(),
+            foreign: Bytes(0),
+            volumes: pool.volumes.iter().map(volume).collect(),
+            disk: Box::new(MemoryDisk {
+                memory: self.clone(),
+                pool: config.name.clone(),
+            }),
+        })
+    }
+
+    fn mounted(&self, target: &TargetPath) -> Result<Option<Inode>, BindError> {
+        let state = self.lock();
+        if state.unreadable_targets {
+            return Err(failed("stat", DiskErrorKind::Failed).into());
+        }
+        Ok(state.mounts.get(target).copied())
+    }
+
+    fn unbind(&self, _: &VolumeId, target: &TargetPath, _: Option<Inode>) -> Result<bool, BindError> {
+        Ok(self.lock().mounts.remove(target).is_some())
+    }
+}
+
+struct MemoryDisk {
+    memory: Memory,
+    pool: PoolName,
+}
+
+impl MemoryDisk {
+    fn change(&self, verb: &'static str, change: impl FnOnce(&mut PoolState)) -> Result<(), DiskError> {
+        let mut state = self.memory.lock();
+        let attempt = state.attempt(verb);
+        // A change that is not settled has taken effect.
+        if took_effect(&attempt) {
+            change(state.pools.entry(self.pool.clone()).or_default());
+        }
+        attempt
+    }
+}
+
+impl Disk for MemoryDisk {
+    fn present(&self) -> Result<(), Unusable> {
+        let absent = self.memory.lock().pools.get(&self.pool).is_none_or(|pool| pool.absent);
+        if absent {
+            Err(Unusable("its disk is absent".into()))
+        } else {
+            Ok(())
+        }
+    }
+
+    fn writable(&self) -> Result<(), Unusable> {
+        Ok(self.memory.lock().attempt("writable")?)
+    }
+
+    fn space(&self) -> Result<Space, DiskError> {
+        self.memory.lock().attempt("space")?;
+        Ok(Space {
+            total: Bytes(10 << 30),
+            available: Bytes(10 << 30),
+            ..Space::default()
+        })
+    }
+
+    fn create(&self, record: &Record) -> Result<(), DiskError> {
+        self.change("create", |pool| {
+            drop(pool.volumes.insert(record.id.clone(), record.clone()));
+        })
+    }
+
+    fn make_directory(&self, record: &Record) -> Result<Record, DiskError> {
+        self.change("make_directory", |pool| {
+            pool.directories.insert(record.id.clone());
+            pool.volumes.insert(record.id.clone(), record.clone());
+        })?;
+        Ok(record.clone())
+    }
+
+    fn enforcement(&self) -> Result<QuotaKind, String> {
+        if self.memory.lock().enforcing {
+            Ok(QuotaKind::Projects)
+        } else {
+            Err("memory has no quotas".into())
+        }
+    }
+
+    fn unenforced(&self, id: &VolumeId) -> Option<String> {
+        self.memory.lock().unenforced.get(id).cloned()
+    }
+
+    fn enforce(&self, _: &Record) -> Result<(), DiskError> {
+        Ok(())
+    }
+
+    fn measure(&self, record: &Record, mounted: Inode) -> Result<Measure, DiskError> {
+        if self.data(&record.id)? != Some(mounted) {
+            return Ok(Measure::Elsewhere);
+        }
+        let mut state = self.memory.lock();
+        state.attempt("measure")?;
+        Ok(state.usage.map_or(Measure::Counting, Measure::Takes))
+    }
+
+    fn resize(&self, record: &Record) -> Result<(), DiskError> {
+        self.change("resize", |pool| {
+            pool.volumes.insert(record.id.clone(), record.clone());
+        })
+    }
+
+    fn data(&self, id: &VolumeId) -> Result<Option<Inode>, DiskError> {
+        let mut state = self.memory.lock();
+        state.attempt("data")?;
+        let there = state
+            .pools
+            .get(&self.pool)
+            .is_some_and(|pool| pool.directories.contains(id));
+        Ok(there.then(|| inode(id)))
+    }
+
+    fn bind(&self, id: &VolumeId, target: &TargetPath, _: MountOptions) -> Result<bool, BindError> {
+        let mut state = self.memory.lock();
+        state.attempt("bind")?;
+        Ok(state.mounts.insert(target.clone(), inode(id)).is_none())
+    }
+
+    fn discard(&self, id: &VolumeId) -> Result<(), DiskError> {
+        self.change("discard", |pool| {
+            pool.volumes.remove(id);
+            pool.directories.remove(id);
+        })
+    }
+}
