@@ -1,4 +1,4 @@
-//! The command line and the configuration file, resolved once into what the rest works with.
+//! The command line and the configuration file, read and checked once at start.
 
 use std::collections::HashSet;
 use std::net::SocketAddr;
@@ -17,7 +17,7 @@ use crate::volume::quota::{QuotaConfig, QuotaPolicy};
 use crate::volume::record::PoolId;
 use crate::volume::room::{Limits, Reserve};
 
-/// Directories on a node's own disks as Kubernetes volumes: a CSI driver.
+/// A CSI driver that turns directories on a node's own disks into Kubernetes volumes.
 #[derive(Debug, Parser)]
 #[command(version)]
 pub struct Cli {
@@ -26,45 +26,45 @@ pub struct Cli {
     pub(crate) command: Command,
 }
 
-/// The ways to run.
+/// The subcommands.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Serve CSI Identity, Controller and Node for this node's pools, with all records kept on the pools themselves.
     Local(NodeArgs),
-    /// Serve CSI Identity and Node for this node's pools, and carry out what HostVolumes in the API server ask of it.
+    /// Serve CSI Identity and Node for this node's pools, and carry out what its HostVolumes in the API server ask for.
     Node(NodeArgs),
     /// Serve CSI Identity and Controller for all nodes: record volumes as HostVolumes in the API server.
     Controller(ControllerArgs),
     /// Print the CustomResourceDefinitions of HostVolume and HostNode.
     Crds,
-    /// Ask a hostdir that serves whether it answers: for liveness and readiness probes.
+    /// Ask a running hostdir whether it answers; for liveness and readiness probes.
     Probe(ProbeArgs),
-    /// Take a volume of a pool through its life over the socket of a hostdir that serves: create, publish, write, read, delete.
+    /// Take a volume of a pool through its life over the socket of a running hostdir: create, publish, write, read, delete.
     Selftest(SelftestArgs),
-    /// Say who leads the controllers of elected mode, whether it should, and who stands by.
+    /// Print which controller leads in elected mode, whether it may lead, and which controllers stand by.
     Leader(LeaderArgs),
 }
 
-/// What all that serve are told.
+/// Options of every command that serves.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct ServeArgs {
-    /// The socket to serve: unix:///path/to.sock
+    /// The socket to serve on: unix:///path/to.sock
     #[arg(long, env = "CSI_ENDPOINT", value_name = "URL")]
     pub(crate) endpoint: Endpoint,
 
-    /// The name to be registered under; another one lets two hostdirs live in one cluster
+    /// The name that the driver is registered under; two names let two hostdirs run in one cluster
     #[arg(long, env = "DRIVER_NAME", value_name = "NAME", default_value = DRIVER_NAME)]
     pub(crate) driver_name: String,
 
-    /// Serve /healthz, /readyz and /metrics at this address: 0.0.0.0:9808
+    /// Serve /healthz, /readyz and /metrics at this address, such as 0.0.0.0:9808
     #[arg(long, value_name = "ADDRESS")]
     pub(crate) http_endpoint: Option<SocketAddr>,
 
-    /// The least severe events to log: error, warn, info, debug, trace
+    /// The least severe level to log: error, warn, info, debug, trace
     #[arg(long, env = "HOSTDIR_LOG", value_name = "LEVEL", default_value = "info")]
     pub(crate) log_level: tracing::Level,
 
-    /// How to write the log, on standard error
+    /// The format of the log, which goes to standard error
     #[arg(long, value_name = "FORMAT", default_value = "text")]
     pub(crate) log_format: LogFormat,
 }
@@ -72,7 +72,7 @@ pub(crate) struct ServeArgs {
 /// The command line of `hostdir controller`.
 #[derive(Debug, Args)]
 pub(crate) struct ControllerArgs {
-    /// What all are told.
+    /// Options of every command that serves.
     #[command(flatten)]
     pub(crate) serve: ServeArgs,
 
@@ -80,8 +80,8 @@ pub(crate) struct ControllerArgs {
     #[arg(long, env = "POD_NAME", value_name = "NAME")]
     pub(crate) pod_name: Option<String>,
 
-    /// A sidecar of this pod, by the Lease that it is elected by, and where it serves /healthz: hostdir-csi=127.0.0.1:9809.
-    /// That election is then watched over. May be repeated
+    /// A sidecar of this pod: the Lease that it is elected by, and the address where it serves /healthz, such as
+    /// hostdir-csi=127.0.0.1:9809. This controller then watches that election. May be repeated
     #[arg(
         long = "sidecar",
         value_name = "LEASE=ADDRESS",
@@ -94,15 +94,15 @@ pub(crate) struct ControllerArgs {
     #[arg(long, env = "POD_NAMESPACE", value_name = "NAME")]
     pub(crate) namespace: Option<String>,
 
-    /// The label selector of all controllers' pods
+    /// The label selector of the controllers' pods
     #[arg(long, env = "CONTROLLERS", value_name = "SELECTOR")]
     pub(crate) controllers: Option<String>,
 
-    /// Seconds that a Node object must be absent before deletes no longer wait for that node
+    /// Seconds that a Node object must be gone before deletes stop waiting for that node
     #[arg(long, value_name = "SECONDS", default_value_t = 300)]
     pub(crate) node_grace: u64,
 
-    /// Seconds after which a volume is swept that was never used and has neither PersistentVolume nor claim
+    /// Seconds after which a volume is deleted if it was never used and has neither a PersistentVolume nor a claim
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     pub(crate) unused_age: u64,
 }
@@ -112,7 +112,7 @@ pub(crate) struct ControllerArgs {
 pub(crate) struct SidecarArg {
     /// The Lease that the sidecar is elected by.
     pub(crate) lease: String,
-    /// Where it serves HTTP.
+    /// Where the sidecar serves HTTP.
     pub(crate) address: SocketAddr,
 }
 
@@ -130,14 +130,14 @@ impl FromStr for SidecarArg {
     }
 }
 
-/// What a self-test is told.
+/// The command line of `hostdir selftest`.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct SelftestArgs {
     /// The socket that hostdir serves: unix:///path/to.sock
     #[arg(long, env = "CSI_ENDPOINT", value_name = "URL")]
     pub(crate) endpoint: Endpoint,
 
-    /// The pool to try; may be repeated
+    /// The pool to test; may be repeated
     #[arg(long = "pool", value_name = "NAME", value_parser = PoolName::parse, default_value = PoolName::DEFAULT)]
     pub(crate) pools: Vec<PoolName>,
 }
@@ -149,7 +149,7 @@ pub(crate) struct LeaderArgs {
     #[arg(long, env = "POD_NAMESPACE", value_name = "NAME", default_value = "hostdir-system")]
     pub(crate) namespace: String,
 
-    /// The name the driver is registered under
+    /// The name that the driver is registered under
     #[arg(long, env = "DRIVER_NAME", value_name = "NAME", default_value = DRIVER_NAME)]
     pub(crate) driver_name: String,
 
@@ -164,7 +164,7 @@ pub(crate) struct LeaderArgs {
 }
 
 impl LeaderArgs {
-    /// The Leases that sidecars of this driver are elected by: external-provisioner's, and external-resizer's.
+    /// The Leases that this driver's sidecars are elected by: external-provisioner's and external-resizer's.
     pub(crate) fn leases(&self) -> [String; 2] {
         let name = identity(&self.driver_name);
         [name.clone(), format!("external-resizer-{name}")]
@@ -174,11 +174,11 @@ impl LeaderArgs {
 /// The command line of `hostdir probe`.
 #[derive(Debug, Args)]
 pub(crate) struct ProbeArgs {
-    /// The socket it serves: unix:///path/to.sock
+    /// The socket that hostdir serves: unix:///path/to.sock
     #[arg(long, env = "CSI_ENDPOINT", value_name = "URL")]
     pub(crate) endpoint: Endpoint,
 
-    /// Ask for every pool, too: present, writable, the one it was
+    /// Also check every pool: it is present, writable, and still the same pool
     #[arg(long)]
     pub(crate) ready: bool,
 }
@@ -186,15 +186,15 @@ pub(crate) struct ProbeArgs {
 /// The command line of `hostdir local` and `hostdir node`.
 #[derive(Debug, Args)]
 pub(crate) struct NodeArgs {
-    /// What all are told.
+    /// Options of every command that serves.
     #[command(flatten)]
     pub(crate) serve: ServeArgs,
 
-    /// A pool: its name, as StorageClasses have it, and its directory. May be repeated
+    /// A pool: the name that StorageClasses use, and its directory. May be repeated
     #[arg(long = "pool", value_name = "NAME=PATH")]
     pools: Vec<PoolArg>,
 
-    /// A YAML file that describes pools more closely: see deploy/README.md
+    /// A YAML file that configures pools in more detail: see deploy/README.md
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
 
@@ -206,9 +206,9 @@ pub(crate) struct NodeArgs {
 /// Formats of the log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum LogFormat {
-    /// A line for people
+    /// Plain text, one line per event
     Text,
-    /// A JSON object a line
+    /// One JSON object per line
     Json,
 }
 
@@ -263,7 +263,7 @@ struct FilePool {
 pub(crate) struct LocalPools {
     /// This node.
     pub(crate) node: NodeName,
-    /// Its pools: at least one, names and paths all different.
+    /// Its pools: at least one, each with its own name and path.
     pub(crate) pools: Vec<PoolConfig>,
 }
 
@@ -271,7 +271,7 @@ impl NodeArgs {
     /// Reads the configuration file and checks what can be checked without touching a pool.
     ///
     /// # Errors
-    /// What is wrong, and where.
+    /// A setting is wrong; the error names it.
     pub(crate) fn resolve(self) -> anyhow::Result<LocalPools> {
         let Self {
             serve: _,
@@ -336,7 +336,7 @@ impl FilePool {
         };
         ensure!(
             inodes_per_gib != Some(0),
-            "pool {name}: inodesPerGiB 0 leaves none for the volume itself; leave it out for no limit"
+            "pool {name}: inodesPerGiB 0 leaves no inode for the volume's own directory; leave it out for no limit"
         );
         Ok(PoolConfig {
             name,
@@ -377,10 +377,10 @@ fn check(pools: &[PoolConfig]) -> anyhow::Result<()> {
             .all(|part| matches!(part, std::path::Component::Normal(_)));
         ensure!(
             plain && path.file_name().is_some(),
-            "pool {name}: path {shown} must have no '..' in it and not be /"
+            "pool {name}: path {shown} must not contain '..' and must not be /"
         );
         ensure!(names.insert(name), "pool {name} is configured twice");
-        ensure!(paths.insert(path), "pool {name}: another pool has path {shown}, too");
+        ensure!(paths.insert(path), "pool {name}: another pool already has path {shown}");
     }
     for (pool, other) in pools
         .iter()
@@ -388,7 +388,7 @@ fn check(pools: &[PoolConfig]) -> anyhow::Result<()> {
     {
         if pool.name != other.name && pool.path.starts_with(&other.path) {
             bail!(
-                "pool {} lies inside pool {}: tenants of one could reach into the other",
+                "the directory of pool {} is inside that of pool {}: tenants of one could reach into the other; move one of them",
                 pool.name,
                 other.name
             );

@@ -1,4 +1,4 @@
-//! `/healthz`, `/readyz` and `/metrics`, for the kubelet and for Prometheus; and whether somebody else serves such.
+//! Serves `/healthz`, `/readyz` and `/metrics` to the kubelet and to Prometheus, and asks whether other servers are healthy.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -18,7 +18,7 @@ use crate::volume::Health;
 /// Serves until the process ends.
 ///
 /// # Errors
-/// The address cannot be had.
+/// The address cannot be bound.
 pub(crate) async fn serve(address: SocketAddr, health: Arc<dyn Health>, metrics: Arc<Metrics>) -> anyhow::Result<()> {
     let ready = move || {
         let health = Arc::clone(&health);
@@ -44,14 +44,14 @@ pub(crate) async fn serve(address: SocketAddr, health: Arc<dyn Health>, metrics:
         .route("/metrics", get(measured));
     let listener = TcpListener::bind(address)
         .await
-        .with_context(|| format!("listen on {address}"))?;
-    axum::serve(listener, router).await.context("serve HTTP")
+        .with_context(|| format!("cannot listen on {address}"))?;
+    axum::serve(listener, router).await.context("the HTTP server failed")
 }
 
-/// Asks an HTTP server for something, and only whether it answers well.
+/// Requests a path from an HTTP server, and only checks that the status is a success.
 ///
 /// # Errors
-/// It does not, and why.
+/// The server does not answer, or not with a success.
 pub(crate) async fn ask(address: SocketAddr, path: &str) -> anyhow::Result<()> {
     let client = Client::builder(TokioExecutor::new()).build_http::<Body>();
     let answer = client.get(format!("http://{address}{path}").parse()?).await?;

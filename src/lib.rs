@@ -1,46 +1,49 @@
-//! hostdir turns directories on a node's own disks into Kubernetes volumes: a CSI driver.
+//! hostdir is a CSI driver that turns directories on a node's own disks into Kubernetes volumes.
 //!
 //! # A tour
 //!
 //! - [`volume`] is the core: what a volume is and the verbs on it (create, publish, unpublish, delete). It knows neither
-//!   gRPC nor Kubernetes nor system calls; what it asks of these is a handful of traits.
-//! - [`csi`] is the gRPC edge. It takes requests apart, calls one verb, and turns refusals into status codes.
+//!   gRPC nor Kubernetes nor system calls; it reaches them through a handful of traits.
+//! - [`csi`] is the gRPC edge. It parses requests, calls one verb, and turns refusals into status codes.
 //! - [`linux`] is the edge to the kernel: pools on disk, bind mounts, quotas, the eraser. Every path below a pool is resolved
 //!   from an open descriptor. All unsafe code is in `linux::sys`.
-//! - [`k8s`] is the edge to the API server: HostVolumes and HostNodes, API watches, what nodes and controllers do in the background.
-//! - [`leader`] decides who must not lead, and who takes over: a second core, that knows nothing of volumes. `k8s::election` acts.
-//! - [`config`] reads the command line and the configuration file, [`run`] joins the rest and serves until SIGTERM;
-//!   [`metrics`] is what all count in, and [`http`] serves it.
+//! - [`k8s`] is the edge to the API server: HostVolumes and HostNodes, API watches, and the background work of nodes and
+//!   controllers.
+//! - [`leader`] is a second core, which knows nothing of volumes: it decides which controller must not lead and which one
+//!   takes over. `k8s::election` carries that out.
+//! - [`config`] reads the command line and the configuration file; [`run`] connects all parts and serves until SIGTERM;
+//!   [`metrics`] holds the metrics, and [`http`] serves them.
 //!
-//! Dependencies point one way: `run` to the edges, these to `volume`. The edges never see each other.
+//! Dependencies point one way: from `run` to the edges, and from the edges to the cores. The edges never depend on each
+//! other.
 //!
-//! A call: socket → `csi::controller` or `csi::node` takes it apart → [`volume::Node`] or [`volume::Controller`] decides → its
-//! traits, answered by `linux` or `k8s`, act → the answer or the refusal goes back through `csi`.
+//! The path of a call: socket → `csi::controller` or `csi::node` parses it → [`volume::Node`] or [`volume::Controller`]
+//! decides → its traits, implemented by `linux` and `k8s`, act → `csi` returns the answer or the refusal.
 //!
 //! # Words of our own
 //!
 //! | word | meaning |
 //! |---|---|
-//! | pool | a directory on a node's disk that volumes are made in; it has a name and a random id |
+//! | pool | a directory on a node's disk that holds volumes; it has a name and a random id |
 //! | HostVolume | the object that records a volume in the API server (elected mode) |
 //! | HostNode | the object in which a node publishes its pools |
 //! | record | `volume.json`, beside a volume's data |
-//! | local mode, elected mode | volumes are recorded on their pools only; volumes are recorded as HostVolumes by controllers, of which the sidecars elect a leader |
-//! | assigned | recorded as a HostVolume of this node |
-//! | claimed, ready, lost | the phases of a volume: never used; its data is on its node; its data was there and is not |
+//! | local mode, elected mode | only pools record volumes; controllers record them as HostVolumes, and sidecars elect a leader |
+//! | assigned | said of a volume: a HostVolume records it on this node |
+//! | claimed, ready, lost | the phases of a volume: never used; its data is on its node; its data was there and is missing |
 //! | allocate, room | to count a size against a pool; the largest size that can still be allocated |
-//! | reserve, overcommit | what is never allocated; how many times the size may be allocated |
-//! | foreign | bytes that others had on the filesystem when the pool was made |
-//! | enforced, unenforced | a volume with, or without, a limit that the kernel keeps |
-//! | discard, trash, eraser | to take a volume out of the pool by one rename; where it goes; the thread that empties it |
-//! | orphan | a volume on a pool that no HostVolume speaks of |
+//! | reserve, overcommit | the part of a pool that is never allocated; how many times the pool's size may be allocated |
+//! | foreign | bytes in use on the filesystem when the pool was created |
+//! | enforced, unenforced | a volume with, or without, a size limit that the kernel enforces |
+//! | discard, trash, eraser | to move a volume to the trash by one rename; the directory it goes to; the thread that erases it |
+//! | orphan | a volume that is on a pool but has no HostVolume |
 //! | self-test | `hostdir selftest`, and the volumes it makes |
-//! | heartbeat | a Lease by which a controller shows that it answers |
-//! | guilty | a leader that must not lead, and why |
-//! | ghost | a guilty leader that goes on: its Pod or Node is gone, or its driver hangs |
-//! | hand-over | a controller writes its own name into the Lease of a guilty leader |
+//! | heartbeat | a Lease that a controller renews to show that it answers |
+//! | guilty | said of a leader that must not lead; its guilt is the reason |
+//! | ghost | a guilty leader that keeps leading: its Pod or Node is gone, or its driver hangs |
+//! | hand-over | a controller writes its own name into a guilty leader's Lease |
 //! | fit | a controller that could lead |
-//! | fence | closes for good when a controller finds that it is the ghost; then it changes nothing any more |
+//! | fence | closes for good when a controller finds that it is a ghost; from then on the controller changes nothing |
 //!
 //! # On the disk
 //!
@@ -54,34 +57,36 @@
 //!
 //! # The life of a volume
 //!
-//! *Local mode.* CreateVolume allocates the size from the pool; a directory with the record is made in `.hostdir/new/`, synced, and
-//! renamed into `volumes/`. The first NodePublishVolume makes `data/` with its owner, mode and limit, and only then the record says
-//! `ready`. A detached bind mount gets its options and is attached at the target. NodeUnpublishVolume unmounts, proves it, and removes the
-//! target with `rmdir`, never recursively. DeleteVolume is refused while the volume is mounted; it is one rename into `trash/`,
-//! whatever the volume holds. The eraser empties the trash in the background.
+//! *Local mode.* CreateVolume allocates the size from the pool; a directory with the record is made in `.hostdir/new/`,
+//! synced, and renamed into `volumes/`. The first NodePublishVolume makes `data/` with its owner, mode and limit, and only
+//! then sets `ready` in the record. A detached bind mount gets its options and is attached at the target.
+//! NodeUnpublishVolume unmounts, checks that the mount is gone, and removes the target with `rmdir`, never recursively.
+//! DeleteVolume is refused while the volume is mounted; otherwise it is one rename into `trash/`, however much the volume
+//! holds. The eraser empties the trash in the background.
 //!
-//! *Elected mode.* CreateVolume chooses a node by what the API watches show of pools and volumes, and creates a HostVolume with the
-//! volume's name; nothing is on any disk. NodePublishVolume mounts a volume that is on the disk without the API server. Else the
-//! HostVolume is looked up, its record is written to the pool, the HostVolume is marked `Ready` with the id of the pool, and only
-//! then `data/` is made. DeleteVolume deletes the HostVolume by its UID; its node moves the data into `trash/` and removes its
-//! finalizer, and then the controller answers. A volume that is `Claimed` has no data and needs no node.
+//! *Elected mode.* CreateVolume chooses a node by the pools and volumes that the API watches show, and creates a HostVolume
+//! with the volume's name; nothing is written to any disk yet. NodePublishVolume mounts a volume that is already on the disk
+//! without asking the API server. Otherwise the node reads the HostVolume, writes its record to the pool, marks the
+//! HostVolume `Ready` with the id of the pool, and only then makes `data/`. DeleteVolume deletes the HostVolume by its UID;
+//! the volume's node moves the data into `trash/` and removes the finalizer, and then the controller answers. A `Claimed`
+//! volume has no data, so its delete needs no node.
 //!
-//! # What holds
+//! # Guarantees
 //!
-//! - *Whole or not at all.* A volume comes and goes by one rename; records are synced before an answer leaves. Limits are set before
-//!   a pod can write, and compared whenever a pool is opened.
-//! - *A final error is a proof.* Whoever gets one knows that nothing made for the request remains. What cannot be proven is answered
-//!   with `Unavailable`, and the caller tries again.
-//! - *Who leads does not matter.* A name belongs to whoever records it first, a delete names a UID, every change names the version
-//!   that it was decided on.
-//! - *Nothing a tenant or a hostile id can reach.* Ids are lower-case DNS labels (other names are hashed). Every path below a pool is
-//!   opened from a descriptor with openat2(2) `RESOLVE_BENEATH | NO_SYMLINKS | NO_XDEV`; targets without following a link. The
-//!   eraser opens no device or FIFO and crosses no mount.
+//! - *All or nothing.* A volume appears and disappears by one rename; records are synced before hostdir answers. Limits are
+//!   set before a pod can write, and checked whenever a pool is opened.
+//! - *A final error is a proof.* A caller that gets one knows that nothing made for the request remains. If hostdir cannot
+//!   prove that, it answers `Unavailable`, and the caller tries again.
+//! - *It does not matter who leads.* A name belongs to the controller that records it first, a delete names a UID, and every
+//!   change names the version that it was decided on.
+//! - *Tenants and hostile ids reach nothing outside their volume.* Ids are lower-case DNS labels (other names are hashed).
+//!   Every path below a pool is opened from a descriptor with openat2(2) `RESOLVE_BENEATH | NO_SYMLINKS | NO_XDEV`; targets
+//!   are opened without following links. The eraser opens no device or FIFO and crosses no mount.
 //! - *Secrets* and volume contexts are never logged.
 
 #![expect(
     rustdoc::private_intra_doc_links,
-    reason = "these pages are for developers, and made with --document-private-items"
+    reason = "these pages are for developers, and are built with --document-private-items"
 )]
 
 pub mod config;

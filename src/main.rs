@@ -1,4 +1,4 @@
-//! `hostdir`: see the library for everything.
+//! The program `hostdir`; all of its code is in the library.
 
 use std::process::ExitCode;
 

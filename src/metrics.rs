@@ -1,4 +1,4 @@
-//! What a process counts and measures, in the text format of Prometheus (OpenMetrics).
+//! The metrics of a process, in the text format of Prometheus (OpenMetrics).
 
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
@@ -15,7 +15,7 @@ use crate::volume::pool_status::PoolUsage;
 use crate::volume::record::Phase;
 use crate::volume::size::Bytes;
 
-/// Upper ends of the buckets for durations, in seconds: from a lookup in memory to a delete that waits for its node.
+/// Upper bounds of the buckets for durations, in seconds: from a lookup in memory to a delete that waits for its node.
 const BUCKETS: [f64; 12] = [
     0.000_1, 0.000_3, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0,
 ];
@@ -91,12 +91,16 @@ impl Default for Metrics {
             calls: add(
                 r,
                 "csi_call_duration_seconds",
-                "CSI calls by method and status code",
+                "Duration of CSI calls by method and status code",
                 calls,
             ),
             volumes: new(r, "volumes", "Volumes by phase"),
-            pool_size: new(r, "pool_size_bytes", "How much of a pool can be allocated in all"),
-            pool_promised: new(r, "pool_promised_bytes", "How much of a pool is allocated to volumes"),
+            pool_size: new(r, "pool_size_bytes", "Bytes of a pool that can be allocated in total"),
+            pool_promised: new(
+                r,
+                "pool_promised_bytes",
+                "Bytes of a pool that are allocated to volumes",
+            ),
             pool_room: new(
                 r,
                 "pool_room_bytes",
@@ -105,46 +109,42 @@ impl Default for Metrics {
             pool_enforced: new(
                 r,
                 "pool_quota_enforced",
-                "Whether the kernel limits the volumes of a pool to their sizes: 1 or 0",
+                "1 if the kernel limits the volumes of a pool to their sizes, else 0",
             ),
             pool_unlimited: new(r, "pool_volumes_unlimited", "Volumes with data that have no limit"),
             deletes_pending: new(r, "deletes_pending", "Volumes that are being deleted"),
-            oldest_delete: new(
+            oldest_delete: new(r, "oldest_delete_pending_seconds", "Age of the oldest pending delete"),
+            orphans: new(r, "orphans", "Volumes on this node's pools that have no HostVolume"),
+            errors: new(
                 r,
-                "oldest_delete_pending_seconds",
-                "Age of the oldest delete that is not done",
+                "errors",
+                "Failures of background tasks, by task; each task is tried again",
             ),
-            orphans: new(
-                r,
-                "orphans",
-                "Volumes on this node's pools that no HostVolume speaks of",
-            ),
-            errors: new(r, "errors", "Background tasks that failed and are tried again"),
             abandoned: new(
                 r,
                 "volumes_abandoned",
-                "Volumes deleted without their node, which was gone",
+                "Volumes deleted without their node because the node was gone",
             ),
-            swept: new(r, "volumes_swept", "Volumes deleted because nobody had ever used them"),
+            swept: new(r, "volumes_swept", "Volumes deleted because they were never used"),
             leaders: new(
                 r,
                 "leader",
-                "Who holds the Lease of an election, as this controller sees it: 1",
+                "1 for the holder of an election's Lease, as this controller sees it",
             ),
             silence: new(
                 r,
                 "leader_heartbeat_age_seconds",
-                "For how long the holder of a Lease has given no heartbeat",
+                "How long the holder of a Lease has sent no heartbeat",
             ),
             leaderless: new(
                 r,
                 "leaderless_seconds",
-                "For how long this controller has seen no leader, or one that must not lead",
+                "How long this controller has seen no leader, or one that must not lead",
             ),
             hand_overs: new(
                 r,
                 "hand_overs",
-                "Leases that this controller took from a ghost, by why it was one",
+                "Leases that this controller took over from a ghost, by reason",
             ),
             registry,
         }
@@ -173,7 +173,7 @@ impl Metrics {
         self.calls.get_or_create(&call).observe(duration.as_secs_f64());
     }
 
-    /// Notes how many volumes are in a phase.
+    /// Sets the number of volumes in a phase.
     pub(crate) fn set_volumes(&self, phase: Phase, count: usize) {
         let phase = phase.as_str();
         self.volumes
@@ -181,7 +181,7 @@ impl Metrics {
             .set(gauge(count as u64));
     }
 
-    /// Forgets all pools, before those that are there are noted again.
+    /// Removes all pools, before those that still exist are set again.
     pub(crate) fn clear_pools(&self) {
         self.pool_size.clear();
         self.pool_promised.clear();
@@ -207,7 +207,7 @@ impl Metrics {
         self.pool_room.get_or_create(&labels).set(gauge(*room));
     }
 
-    /// Notes whether the volumes of a pool are limited to their sizes, and how many are not.
+    /// Sets whether the kernel limits the volumes of a pool to their sizes, and how many volumes have no limit.
     pub(crate) fn set_quota(&self, node: &str, pool: &str, enforced: bool, unenforced: usize) {
         let labels = Pool {
             node: node.to_owned(),
@@ -217,13 +217,13 @@ impl Metrics {
         self.pool_unlimited.get_or_create(&labels).set(gauge(unenforced as u64));
     }
 
-    /// Notes how many deletes are not done, and the age of the oldest.
+    /// Sets the number of pending deletes, and the age of the oldest.
     pub(crate) fn set_deletes(&self, pending: usize, oldest: Duration) {
         self.deletes_pending.set(gauge(pending as u64));
         self.oldest_delete.set(gauge(oldest.as_secs()));
     }
 
-    /// Notes how many volumes no HostVolume speaks of.
+    /// Sets the number of orphans.
     pub(crate) fn set_orphans(&self, count: usize) {
         self.orphans.set(gauge(count as u64));
     }
@@ -238,18 +238,18 @@ impl Metrics {
         self.abandoned.inc();
     }
 
-    /// Counts a volume that was deleted because nobody used it.
+    /// Counts a volume that was deleted because it was never used.
     pub(crate) fn swept(&self) {
         self.swept.inc();
     }
 
-    /// Forgets who leads, before it is noted again.
+    /// Removes all leaders, before the current ones are set again.
     pub(crate) fn clear_leaders(&self) {
         self.leaders.clear();
         self.silence.clear();
     }
 
-    /// Notes who leads, if anybody does, and adds to the time without a leader that may lead.
+    /// Sets who leads, if anybody does, and adds to the time without a leader that may lead.
     pub(crate) fn set_leader(&self, lease: &str, holder: Option<&str>, silence: Duration, leaderless: Duration) {
         let of = Lease {
             lease: lease.to_owned(),
@@ -273,10 +273,10 @@ impl Metrics {
         self.hand_overs.get_or_create(&hand_over).inc();
     }
 
-    /// All of it, as text.
+    /// All metrics, as text.
     pub(crate) fn encode(&self) -> String {
         let mut text = String::new();
-        // Writing to a string does not fail.
+        // Writing to a String cannot fail.
         let _ = encode(&mut text, &self.registry);
         text
     }

@@ -1,4 +1,4 @@
-//! Joins the edges to the core, and serves until told to stop.
+//! Connects the edges to the core, and serves until SIGTERM.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,18 +25,18 @@ use crate::volume::controller::cache::ClusterCache;
 use crate::volume::host_volume::NoAssignments;
 use crate::volume::{Control, Controller, Fence, Health, Node, SelfTest};
 
-/// Threads for calls that block; more calls than that wait their turn. So many that calls stuck on one bad disk leave room
-/// for the others; a thread that waits costs some 10 KiB.
+/// Threads for blocking calls; further calls wait for a free thread. There are enough that calls stuck on one bad disk do
+/// not block the others; a waiting thread costs about 10 KiB.
 const BLOCKING_THREADS: usize = 512;
 
-/// How long running calls may take to end after SIGTERM: with what comes after it, below the 30 s that the kubelet waits
-/// before SIGKILL. A call cut off by that is as one cut off by a power failure: whole or not at all.
+/// How long running calls may take to end after SIGTERM. Together with the rest of the shutdown it stays below the 30 s that
+/// the kubelet waits before SIGKILL. To a call, SIGKILL is like a power failure: its effect is all or nothing.
 const STOP_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Runs what the command line asks for, to its end.
+/// Runs a command until it ends.
 ///
 /// # Errors
-/// It could not be started, or failed.
+/// The command could not be started, or failed.
 pub fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Command::Local(args) => local(args),
@@ -49,7 +49,7 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
     }
 }
 
-/// Asks another process. Its exit code is the answer, and what is wrong goes to standard error.
+/// Probes another hostdir process. This process's exit code is the answer; the reason for a failure goes to standard error.
 fn probe(args: &ProbeArgs) -> anyhow::Result<()> {
     let question = if args.ready {
         Question::AllPools
@@ -59,7 +59,7 @@ fn probe(args: &ProbeArgs) -> anyhow::Result<()> {
     small_runtime()?.block_on(csi::probe(&args.endpoint, question))
 }
 
-/// Takes a volume of each pool through its life; fails if a step does.
+/// Takes a volume of each pool through its life; fails if any step fails.
 fn selftest(args: &SelftestArgs) -> anyhow::Result<()> {
     let runtime = small_runtime()?;
     let mut failed = Vec::new();
@@ -70,26 +70,29 @@ fn selftest(args: &SelftestArgs) -> anyhow::Result<()> {
             failed.push(pool.as_str());
         }
     }
-    // A thread that hangs on a disk is not waited for.
+    // Do not wait for a thread that hangs on a disk.
     runtime.shutdown_background();
     anyhow::ensure!(failed.is_empty(), "the self-test failed: pool {}", failed.join(", "));
     Ok(())
 }
 
-/// Says who leads; fails if nobody does who may.
+/// Prints who leads; fails unless every election has a leader that may lead.
 fn leader(args: &LeaderArgs) -> anyhow::Result<()> {
     let (report, well) = small_runtime()?.block_on(async {
-        let client = k8s::client().await.context("reach the API server")?;
+        let client = k8s::client().await.context("cannot reach the API server")?;
         k8s::report(client, &args.namespace, &args.leases(), &args.controllers).await
     })?;
     print!("{report}");
-    anyhow::ensure!(well, "no controller leads that may lead");
+    anyhow::ensure!(
+        well,
+        "not every Lease is held by a controller that may lead; see the verdicts above"
+    );
     Ok(())
 }
 
 fn small_runtime() -> anyhow::Result<Runtime> {
     let mut runtime = tokio::runtime::Builder::new_current_thread();
-    runtime.enable_all().build().context("start the runtime")
+    runtime.enable_all().build().context("cannot start the runtime")
 }
 
 fn crds() -> anyhow::Result<()> {
@@ -113,7 +116,7 @@ fn local(args: NodeArgs) -> anyhow::Result<()> {
 fn node(args: NodeArgs) -> anyhow::Result<()> {
     let (process, LocalPools { node, pools }) = on_node(args)?;
     let (runtime, metrics) = (process.runtime.handle().clone(), Arc::clone(&process.metrics));
-    let client = runtime.block_on(k8s::client()).context("reach the API server")?;
+    let client = runtime.block_on(k8s::client()).context("cannot reach the API server")?;
     let agent = Agent::new(node.clone(), client, runtime, metrics);
     let node = Arc::new(Node::new(node, Arc::new(Linux), agent.assignments(), pools));
     let roles = Roles {
@@ -137,7 +140,7 @@ fn controller(args: ControllerArgs) -> anyhow::Result<()> {
     log_to_stderr(serve.log_format, serve.log_level);
     let process = Process::new(serve)?;
     let (runtime, metrics) = (process.runtime.handle().clone(), Arc::clone(&process.metrics));
-    let client = runtime.block_on(k8s::client()).context("reach the API server")?;
+    let client = runtime.block_on(k8s::client()).context("cannot reach the API server")?;
     let cache = Arc::new(ClusterCache::default());
     let store = Arc::new(ApiStore::new(client.clone(), runtime.clone()));
     let config = GcConfig {
@@ -161,7 +164,7 @@ fn controller(args: ControllerArgs) -> anyhow::Result<()> {
     std::thread::Builder::new()
         .name("gc".into())
         .spawn(|| gc.run())
-        .context("start the garbage collection")?;
+        .context("cannot start the garbage collection")?;
     let controller = Arc::new(Controller::new(store, Arc::clone(&cache), fence));
     let roles = Roles {
         health: Arc::clone(&controller) as _,
@@ -176,7 +179,7 @@ fn controller(args: ControllerArgs) -> anyhow::Result<()> {
             }
         };
         tokio::select! {
-            () = Box::pin(k8s::feed(client, cache, metrics)) => anyhow::anyhow!("the watches have ended"),
+            () = Box::pin(k8s::feed(client, cache, metrics)) => anyhow::anyhow!("the API watches have ended"),
             ghost = watch => ghost,
         }
     })
@@ -189,7 +192,7 @@ fn check_driver(endpoint: Endpoint) -> Check {
     })
 }
 
-/// A sidecar serves this before it takes part in the election, and after it has found its driver.
+/// A sidecar serves this path once it has found its driver, before it takes part in the election.
 fn check_sidecar(SidecarArg { lease, address }: SidecarArg) -> (String, Check) {
     (
         lease,
@@ -197,7 +200,8 @@ fn check_sidecar(SidecarArg { lease, address }: SidecarArg) -> (String, Check) {
     )
 }
 
-/// Begins what needs the machine: with few privileges, and before there are threads that would keep more.
+/// Sets up a process that works on this machine's pools. Drops privileges before any thread starts: threads would keep
+/// theirs.
 fn on_node(args: NodeArgs) -> anyhow::Result<(Process, LocalPools)> {
     let serve = args.serve.clone();
     log_to_stderr(serve.log_format, serve.log_level);
@@ -205,21 +209,21 @@ fn on_node(args: NodeArgs) -> anyhow::Result<(Process, LocalPools)> {
     if !nix::unistd::geteuid().is_root() {
         warn!("not running as root: volumes can be created and deleted, but not mounted");
     }
-    linux::drop_privileges().context("drop privileges")?;
+    linux::drop_privileges().context("cannot drop privileges")?;
     Ok((Process::new(serve)?, local))
 }
 
-/// Who does what is asked for over the socket.
+/// The parts of the core that answer calls on the socket.
 struct Roles {
     health: Arc<dyn Health>,
     control: Option<Arc<dyn Control>>,
     node: Option<Arc<Node>>,
 }
 
-/// What every process that serves has.
+/// What every serving process has.
 struct Process {
     serve: ServeArgs,
-    // Before anything else is touched: a second hostdir on the socket must not touch what belongs to the first.
+    // Bound before anything else is touched: a second hostdir on the socket must not touch what belongs to the first.
     listener: Listener,
     runtime: Runtime,
     metrics: Arc<Metrics>,
@@ -228,13 +232,14 @@ struct Process {
 impl Process {
     fn new(serve: ServeArgs) -> anyhow::Result<Self> {
         let listener = Listener::bind(&serve.endpoint)?;
-        // It only takes messages apart, which two would hand to and fro; what may block has threads of its own.
+        // The runtime only parses messages, which two threads would pass back and forth; blocking calls have threads of
+        // their own.
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .enable_all()
             .max_blocking_threads(BLOCKING_THREADS)
             .build()
-            .context("start the runtime")?;
+            .context("cannot start the runtime")?;
         Ok(Self {
             serve,
             listener,
@@ -243,7 +248,7 @@ impl Process {
         })
     }
 
-    /// Serves until SIGTERM, or until `work` ends: it must not.
+    /// Serves until SIGTERM. Fails if `work` ends, which it must not.
     fn serve(self, roles: Roles, work: impl Future<Output = anyhow::Error> + Send + 'static) -> anyhow::Result<()> {
         let Self {
             serve,
@@ -273,7 +278,7 @@ impl Process {
         let ended = runtime.block_on(async {
             tokio::select! {
                 served = csi::serve(&listener, serving, stop, STOP_TIMEOUT) => served,
-                error = work => Err(error.unwrap_or_else(|panic| anyhow::anyhow!("a bug: {panic}"))),
+                error = work => Err(error.unwrap_or_else(|panic| anyhow::anyhow!("a background task panicked (bug): {panic}"))),
             }
         });
         runtime.shutdown_background();
@@ -284,22 +289,22 @@ impl Process {
     }
 }
 
-/// Ready at the first SIGTERM or SIGINT.
+/// Completes at the first SIGTERM or SIGINT.
 fn stop_signal(runtime: &Runtime) -> anyhow::Result<impl Future<Output = ()> + use<>> {
     let _inside = runtime.enter();
-    let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
-    let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
+    let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
     Ok(async move {
         tokio::select! {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
         }
-        info!("stopping: running calls end, no new ones are taken");
+        info!("stopping: waiting for running calls, accepting no new ones");
     })
 }
 
 fn log_to_stderr(format: LogFormat, level: tracing::Level) {
-    // What the libraries below say at these levels is for their authors; warnings are not.
+    // Below warnings, the logs of libraries are useful only to their authors.
     let quiet = level.min(tracing::Level::WARN);
     let levels = Targets::new().with_target("hostdir", level).with_default(quiet);
     let log = tracing_subscriber::fmt::layer()

@@ -1,4 +1,4 @@
-//! CSI Controller: volumes come and go.
+//! CSI Controller: creates, deletes, lists and expands volumes.
 
 use std::collections::HashMap;
 
@@ -22,21 +22,22 @@ use crate::volume::{Control, CreateRequest, Volume};
 
 /// Key in the volume context: the name of the pool.
 const CONTEXT_POOL: &str = "pool";
-/// Key in the volume context: the identity of the pool. NodePublishVolume names it when the volume is not found.
+/// Key in the volume context: the id of the pool. NodePublishVolume names it when it does not find the volume.
 pub(super) const CONTEXT_POOL_ID: &str = "poolId";
-/// Key in the volume context: the UID of the HostVolume. NodePublishVolume mounts no data of an earlier one.
+/// Key in the volume context: the UID of the HostVolume. NodePublishVolume does not mount the data of an earlier one.
 pub(super) const CONTEXT_UID: &str = "uid";
 
-/// Volumes in one answer of ListVolumes: an entry is about 300 bytes, and gRPC clients take 4 MiB by default.
+/// How many volumes one answer of ListVolumes has at most: an entry is about 300 bytes, and gRPC clients accept 4 MiB by
+/// default.
 const PAGE_MAX: usize = 4096;
 
-/// What makes a `starting_token` ours: the id of the last volume of the page before comes behind it.
+/// The prefix of a `starting_token`; the id of the last volume of the previous page follows it.
 const TOKEN_PREFIX: &str = "after:";
 
-/// The capacity of a StorageClass that is wrong: unknown parameters, a pool that this node does not have. With none, the
-/// scheduler would only ever say "not enough free storage"; with this, the claim comes to CreateVolume, whose refusal names
-/// the cause in an event on the claim. In local mode all nodes are taken to have pools of the same names, as the chart has it;
-/// where they do not, `allowedTopologies` of the StorageClass must name those that do.
+/// The capacity of a StorageClass that is wrong: it has unknown parameters, or a pool that this node does not have. With
+/// zero, the scheduler would only ever say "not enough free storage"; with this, the claim reaches CreateVolume, whose
+/// refusal names the cause in an event on the claim. In local mode all nodes are assumed to have pools of the same names, as
+/// with the chart; otherwise the StorageClass's `allowedTopologies` must name the nodes that have the pool.
 const UNLIMITED: Bytes = Bytes(i64::MAX.unsigned_abs());
 
 #[tonic::async_trait]
@@ -132,7 +133,7 @@ impl Controller for Service<dyn Control> {
             .await?;
         Ok(Response::new(GetCapacityResponse {
             available_capacity: signed(room),
-            // The scheduler looks at this one first; left out, a claim larger than it could be sent here.
+            // The scheduler checks this one first; without it, it could choose this node for a claim that does not fit.
             maximum_volume_size: Some(signed(room)),
             minimum_volume_size: None,
         }))
@@ -201,7 +202,7 @@ fn create_request(control: &dyn Control, name: String, request: CreateVolumeRequ
     } = request;
     if volume_content_source.is_some() {
         return Err(Status::invalid_argument(
-            "snapshots and clones are not supported; make an empty volume and copy into it",
+            "snapshots and clones are not supported; create an empty volume and copy the data into it",
         ));
     }
     if !mutable_parameters.is_empty() {
@@ -254,7 +255,7 @@ fn validate(
         .all(|(key, value)| own_context.get(key).is_none_or(|own| own == value));
     let unconfirmed = match possible {
         Err(status) => Some(status.message().to_owned()),
-        Ok(()) if !same_parameters => Some("the volume was made with other parameters".to_owned()),
+        Ok(()) if !same_parameters => Some("the volume was created with other parameters".to_owned()),
         Ok(()) if !same_context => Some("the volume has another volume context".to_owned()),
         Ok(()) if !mutable_parameters.is_empty() => Some("mutable parameters are not supported".to_owned()),
         Ok(()) => None,
@@ -276,18 +277,18 @@ fn validate(
     })
 }
 
-/// CSI: a token that is not valid is answered with `Aborted`; the caller starts over.
+/// CSI: an invalid token is answered with `Aborted`; the caller starts over.
 fn token(token: &str) -> Result<Option<VolumeId>, Status> {
     if token.is_empty() {
         return Ok(None);
     }
     let id = token.strip_prefix(TOKEN_PREFIX).and_then(|id| VolumeId::parse(id).ok());
     id.map(Some)
-        .ok_or_else(|| Status::aborted("starting_token is not one that ListVolumes gave out; start again without one"))
+        .ok_or_else(|| Status::aborted("starting_token is not one that ListVolumes returned; start again without one"))
 }
 
 fn page(control: &dyn Control, after: Option<&VolumeId>, max: usize) -> Result<ListVolumesResponse, Status> {
-    // One more than is shown tells whether there is another page.
+    // One more volume than the page has tells whether there is another page.
     let mut volumes = control.list(after, max + 1)?;
     let more = volumes.len() > max;
     volumes.truncate(max);
@@ -313,7 +314,7 @@ fn to_proto(volume: Volume) -> ProtoVolume {
     }
 }
 
-/// The context of a volume never changes: what is not known from the beginning is not in it.
+/// The context of a volume never changes, so it has only what is known from the beginning.
 fn context(volume: &Volume) -> HashMap<String, String> {
     let pool = (CONTEXT_POOL.to_owned(), volume.pool.to_string());
     let identity = match (volume.uid, volume.made_on) {

@@ -1,4 +1,4 @@
-//! CSI Identity: who this is, what it can do, whether it works.
+//! CSI Identity: the name of the driver, what it can do, and whether it works.
 
 use tonic::{Request, Response, Status};
 
@@ -29,7 +29,7 @@ impl Identity for Service<dyn Health> {
         &self,
         _: Request<GetPluginCapabilitiesRequest>,
     ) -> Result<Response<GetPluginCapabilitiesResponse>, Status> {
-        // CSI: the same set from every instance of one version, wherever it is deployed.
+        // CSI: every instance of one version must return the same set, wherever it is deployed.
         let capability = |service: ServiceType| PluginCapability {
             r#type: Some(Type::Service(plugin_capability::Service { r#type: service.into() })),
         };
@@ -48,9 +48,9 @@ impl Identity for Service<dyn Health> {
         }))
     }
 
-    /// Fails when no pool can be used. With one bad pool among others it does not, unless it is asked about all:
-    /// external-provisioner and its like exit when it fails (csi-lib-utils `ProbeForever`), and then the good pools would have
-    /// nobody to make volumes on them.
+    /// Fails when no pool can be used. One bad pool among others does not make it fail, unless it is asked about all pools:
+    /// sidecars such as external-provisioner exit when Probe fails (csi-lib-utils `ProbeForever`), and then nobody would
+    /// create volumes on the good pools.
     async fn probe(&self, request: Request<ProbeRequest>) -> Result<Response<ProbeResponse>, Status> {
         let all = request.metadata().contains_key(ALL_POOLS);
         let ready = self.run("Probe", move |subject| Ok(subject.probe(all)?)).await?;

@@ -1,7 +1,7 @@
-//! The gRPC edge: CSI requests are taken apart, one verb of the core is called, its answer is put together again.
+//! The gRPC edge: parses CSI requests, calls one verb of the core for each, and builds the answers.
 //!
-//! `parse` turns what a request holds into types that cannot be wrong; `status` turns refusals into status codes. No
-//! request is ever logged: it may hold secrets. The verbs block, so each runs on a thread of its own.
+//! `parse` turns the fields of a request into types that hold only valid values; `status` turns refusals into status codes.
+//! No request is ever logged: it may contain secrets. The verbs block, so each runs on a thread of its own.
 
 mod controller;
 mod identity;
@@ -38,16 +38,16 @@ pub mod proto {
     tonic::include_proto!("csi.v1");
 }
 
-/// The name a driver is registered under that is given no other.
+/// The name that the driver is registered under by default.
 pub(crate) const DRIVER_NAME: &str = "hostdir.csi";
 
-/// Metadata of a Probe that asks about every pool, see [`probe()`].
+/// The metadata key of a Probe that asks about every pool, see [`probe()`].
 const ALL_POOLS: &str = "hostdir-all-pools";
 
-/// The key of the one topology segment: its value names the node.
+/// The key of the only topology segment; its value names the node.
 pub(crate) const TOPOLOGY_KEY: &str = "topology.hostdir.csi/node";
 
-/// One of the services, and who carries out what it is asked for.
+/// One of the services, and the part of the core that answers its calls.
 struct Service<T: ?Sized> {
     subject: Arc<T>,
     about: About,
@@ -58,17 +58,17 @@ struct Service<T: ?Sized> {
 struct About {
     /// The name the driver is registered under.
     driver_name: Arc<str>,
-    /// The node, where there is only one.
+    /// The node, if there is only one.
     node: Option<NodeName>,
     /// The calls that are running.
     calls: TaskTracker,
     metrics: Arc<Metrics>,
 }
 
-/// Longest message of a refusal, in bytes: it travels in an HTTP/2 header, which clients limit, and into the log.
+/// Longest message of a refusal, in bytes: it goes into an HTTP/2 header, whose size clients limit, and into the log.
 const MESSAGE_MAX: usize = 2048;
 
-/// A refusal whose message is not too long, whatever was in the request.
+/// Shortens the message of a refusal if it is too long, because it may repeat parts of the request.
 fn cut(status: Status) -> Status {
     let message = status.message();
     if message.len() <= MESSAGE_MAX {
@@ -79,7 +79,7 @@ fn cut(status: Status) -> Status {
 }
 
 impl<T: ?Sized + Send + Sync + 'static> Service<T> {
-    /// Runs a verb on a thread that may block. A caller that goes away does not stop it half-way.
+    /// Runs a verb on a thread that may block. The verb runs to its end even if the caller goes away.
     async fn run<A, F>(&self, call: &'static str, verb: F) -> Result<A, Status>
     where
         A: Send + 'static,
@@ -97,7 +97,7 @@ impl<T: ?Sized + Send + Sync + 'static> Service<T> {
         let answer = ended.unwrap_or_else(|panic| {
             error!(call, %panic, "a call panicked; this is a bug");
             Err(Status::unavailable(format!(
-                "{call} failed on an internal error; see hostdir's log on the node"
+                "{call} failed with an internal error; see hostdir's log on the node"
             )))
         });
         answer
@@ -106,7 +106,7 @@ impl<T: ?Sized + Send + Sync + 'static> Service<T> {
     }
 }
 
-/// A size as the messages of CSI have it.
+/// A size in the type that CSI messages use.
 fn signed(bytes: crate::volume::size::Bytes) -> i64 {
     i64::try_from(bytes.0).unwrap_or(i64::MAX)
 }

@@ -1,4 +1,4 @@
-//! CSI Node: volumes are mounted and unmounted.
+//! CSI Node: mounts and unmounts volumes.
 
 use tonic::{Request, Response, Status};
 
@@ -85,7 +85,7 @@ impl NodeService for Service<Node> {
             .run("NodeExpandVolume", move |node| {
                 let id = parse::volume_id(&volume_id)?;
                 let about = parse::about(&id, Some(node.name()));
-                // The size of a volume is that of its directory, wherever that is mounted.
+                // The path must be given but is not used: a volume has one size, wherever it is mounted.
                 if volume_path.is_empty() {
                     return Err(about(Status::invalid_argument("volume_path is missing")));
                 }
@@ -118,7 +118,7 @@ impl NodeService for Service<Node> {
         let node = self.subject.name();
         Ok(Response::new(NodeGetInfoResponse {
             node_id: node.to_string(),
-            // A bind mount costs nothing that would have to be limited.
+            // No limit, because a bind mount costs next to nothing.
             max_volumes_per_node: 0,
             accessible_topology: Some(parse::here(node)),
         }))
@@ -147,7 +147,7 @@ fn publish(node: &Node, request: NodePublishVolumeRequest) -> Result<PublishRequ
         read_only: options.read_only || readonly,
         ..options
     };
-    // Nothing else of the context is looked at, and what is no identity is not repeated to anybody.
+    // The rest of the context is ignored. A value that is not an id is never repeated in a message.
     let made_on = volume_context.remove(CONTEXT_POOL_ID).and_then(|id| id.parse().ok());
     let uid = volume_context.remove(CONTEXT_UID).and_then(|uid| uid.parse().ok());
     Ok(PublishRequest {

@@ -1,4 +1,4 @@
-//! What requests hold, parsed at the door. Every refusal names the field and says what would be accepted.
+//! Parses the fields of requests. Every refusal names the field and says what would be accepted.
 
 use std::collections::HashMap;
 use std::fmt::Display;
@@ -31,7 +31,7 @@ fn invalid(why: impl Into<String>) -> Status {
     Status::invalid_argument(why)
 }
 
-/// What is wrong with a request, said of the volume that it is about.
+/// Returns a function that prefixes a refusal with the volume, and with the node if it is known.
 pub(super) fn about(volume: impl Display, node: Option<&NodeName>) -> impl Fn(Status) -> Status {
     let whose = node.map_or_else(
         || format!("volume {volume}"),
@@ -51,19 +51,19 @@ pub(super) fn name(name: String) -> Result<String, Status> {
         )))
     } else if name.chars().any(char::is_control) {
         Err(invalid(format!(
-            "name {name:?} has control characters in it, which CSI forbids"
+            "name {name:?} contains control characters, which CSI forbids"
         )))
     } else {
         Ok(name)
     }
 }
 
-/// A `volume_id` that hostdir can have given out.
+/// A `volume_id` that hostdir can have returned.
 pub(super) fn volume_id(id: &str) -> Result<VolumeId, Status> {
     if id.is_empty() {
         return Err(invalid("volume_id is missing"));
     }
-    VolumeId::parse(id).map_err(|why| invalid(format!("{why}; hostdir gives out no such id")))
+    VolumeId::parse(id).map_err(|why| invalid(format!("{why}; hostdir never returns such an id")))
 }
 
 /// A `target_path`.
@@ -92,7 +92,7 @@ pub(super) fn size(range: Option<CapacityRange>) -> Result<SizeRange, Status> {
     })
 }
 
-/// How a volume is to be used. `filesystem` tells what the pool has, where it is known.
+/// How a volume is to be used. `filesystem` returns the filesystem type of the pool, if it is known.
 pub(super) fn capability(
     capability: VolumeCapability,
     filesystem: impl Fn() -> Option<String>,
@@ -102,7 +102,7 @@ pub(super) fn capability(
         access_type,
     } = capability;
     let options = match access_type {
-        None => return Err(invalid("volume_capability has no access type; hostdir knows mount")),
+        None => return Err(invalid("volume_capability has no access type; hostdir supports mount")),
         Some(AccessType::Block(_)) => {
             return Err(invalid(
                 "block volumes are not supported: a hostdir volume is a directory; use volumeMode Filesystem",
@@ -110,7 +110,8 @@ pub(super) fn capability(
         }
         Some(AccessType::Mount(mount)) => {
             filesystem_type(&mount.fs_type, filesystem)?;
-            // Mount flags may be sensitive (CSI marks them so); what is refused is named all the same, for it is no flag.
+            // Mount flags may be sensitive (CSI marks them so), but a refused one is named: it is not a flag that hostdir
+            // knows.
             MountOptions::parse(mount.mount_flags.iter().map(String::as_str)).map_err(|why| invalid(why.to_string()))?
         }
     };
@@ -118,14 +119,14 @@ pub(super) fn capability(
     Ok((access_mode_of(mode)?, options))
 }
 
-/// A directory has the filesystem type of its pool; another one cannot be asked for.
+/// A directory has the filesystem type of its pool; no other type can be requested.
 fn filesystem_type(wanted: &str, filesystem: impl Fn() -> Option<String>) -> Result<(), Status> {
     if wanted.is_empty() {
         return Ok(());
     }
     match filesystem() {
         Some(has) if has != wanted => Err(invalid(format!(
-            "filesystem type {wanted:?} cannot be had: the volume is a directory on the pool's {has}; leave fsType out"
+            "filesystem type {wanted:?} is not available: the volume is a directory on the pool's {has}; leave fsType out"
         ))),
         Some(_) | None => Ok(()),
     }
@@ -151,7 +152,7 @@ pub(super) fn capabilities(list: Vec<VolumeCapability>, filesystem: impl Fn() ->
         .try_for_each(|one| capability(one, &filesystem).map(drop))
 }
 
-/// The keys of a StorageClass that hostdir knows.
+/// The StorageClass parameters that hostdir knows.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct StorageClass {
@@ -165,12 +166,12 @@ struct StorageClass {
     gid: Option<String>,
 }
 
-/// A map's values come as strings; a key that is there has one.
+/// Values in the map are strings; a key that is present has a value.
 fn some<'de, D: Deserializer<'de>>(value: D) -> Result<Option<String>, D::Error> {
     String::deserialize(value).map(Some)
 }
 
-/// StorageClass parameters, and the claim that external-provisioner may have put beside them.
+/// StorageClass parameters, and the claim that external-provisioner may have added to them.
 pub(super) fn parameters(map: HashMap<String, String>) -> Result<(Parameters, Option<Claim>), Status> {
     let size: usize = map.iter().map(|(key, value)| key.len() + value.len()).sum();
     if size > MAP_MAX {
@@ -207,7 +208,7 @@ fn directory(mode: Option<String>, uid: Option<String>, gid: Option<String>) -> 
     let default = Directory::default();
     let id = |key, value: Option<String>, default| match value {
         None => Ok(default),
-        // The largest number is "no id" to chown(2).
+        // To chown(2), the largest number means "do not change".
         Some(text) => text.parse().ok().filter(|id| *id != u32::MAX).ok_or_else(|| {
             invalid(format!(
                 "StorageClass parameter {key}: {text:?} is not a numeric id below {}",
@@ -233,21 +234,21 @@ fn directory(mode: Option<String>, uid: Option<String>, gid: Option<String>) -> 
     })
 }
 
-/// Where a volume may lie. With no requirement, anywhere (CSI: the plugin may choose).
+/// Where a volume may be. Without a requirement, anywhere (CSI: the plugin may choose).
 pub(super) fn topology(requirement: Option<TopologyRequirement>) -> volume::Topology {
     let TopologyRequirement { requisite, preferred } = requirement.unwrap_or_default();
     let choice = if requisite.is_empty() { &preferred } else { &requisite };
     let anywhere = choice.is_empty() || choice.iter().any(|topology| topology.segments.is_empty());
     volume::Topology {
-        // A topology of other keys names no node of ours.
+        // A topology with other keys names no node of hostdir.
         requisite: (!anywhere).then(|| choice.iter().filter_map(segment).collect()),
         preferred: preferred.iter().filter_map(segment).collect(),
     }
 }
 
-/// What a topology says of the node; nothing if it says anything else.
+/// The value that names the node in a topology; `None` if the topology has any other key.
 pub(super) fn segment(topology: &Topology) -> Option<String> {
-    // CSI: keys are compared without regard to case.
+    // CSI: keys are case-insensitive.
     let mut segments = topology.segments.iter();
     let (key, value) = segments.next()?;
     (key.eq_ignore_ascii_case(TOPOLOGY_KEY) && segments.next().is_none()).then(|| value.clone())

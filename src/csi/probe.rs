@@ -1,4 +1,4 @@
-//! The other side of the socket, for probes.
+//! A client of the driver's socket, for probes.
 
 use std::time::Duration;
 
@@ -11,10 +11,10 @@ use super::proto::identity_client::IdentityClient;
 use super::proto::{GetPluginInfoRequest, ProbeRequest, ProbeResponse};
 use super::{ALL_POOLS, Endpoint};
 
-/// A driver that takes longer does not answer.
+/// A driver that takes longer counts as one that does not answer.
 const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What a driver is asked.
+/// What to ask a driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Question {
     /// Whether it answers.
@@ -28,7 +28,7 @@ pub(crate) enum Question {
 /// Asks the driver on a socket.
 ///
 /// # Errors
-/// It does not answer within five seconds, or says what is wrong.
+/// The driver does not answer within five seconds, or answers that something is wrong.
 pub(crate) async fn probe(endpoint: &Endpoint, question: Question) -> anyhow::Result<()> {
     let mut client = IdentityClient::new(connect(endpoint, TIMEOUT).await?);
     let mut request = Request::new(ProbeRequest {});
@@ -42,7 +42,7 @@ pub(crate) async fn probe(endpoint: &Endpoint, question: Question) -> anyhow::Re
         }
     };
     let ready = answer.map_err(|status| anyhow::anyhow!("{}", status.message()))?;
-    ensure!(ready, "it is still starting");
+    ensure!(ready, "hostdir is still starting");
     Ok(())
 }
 
@@ -52,7 +52,7 @@ pub(super) async fn connect(endpoint: &Endpoint, limit: Duration) -> anyhow::Res
     let address = Address::try_from(format!("unix://{path}"))?;
     let connected = address.timeout(limit).connect_timeout(limit).connect().await;
     connected.map_err(|error| {
-        // The libraries between us and the kernel say the same, each once more.
+        // Each library above the system call repeats the innermost cause: keep only that.
         let mut cause: &dyn std::error::Error = &error;
         while let Some(next) = cause.source() {
             cause = next;
@@ -61,7 +61,7 @@ pub(super) async fn connect(endpoint: &Endpoint, limit: Duration) -> anyhow::Res
     })
 }
 
-/// CSI: a driver that does not say is ready.
+/// CSI: a driver that leaves `ready` out is ready.
 fn is_ready(answer: Response<ProbeResponse>) -> bool {
     answer.into_inner().ready.unwrap_or(true)
 }

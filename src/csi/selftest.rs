@@ -25,35 +25,36 @@ use crate::volume::size::Bytes;
 
 /// Longest time for one call: a slow disk syncs within it.
 const TIMEOUT: Duration = Duration::from_mins(1);
-/// What is said of a disk that does not answer in that time.
+/// The error for a disk that does not answer in that time.
 const HANGS: &str = "the disk does not answer";
 const SIZE: i64 = 64 << 20;
 const CONTENT: &str = "written by one pod, read by the next\n";
 
-/// Takes a volume of a pool through its life: create, publish, write, unpublish, publish, read, unpublish, delete. What each step
-/// did, as a table; and whether all succeeded. What is left of a self-test that was interrupted is used and removed.
+/// Takes a volume of a pool through its life: create, publish, write, unpublish, publish, read, unpublish, delete. Returns a
+/// table of what each step did, and whether all steps succeeded. What an interrupted self-test left behind is used and
+/// removed.
 ///
 /// # Errors
-/// Nobody answers on the socket, or nothing can be mounted beside it.
+/// Nobody answers on the socket.
 pub(crate) async fn selftest(endpoint: &Endpoint, pool: &PoolName) -> anyhow::Result<(String, bool)> {
     let mut test = SelfTest {
         channel: probe::connect(endpoint, TIMEOUT).await?,
         pool: pool.to_string(),
         volume: volume_of(pool),
-        // In a container this is the one directory that can be written to, and a mount there reaches nobody else.
+        // In a container this is the only writable directory, and a mount there is visible nowhere else.
         target: endpoint.path().with_extension(format!("selftest-{pool}")),
         created: false,
         table: format!("{:<21} {:<7} {:>8}  {}\n", "STEP", "RESULT", "TIME", "DETAIL"),
     };
     let passed = test.run().await;
-    // Only what this self-test has made, or found of an earlier one.
+    // Removes only what this self-test has created, or what an earlier one left behind.
     if !passed && test.created {
         test.clean_up().await;
     }
     Ok((test.table, passed))
 }
 
-/// A name that is an id: of at most 63 bytes.
+/// A volume name that is a valid id: at most 63 bytes.
 fn volume_of(pool: &PoolName) -> String {
     let short: String = pool.as_str().chars().take(63 - SELF_TEST.len()).collect();
     format!("{SELF_TEST}{}", short.trim_end_matches('-'))
@@ -69,7 +70,7 @@ struct SelfTest {
 }
 
 impl SelfTest {
-    /// All steps, until one fails.
+    /// Runs all steps until one fails. Returns whether all succeeded.
     async fn run(&mut self) -> bool {
         macro_rules! steps {
             ($($name:literal: $step:expr),+ $(,)?) => {
@@ -147,10 +148,10 @@ impl SelfTest {
             ..NodePublishVolumeRequest::default()
         };
         answer(NodeClient::new(self.channel.clone()).node_publish_volume(request).await)?;
-        // Without it the next steps would write beside the volume.
+        // Without the mount, the next steps would write outside of the volume.
         ensure!(
             is_mount_point(&self.target)?,
-            "hostdir has mounted it, but nothing is mounted at {} here; run the self-test where hostdir runs",
+            "hostdir has mounted the volume, but nothing is mounted at {} here; run the self-test where hostdir runs",
             self.target.display()
         );
         Ok(format!("at {}", self.target.display()))
@@ -168,8 +169,8 @@ impl SelfTest {
         let read = timeout(TIMEOUT, spawn_blocking(move || std::fs::read_to_string(file))).await;
         let text = read
             .context(HANGS)??
-            .with_context(|| format!("read {}", self.file().display()))?;
-        ensure!(text == CONTENT, "{CONTENT:?} was written, and {text:?} read");
+            .with_context(|| format!("cannot read {}", self.file().display()))?;
+        ensure!(text == CONTENT, "{CONTENT:?} was written, but {text:?} was read");
         Ok("what was written".to_owned())
     }
 
@@ -183,7 +184,11 @@ impl SelfTest {
                 .node_unpublish_volume(request)
                 .await,
         )?;
-        ensure!(!self.target.exists(), "{} is still there", self.target.display());
+        ensure!(
+            !self.target.exists(),
+            "{} still exists after NodeUnpublishVolume",
+            self.target.display()
+        );
         Ok(String::new())
     }
 
@@ -196,7 +201,7 @@ impl SelfTest {
         Ok(format!("{} is gone", self.volume))
     }
 
-    /// After a failure, as far as it goes: the table says already what is wrong.
+    /// Removes what it can after a failure; the table already says what is wrong.
     async fn clean_up(&mut self) {
         let _ = self.unpublish().await;
         let start = Instant::now();
@@ -216,10 +221,10 @@ impl SelfTest {
     }
 }
 
-/// Whether something is mounted exactly there, as this process sees it (proc(5), mountinfo).
+/// Whether something is mounted exactly at `path`, as this process sees it (proc(5), mountinfo).
 fn is_mount_point(path: &Path) -> anyhow::Result<bool> {
     let table = std::fs::read_to_string("/proc/self/mountinfo").context("cannot read the mount table")?;
-    // A space is escaped there.
+    // mountinfo escapes spaces.
     let path = path.display().to_string().replace(' ', "\\040");
     Ok(table.lines().any(|line| line.split(' ').nth(4) == Some(path.as_str())))
 }
@@ -229,7 +234,7 @@ fn write_durably(file: &Path) -> anyhow::Result<String> {
         std::fs::write(file, CONTENT)?;
         std::fs::File::open(file)?.sync_all()
     };
-    write().with_context(|| format!("write {}", file.display()))?;
+    write().with_context(|| format!("cannot write {}", file.display()))?;
     Ok(format!("{} bytes, synced", CONTENT.len()))
 }
 
@@ -242,12 +247,12 @@ fn capability() -> VolumeCapability {
     }
 }
 
-/// What a call was answered, with a refusal in words.
+/// The answer to a call; a refusal becomes an error in words.
 fn answer<T>(call: Result<Response<T>, Status>) -> anyhow::Result<T> {
     match call {
         Ok(answer) => Ok(answer.into_inner()),
         Err(status) if status.code() == Code::Unimplemented && status.message().is_empty() => {
-            bail!("this process does not serve that; run the self-test in hostdir's pod on a node")
+            bail!("this hostdir does not serve the call; run the self-test in hostdir's pod on a node")
         }
         Err(status) => bail!("{} ({:?})", status.message(), status.code()),
     }

@@ -25,7 +25,7 @@ use super::{About, Service};
 use crate::metrics::Metrics;
 use crate::volume::{Control, Health, Node};
 
-/// Where to listen: `unix:///path/to.sock`, as CSI has it in `CSI_ENDPOINT`.
+/// Where to listen: `unix:///path/to.sock`, as in CSI's `CSI_ENDPOINT`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Endpoint(PathBuf);
 
@@ -55,7 +55,7 @@ impl FromStr for Endpoint {
         let why = if !path.starts_with('/') {
             "must be unix:// and an absolute path, such as unix:///csi/csi.sock"
         } else if path.len() > Self::PATH_MAX {
-            "is longer than a socket's path may be (107 bytes, unix(7))"
+            "is too long: the path of a socket has at most 107 bytes (unix(7))"
         } else {
             return Ok(Self(path.into()));
         };
@@ -63,14 +63,14 @@ impl FromStr for Endpoint {
     }
 }
 
-/// A socket that could not be had.
+/// Why a socket could not be bound.
 #[derive(Debug, Error)]
 pub(crate) enum ListenError {
-    /// Another process answers on it.
+    /// Another process answers on the socket.
     #[error("another process is listening on {}; stop it, or choose another --endpoint", .0.display())]
     Taken(PathBuf),
-    /// A file that is no socket.
-    #[error("{} is there already and is no socket; move it away, or choose another --endpoint", .0.display())]
+    /// The path is a file that is not a socket.
+    #[error("{} already exists and is not a socket; move it away, or choose another --endpoint", .0.display())]
     NoSocket(PathBuf),
     #[error("cannot {verb} {}", .path.display())]
     Io {
@@ -88,10 +88,10 @@ pub(crate) struct Listener {
 }
 
 impl Listener {
-    /// Binds the socket. One that a dead process left behind is replaced, one that answers is not.
+    /// Binds the socket. Replaces one that a dead process left behind, but not one that answers.
     ///
     /// # Errors
-    /// The path is taken by a process or a file that is no socket, or a system call failed.
+    /// Another process listens on the path, a file there is not a socket, or a system call failed.
     pub(crate) fn bind(endpoint: &Endpoint) -> Result<Self, ListenError> {
         let path = endpoint.path();
         let io = |verb| {
@@ -103,7 +103,7 @@ impl Listener {
         };
         match std::fs::symlink_metadata(path) {
             Err(error) if error.kind() == ErrorKind::NotFound => {}
-            Err(error) => return Err(io("look at")(error)),
+            Err(error) => return Err(io("stat")(error)),
             Ok(metadata) if !metadata.file_type().is_socket() => return Err(ListenError::NoSocket(path.to_owned())),
             Ok(_) => match UnixStream::connect(path) {
                 Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
@@ -135,15 +135,15 @@ pub(crate) struct Serving {
     /// The name the driver is registered under.
     pub(crate) driver_name: String,
     pub(crate) health: Arc<dyn Health>,
-    /// Who makes and deletes volumes, if this process does.
+    /// Creates and deletes volumes, if this process does that.
     pub(crate) control: Option<Arc<dyn Control>>,
-    /// Who mounts them, if this process does.
+    /// Mounts volumes, if this process does that.
     pub(crate) node: Option<Arc<Node>>,
     pub(crate) metrics: Arc<Metrics>,
 }
 
-/// Serves Identity, and Controller and Node where there are such, until `stop` is ready. Running calls are then answered,
-/// for `patience` at most.
+/// Serves Identity, and Controller and Node if they are given, until `stop` completes. Then waits at most `patience` for
+/// running calls.
 ///
 /// # Errors
 /// The socket fails.
@@ -199,7 +199,7 @@ pub(crate) async fn serve(
     Ok(())
 }
 
-/// How long clients have to take the last answers and hang up. One that hangs itself must not keep us.
+/// How long clients have to read the last answers and disconnect. A client that hangs must not keep this process running.
 const GOODBYE: Duration = Duration::from_secs(1);
 
 #[cfg(test)]

@@ -2,10 +2,10 @@
 //!
 //! - external-provisioner (`checkError`, pkg/controller/controller.go): `ResourceExhausted` lets the scheduler choose
 //!   another node. `Unavailable`, `Aborted`, `DeadlineExceeded` and `Canceled` mean that a volume may have been made: it
-//!   asks again, even when the PVC is gone. `InvalidArgument` is asked again after minutes, everything else after seconds,
-//!   until the PVC is gone.
-//! - kubelet (`isFinalError`, pkg/volume/csi/csi_client.go): the same codes leave it uncertain whether the volume is
-//!   mounted; it asks again and unpublishes in the end.
+//!   tries again, even when the PVC is gone. It tries again after minutes for `InvalidArgument`, after seconds for
+//!   everything else, until the PVC is gone.
+//! - kubelet (`isFinalError`, pkg/volume/csi/csi_client.go): with the same codes it assumes that the volume may be mounted;
+//!   it tries again, and unpublishes in the end.
 //!
 //! Hence: a final code is proof that nothing made for this request remains.
 #![warn(clippy::wildcard_enum_match_arm)]
@@ -23,24 +23,24 @@ impl From<Error> for Status {
 
 fn code(reason: &Reason) -> Code {
     match reason {
-        // Asked again until the other call has ended.
+        // Tried again until the other call has ended.
         Reason::Running(_) | Reason::Deleting => Code::Aborted,
-        // The caller's idea of what exists is wrong; it asks again in case it becomes right.
+        // The caller is wrong about what exists; it tries again in case that changes.
         Reason::NoSuchVolume | Reason::NotMounted(_) => Code::NotFound,
-        // Never right, whatever is tried; asked again until the PVC is gone.
+        // Never succeeds; tried again until the PVC is gone.
         Reason::Exists(_) => Code::AlreadyExists,
         Reason::EmptyRange(_) | Reason::Shrink { .. } | Reason::NoRoomToGrow { .. } | Reason::NotAllocated { .. } => {
             Code::OutOfRange
         }
         // The caller has the wrong socket.
         Reason::NotOnNodes => Code::Unimplemented,
-        // Nothing was recorded: the pod goes to another node.
+        // Nothing was recorded: the pod can go to another node.
         Reason::OtherNode | Reason::NoSuchPool { .. } | Reason::NoRoom { .. } | Reason::NoNode(_) => {
             Code::ResourceExhausted
         }
-        // The volume may be recorded there, or still be there: asked again until it can be told.
+        // The volume may be recorded there, or still be there: tried again until that is known.
         Reason::PoolUnusable { .. } | Reason::Api { .. } | Reason::Waiting(_) | Reason::Fenced(_) => Code::Unavailable,
-        // Somebody has to change something first; asked again meanwhile.
+        // Somebody has to change something first; tried again meanwhile.
         Reason::Ambiguous(..)
         | Reason::BrokenRecord(_)
         | Reason::DataMissing { .. }
@@ -70,10 +70,10 @@ fn disk_code(kind: DiskErrorKind) -> Code {
     match kind {
         // Nothing was recorded: another node may have room.
         DiskErrorKind::Full => Code::ResourceExhausted,
-        // In use: asked again until it is not.
+        // In use: tried again until it is not.
         DiskErrorKind::Busy => Code::FailedPrecondition,
         DiskErrorKind::Failed => Code::Internal,
-        // It took effect, and may be undone by a power cut: asked again until it is durable.
+        // The change took effect, but a power cut may undo it: tried again until it is durable.
         DiskErrorKind::Unsettled => Code::Unavailable,
     }
 }

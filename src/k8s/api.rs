@@ -1,7 +1,7 @@
-//! The objects hostdir keeps in the API server: `HostVolume` and `HostNode`.
+//! The objects that hostdir keeps in the API server: `HostVolume` and `HostNode`.
 //!
-//! Both are cluster-scoped. A HostVolume is the record of a volume: its spec never changes, except that its capacity may grow; its
-//! node writes its status. A HostNode is what a node publishes of its pools.
+//! Both are cluster-scoped. A HostVolume records a volume: its spec never changes, except that the capacity may grow; the
+//! volume's node writes its status. In its HostNode, a node publishes its pools.
 
 #![expect(unreachable_pub, reason = "the derive macro makes private copies of public structs")]
 #![expect(clippy::duplicated_attributes, reason = "each is an argument of another printcolumn")]
@@ -12,7 +12,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-/// The finalizer by which a node holds a HostVolume until its data cannot be reached any more.
+/// The finalizer that keeps a HostVolume until its node has moved the data into the trash.
 pub const FINALIZER: &str = "hostdir.csi/node";
 
 /// A volume: recorded by a controller, made by its node when a pod first uses it.
@@ -40,23 +40,23 @@ pub const FINALIZER: &str = "hostdir.csi/node";
     validation = ("quantity(self.capacity).compareTo(quantity(oldSelf.capacity)) >= 0", "capacity never shrinks"),
 )]
 pub struct HostVolumeSpec {
-    /// The node it lies on.
+    /// The node that has the volume.
     #[schemars(length(min = 1, max = 253))]
     pub node: String,
     /// The pool on that node.
     #[schemars(length(min = 1, max = 63))]
     pub pool: String,
-    /// The name CreateVolume was called with: the name of the PersistentVolume.
+    /// The name that CreateVolume was called with: the name of the PersistentVolume.
     #[schemars(length(min = 1, max = 128))]
     pub name: String,
-    /// Its size, as a quantity.
+    /// The size of the volume, as a quantity.
     #[schemars(length(min = 1, max = 32))]
     #[x_kube(validation = ("self.matches('^[0-9]+(k|M|G|T|Ki|Mi|Gi|Ti)?$')", "capacity must be a whole quantity, such as 10Gi"))]
     pub capacity: String,
-    /// The claim it was made for.
+    /// The claim that the volume was created for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub claim: Option<ClaimReference>,
-    /// Owner and mode of its top directory when it is made.
+    /// Owner and mode of the volume's directory when it is created.
     pub directory: DirectorySpec,
 }
 
@@ -83,22 +83,22 @@ pub struct DirectorySpec {
     pub gid: u32,
 }
 
-/// What its node says of a volume.
+/// The state of a volume, as its node reports it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct HostVolumeStatus {
-    /// How far it has come.
+    /// The phase of the volume.
     #[serde(default)]
     pub phase: Phase,
-    /// Identity of the pool that has its data.
+    /// The id of the pool that has, or had, the volume's data.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 64))]
     pub pool_id: Option<String>,
-    /// In a word, what keeps its node from doing what is asked.
+    /// Why the node cannot do what is asked, in one word.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 64))]
     pub reason: Option<String>,
-    /// In a sentence.
+    /// Why the node cannot do what is asked, in a sentence.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 4096))]
     pub message: Option<String>,
@@ -127,22 +127,22 @@ pub struct HostVolumeStatus {
 )]
 pub struct HostNodeSpec {}
 
-/// What a node says of itself.
+/// The state of a node's pools, as the node reports it.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct HostNodeStatus {
-    /// The hostdir that runs there.
+    /// The version of hostdir on the node.
     #[schemars(length(max = 64))]
     pub version: String,
-    /// Its pools.
+    /// The pools of the node.
     #[serde(default)]
     #[schemars(length(max = 64))]
     pub pools: Vec<PoolStatus>,
-    /// Volumes on its pools that no HostVolume speaks of. Nothing deletes them unasked.
+    /// Volumes on the node's pools that have no HostVolume. hostdir never deletes them automatically.
     #[serde(default)]
     #[schemars(length(max = 100))]
     pub orphans: Vec<Orphan>,
-    /// How many there are; only the first hundred are listed.
+    /// How many orphans there are; only the first hundred are listed.
     #[serde(default)]
     pub orphan_count: u32,
 }
@@ -151,63 +151,63 @@ pub struct HostNodeStatus {
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct PoolStatus {
-    /// What StorageClasses call it.
+    /// The name that StorageClasses use.
     #[schemars(length(max = 63))]
     pub name: String,
-    /// Its identity.
+    /// The id of the pool.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 64))]
     pub id: Option<String>,
-    /// Its filesystem, as mount(8) calls it.
+    /// The type of its filesystem, as mount(8) calls it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 64))]
     pub filesystem: Option<String>,
-    /// Size of the filesystem without what is kept for root, as a quantity. Not there if the pool cannot be used.
+    /// Size of the filesystem without the part reserved for root, as a quantity. Left out if the pool cannot be used.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 32))]
     pub total: Option<String>,
-    /// What of it is free, as a quantity, in steps.
+    /// Free space, as a quantity, rounded down in steps.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 32))]
     pub free: Option<String>,
-    /// What others had on the filesystem when the pool was made, as a quantity.
+    /// Space in use on the filesystem when the pool was created, as a quantity.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 32))]
     pub foreign: Option<String>,
-    /// Never allocated: a size or a share of the filesystem.
+    /// The part that is never allocated: a size, or a share of the filesystem.
     #[schemars(length(max = 32))]
     pub reserve: String,
-    /// How many times its size may be allocated.
+    /// How many times the pool's size may be allocated.
     pub overcommit: f64,
     /// Which quotas limit its volumes: `project quotas`, `quota groups`, `simple quotas`, or `none`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 64))]
     pub quota: Option<String>,
-    /// Why none do, and what to do about it.
+    /// Why no quotas limit its volumes, and what to do about it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 4096))]
     pub quota_message: Option<String>,
-    /// How many volumes with data have no limit, although others have.
+    /// How many volumes with data have no limit, although quotas limit the others.
     #[serde(default)]
     pub unlimited: u32,
-    /// Why it cannot be used.
+    /// Why the pool cannot be used.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 4096))]
     pub message: Option<String>,
 }
 
-/// A volume that is on a disk, and that no HostVolume speaks of.
+/// A volume that is on a pool but has no HostVolume.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Deserialize, Serialize, JsonSchema)]
 pub struct Orphan {
-    /// Its id: the name of its directory below `volumes/`.
+    /// The id of the volume: the name of its directory below `volumes/`.
     #[schemars(length(max = 63))]
     pub id: String,
-    /// The pool it is on.
+    /// The pool that the volume is on.
     #[schemars(length(max = 63))]
     pub pool: String,
 }
 
-/// The definitions of both, as the API server wants them.
+/// The CustomResourceDefinitions of both objects.
 #[must_use]
 pub fn definitions() -> Vec<Value> {
     let definition = |definition| {
@@ -217,7 +217,7 @@ pub fn definitions() -> Vec<Value> {
         definition
     };
     let mut volume = definition(HostVolume::crd());
-    // A volume that its node has said nothing of is Claimed.
+    // A volume without a status from its node is Claimed.
     let status = "/spec/versions/0/schema/openAPIV3Schema/properties/status";
     if let Some(status) = volume.pointer_mut(status) {
         status["default"] = json!({"phase": "Claimed"});

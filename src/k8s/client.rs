@@ -1,4 +1,4 @@
-//! Requests to the API server, each with a limit of time, and what their answers mean.
+//! Requests to the API server, each with a timeout, and what their answers mean.
 
 use std::time::Duration;
 
@@ -11,15 +11,15 @@ use crate::volume::error::chain;
 /// How long to wait for an answer: below the 30 s that external-provisioner waits for us.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A client by the environment: the service account of this pod, or a kubeconfig.
+/// A client that is configured by the environment: by the service account of this pod, or by a kubeconfig.
 ///
 /// # Errors
-/// There is neither.
+/// There is neither a service account nor a kubeconfig.
 pub(crate) async fn client() -> anyhow::Result<Client> {
     Ok(Client::try_default().await?)
 }
 
-/// Sends a request and waits for the answer, on a thread that may block. `verb` says in messages what it is for.
+/// Sends a request and waits for the answer, on a thread that may block. `verb` names the request in messages.
 pub(super) fn ask<T>(
     runtime: &Handle,
     verb: &'static str,
@@ -28,7 +28,7 @@ pub(super) fn ask<T>(
     runtime.block_on(request_within(TIMEOUT, verb, request))
 }
 
-/// Sends a request and waits for the answer, for `limit` at most.
+/// Sends a request and waits at most `limit` for the answer.
 pub(super) async fn request_within<T>(
     limit: Duration,
     verb: &'static str,
@@ -54,7 +54,7 @@ pub(super) async fn request_within<T>(
     }
 }
 
-/// Reads an object that may not be there.
+/// Reads an object that may not exist.
 pub(super) fn find<T>(
     runtime: &Handle,
     verb: &'static str,
@@ -67,7 +67,7 @@ pub(super) fn find<T>(
     }
 }
 
-/// Answers of the API server that callers tell apart.
+/// Failures that callers distinguish.
 pub(super) enum Problem {
     /// There is no such object.
     NotFound(&'static str),
@@ -79,9 +79,9 @@ pub(super) enum Problem {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Refusal {
-    /// 401: the token is not valid, or not any more.
+    /// 401: the token is not valid, or no longer valid.
     Unauthorized,
-    /// 403: the token is valid, and has no right to do this.
+    /// 403: the token is valid, but has no right to do this.
     Forbidden,
 }
 

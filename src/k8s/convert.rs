@@ -1,4 +1,4 @@
-//! Objects of the API server as core types, and back.
+//! Converts objects of the API server to core types and back.
 
 use std::collections::BTreeMap;
 
@@ -50,7 +50,7 @@ pub(super) fn new_host_volume(new: &NewHostVolume) -> api::HostVolume {
 }
 
 /// # Errors
-/// A field is not what hostdir writes.
+/// A field has a value that hostdir does not write.
 pub(super) fn host_volume(object: api::HostVolume) -> anyhow::Result<HostVolume> {
     let id = VolumeId::parse(object.metadata.name.as_deref().unwrap_or_default())?;
     read(&id, object).with_context(|| format!("HostVolume {id} cannot be read; was it written by hand?"))
@@ -104,7 +104,7 @@ fn volume_spec(spec: HostVolumeSpec) -> anyhow::Result<VolumeSpec> {
     })
 }
 
-/// `last` is what the API server has: what was known of a pool is still known when it cannot be used.
+/// `last` is what the API server has: it still gives the id and the filesystem of a pool that cannot be used.
 pub(super) fn pool_status(name: &PoolName, status: &PoolStatus, last: Option<&api::PoolStatus>) -> api::PoolStatus {
     let space = status.space.as_ref().ok();
     let last = last.filter(|_| space.is_none());
@@ -130,7 +130,7 @@ pub(super) fn pool_status(name: &PoolName, status: &PoolStatus, last: Option<&ap
         overcommit: status.limits.overcommit,
         quota: enforcement.map(|quota| quota.as_ref().map_or_else(|_| "none".into(), ToString::to_string)),
         quota_message: enforcement.and_then(|quota| quota.clone().err()),
-        // Where all volumes have no limit, `quota` says so: this would change with every volume that comes or goes.
+        // If no volume has a limit, `quota` says so; this count would change with every volume.
         unlimited: match enforcement {
             Some(Ok(_)) => u32::try_from(status.unenforced).unwrap_or(u32::MAX),
             Some(Err(_)) | None => 0,
@@ -142,7 +142,7 @@ pub(super) fn pool_status(name: &PoolName, status: &PoolStatus, last: Option<&ap
 /// The pools that a node has published.
 ///
 /// # Errors
-/// A field is not what hostdir writes.
+/// A field has a value that hostdir does not write.
 pub(super) fn pools(object: &api::HostNode) -> anyhow::Result<(NodeName, BTreeMap<PoolName, PoolStatus>)> {
     let node = NodeName::parse(&object.name_any())?;
     let pools = object.status.iter().flat_map(|status| &status.pools);

@@ -1,4 +1,4 @@
-//! Events, where a person would look for them.
+//! Writes Events on the objects where people look for them.
 
 use k8s_openapi::api::core::v1::ObjectReference;
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
@@ -11,7 +11,7 @@ use super::client::ask;
 use crate::volume::Reason;
 use crate::volume::host_volume::HostVolume;
 
-/// Writes Events about volumes. One that cannot be written is logged, and nothing else.
+/// Writes Events about volumes. An Event that cannot be written is only logged.
 pub(super) struct Events {
     recorder: Recorder,
     runtime: Handle,
@@ -23,12 +23,12 @@ impl Events {
         Self { recorder, runtime }
     }
 
-    /// Writes a warning on the HostVolume, and on its claim where it has one.
+    /// Writes a warning on the HostVolume, and on its claim if it has one.
     pub(super) fn warn(&self, volume: &HostVolume, reason: &str, note: &str) {
         self.write(EventType::Warning, volume, reason, note);
     }
 
-    /// Writes a message on the HostVolume, and on its claim where it has one.
+    /// Writes a message on the HostVolume, and on its claim if it has one.
     pub(super) fn tell(&self, volume: &HostVolume, reason: &str, note: &str) {
         self.write(EventType::Normal, volume, reason, note);
     }
@@ -54,7 +54,7 @@ impl Events {
     }
 }
 
-/// Writes Events in the name of this pod.
+/// Returns a recorder that writes Events in the name of this pod.
 pub(super) fn recorder(client: Client, pod: String) -> Recorder {
     let reporter = Reporter {
         controller: "hostdir.csi".into(),
@@ -68,15 +68,15 @@ pub(super) fn event(type_: EventType, reason: &str, action: &str, note: &str) ->
     Event {
         type_,
         reason: reason.into(),
-        // The API server takes 1 kB.
+        // The API server accepts at most 1 kB.
         note: Some(note.chars().take(1000).collect()),
         action: action.into(),
         secondary: None,
     }
 }
 
-/// The claim of a volume. external-provisioner names a volume `pvc-` and the UID of its claim, without which
-/// `kubectl describe` does not show an event.
+/// The claim of a volume, with its UID: without that, `kubectl describe` does not show the Event. external-provisioner names
+/// a volume `pvc-` and the UID of its claim.
 fn claim(volume: &HostVolume) -> Option<ObjectReference> {
     let claim = volume.spec.claim.as_ref()?;
     Some(ObjectReference {

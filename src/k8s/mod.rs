@@ -1,14 +1,15 @@
 //! The edge to the API server (elected mode).
 //!
-//! [`api`] has the objects, `convert` makes core types of them and back, `store` reads and writes HostVolumes, `watch` follows
-//! objects, `events` tells people.
+//! [`api`] defines the objects, `convert` converts them to core types and back, `store` reads and writes HostVolumes,
+//! `watch` follows objects, `events` writes Events.
 //!
-//! - `node`: a node follows its own HostVolumes; `node::reconcile` makes a volume be what its HostVolume says; `node::status`
+//! - `node`: a node follows its own HostVolumes; `node::reconcile` makes a volume match its HostVolume; `node::status`
 //!   publishes the pools as a HostNode.
-//! - `controller`: a controller follows all of them; `controller::gc` cleans up what nobody asks for any more.
-//! - `election`: every controller watches who leads, and takes over from a leader that cannot work.
+//! - `controller`: a controller follows all HostVolumes, HostNodes and Nodes; `controller::gc` cleans up after lost nodes
+//!   and deletes unused volumes.
+//! - `election`: every controller watches who leads, and takes over from a leader that must not lead.
 //!
-//! Verbs of the core block; no request to the API server is waited for longer than ten seconds.
+//! Verbs of the core block; each request to the API server times out after ten seconds.
 
 pub mod api;
 mod client;

@@ -1,4 +1,4 @@
-//! HostVolumes in the API server, as controllers and nodes read and write them.
+//! Reads and writes HostVolumes in the API server, for controllers and nodes.
 
 use kube::Client;
 use kube::api::{Api, DeleteParams, Patch, PatchParams, PostParams, Preconditions};
@@ -15,7 +15,7 @@ use crate::volume::size::Bytes;
 
 const READ: &str = "read its HostVolume";
 
-/// Its verbs block, and are for threads outside the runtime.
+/// Its verbs block, so only threads outside the runtime may call them.
 pub(crate) struct ApiStore {
     volumes: Api<api::HostVolume>,
     runtime: Handle,
@@ -65,7 +65,7 @@ impl HostVolumeStore for ApiStore {
         match ask(&self.runtime, verb, self.volumes.delete(id.as_str(), &params)) {
             Ok(left) => left.left().map(read).transpose(),
             Err(Problem::NotFound(_)) => Ok(None),
-            // Another one of that name: what we were asked to delete is gone, but the caller may mean this one.
+            // Another HostVolume has that name: the one to delete is gone, but the caller may mean this one.
             Err(problem) => Err(problem.into()),
         }
     }

@@ -1,4 +1,4 @@
-//! API watches: a list, and then every change to it, kept by a [`Follower`].
+//! API watches: a list, and then every change to it, passed to a [`Follower`].
 
 use std::collections::BTreeSet;
 use std::fmt::Debug;
@@ -17,7 +17,7 @@ use crate::volume::error::chain;
 use crate::volume::host_volume::HostVolume;
 use crate::volume::id::VolumeId;
 
-/// Whoever keeps what a watch shows.
+/// Keeps what a watch shows.
 pub(super) trait Follower<K> {
     type Key: Ord;
 
@@ -29,7 +29,7 @@ pub(super) trait Follower<K> {
     fn retain(&self, listed: &BTreeSet<Self::Key>);
 }
 
-/// Follows a watch for ever. When it fails, it is started again, with back-off.
+/// Follows a watch forever. A watch that fails is started again, with back-off.
 pub(super) async fn follow<K: Debug + Send + 'static, F: Follower<K>>(
     what: &'static str,
     events: impl Stream<Item = watcher::Result<Event<K>>> + Send,
@@ -68,14 +68,19 @@ pub(super) async fn follow<K: Debug + Send + 'static, F: Follower<K>>(
     }
 }
 
-/// The core's HostVolume; one that cannot be read is logged and ignored.
+/// Converts a HostVolume to the core's type. One that cannot be read is logged and ignored.
 pub(super) fn read(object: api::HostVolume) -> Option<HostVolume> {
     convert::host_volume(object)
-        .inspect_err(|error| warn!(error = format!("{error:#}"), "ignoring a HostVolume"))
+        .inspect_err(|error| {
+            warn!(
+                error = format!("{error:#}"),
+                "ignoring a HostVolume that cannot be read"
+            )
+        })
         .ok()
 }
 
-/// Id and UID of a HostVolume, whatever else is in it.
+/// Id and UID of a HostVolume, even if the rest of it cannot be read.
 pub(super) fn identity(object: &api::HostVolume) -> Option<(VolumeId, Uuid)> {
     let id = VolumeId::parse(&object.name_any()).ok()?;
     let uid = object.uid()?.parse().ok()?;

@@ -1,15 +1,15 @@
-//! Why a controller must not lead, by what is known of its Pod, its Node and its heartbeat.
+//! Why a controller must not lead, judged by its Pod, its Node and its heartbeat.
 
 use std::fmt;
 use std::time::Duration;
 
 use super::view::{ControllerPod, NodeState};
 
-/// How long a Node may be without its kubelet. A kubelet restarts in less.
+/// How long a Node may be not ready. A kubelet restarts in less.
 const NODE_NOT_READY: Duration = Duration::from_mins(1);
-/// How long a Pod may be not ready, or in the act of ending (its grace period).
+/// How long a Pod may be not ready, or terminating (its grace period).
 const POD_NOT_READY: Duration = Duration::from_secs(30);
-/// How long a heartbeat may stay away: four are due in that time.
+/// How long heartbeats may be missing: four are due in that time.
 pub(super) const SILENT: Duration = Duration::from_secs(20);
 
 /// Why a holder must not lead.
@@ -18,7 +18,7 @@ pub(crate) enum Guilt {
     PodGone,
     NodeGone(String),
     NodeNotReady(String, Duration),
-    /// Its Pod was deleted, and does not end.
+    /// Its Pod was deleted, but does not terminate.
     PodEnding(Duration),
     PodNotReady(Duration),
     /// Its driver does not answer on its own socket, or does not reach the API server.
@@ -26,8 +26,8 @@ pub(crate) enum Guilt {
 }
 
 impl Guilt {
-    /// Why a controller could not lead, as far as that can be told without having watched it: of what must last for a while
-    /// it is only known that it has begun. `silence` is how long ago its last heartbeat was, if it ever gave one.
+    /// Why a controller could not lead, judged by a single look: conditions that must last for a while count as soon as they
+    /// begin. `silence` is how long ago its last heartbeat was, if it ever sent one.
     pub(crate) fn at_first_sight(controller: Option<&ControllerPod>, silence: Option<Duration>) -> Option<Self> {
         let node = controller.map(|one| one.node.as_str());
         let by_standing = Standing::of(controller).guilt(node, Duration::ZERO);
@@ -56,33 +56,33 @@ impl fmt::Display for Guilt {
             Self::PodGone => f.write_str("its Pod does not exist"),
             Self::NodeGone(node) => write!(f, "its Node {node} does not exist"),
             Self::NodeNotReady(node, age) => write!(f, "its Node {node} is not Ready{}", For(*age)),
-            Self::PodEnding(age) => write!(f, "its Pod was deleted and has not ended{}", For(*age)),
+            Self::PodEnding(age) => write!(f, "its Pod was deleted and has not terminated{}", For(*age)),
             Self::PodNotReady(age) => write!(f, "its Pod is not Ready{}", For(*age)),
-            Self::Silent(Duration::MAX) => f.write_str("its driver has never given a heartbeat"),
-            Self::Silent(age) => write!(f, "its driver gives no heartbeat{}", For(*age)),
+            Self::Silent(Duration::MAX) => f.write_str("its driver has never sent a heartbeat"),
+            Self::Silent(age) => write!(f, "its driver has sent no heartbeat{}", For(*age)),
         }
     }
 }
 
-/// `, for … s`, if it has been for some time.
+/// ` (for … s)`, unless that is less than a second.
 struct For(Duration);
 
 impl fmt::Display for For {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.0.as_secs() {
             0 => Ok(()),
-            seconds => write!(f, ", for {seconds} s"),
+            seconds => write!(f, " (for {seconds} s)"),
         }
     }
 }
 
-/// What is known of a controller, the worst first.
+/// The state of a controller, worst first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Standing {
     PodGone,
     NodeGone,
     PodEnding,
-    /// What the API server says of the Pod is not known to be true any more.
+    /// What the API server says about the Pod may be out of date.
     NodeNotReady,
     PodNotReady,
     Good,
@@ -108,7 +108,7 @@ impl Standing {
         }
     }
 
-    /// What it is guilty of that stands so, on this Node and for so long.
+    /// The guilt of a controller that is on `node` and has had this standing for `age`.
     pub(super) fn guilt(self, node: Option<&str>, age: Duration) -> Option<Guilt> {
         let node = || node.unwrap_or_default().to_owned();
         match self {
@@ -121,7 +121,7 @@ impl Standing {
         }
     }
 
-    /// For how long a holder may stand so.
+    /// How long a holder may have this standing.
     pub(super) fn patience(self) -> Duration {
         match self {
             Self::PodGone | Self::NodeGone | Self::Good => Duration::ZERO,

@@ -4,25 +4,25 @@ use std::collections::BTreeMap;
 
 use jiff::Timestamp;
 
-/// The holder identity of a pod's sidecar: its host name, which is the pod's name, with what csi-lib-utils does to it
+/// The holder identity of a pod's sidecar: its host name, which is the pod's name, as csi-lib-utils sanitizes it
 /// (leaderelection/leader_election.go, `sanitizeName`).
 pub(crate) fn identity(pod: &str) -> String {
     let plain = |c: char| if c.is_ascii_alphanumeric() { c } else { '-' };
     pod.chars().map(plain).collect()
 }
 
-/// A Lease that an election is held by.
+/// The Lease of an election.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Election {
     /// Who leads, by [`identity`]; empty if nobody does.
     pub(crate) holder: String,
-    /// Seconds after which a Lease that is not renewed is anybody's.
+    /// Seconds without a renewal after which anybody may take the Lease.
     pub(crate) term: u64,
-    /// When the holder got it, by its own clock.
+    /// When the holder got the Lease, by the holder's clock.
     pub(crate) acquired: Timestamp,
-    /// When it was renewed last, by the clock of the holder.
+    /// When the Lease was last renewed, by the holder's clock.
     pub(crate) renewal: Timestamp,
-    /// Changes with every hand-over.
+    /// The note of the last hand-over; every hand-over writes a different one.
     pub(crate) handed_over: Option<String>,
 }
 
@@ -31,7 +31,7 @@ pub(crate) struct Election {
 pub(crate) enum NodeState {
     /// There is no such Node.
     Gone,
-    /// Its kubelet has not reported, or not well.
+    /// Its kubelet does not report, or reports that it is not ready.
     NotReady,
     Ready,
 }
@@ -39,9 +39,9 @@ pub(crate) enum NodeState {
 /// The Pod of a controller.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct ControllerPod {
-    /// Its UID: another Pod of the same name is another.
+    /// Its UID: a later Pod of the same name has another.
     pub(crate) uid: String,
-    /// Whether its containers are ready, by the kubelet's word.
+    /// Whether its containers are ready, as the kubelet reports.
     pub(crate) ready: bool,
     /// Whether it is being deleted.
     pub(crate) ending: bool,
@@ -50,13 +50,13 @@ pub(crate) struct ControllerPod {
     pub(crate) node_state: NodeState,
 }
 
-/// All of it, as read at one time.
+/// The whole view, as read at one time.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct View {
-    /// The elections that are watched, by the names of their Leases; those that there are.
+    /// The watched elections whose Leases exist, by the names of the Leases.
     pub(crate) elections: BTreeMap<String, Election>,
     /// The controllers, by [`identity`].
     pub(crate) controllers: BTreeMap<String, ControllerPod>,
-    /// The last heartbeat of a controller, by its own clock, by [`identity`].
+    /// When each controller, by [`identity`], sent its last heartbeat, by its own clock.
     pub(crate) heartbeats: BTreeMap<String, Timestamp>,
 }

@@ -1,4 +1,4 @@
-//! Who is guilty, who may take over, and when.
+//! Which holder is guilty, which controller may take over, and when.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt;
@@ -9,29 +9,29 @@ use jiff::Timestamp;
 use super::guilt::{Guilt, SILENT, Standing};
 use super::view::{ControllerPod, Election, View};
 
-/// Gaps between two looks that are longer than this count as unobserved: what was not seen counts against nobody.
+/// The most that a gap between two looks counts: unobserved time counts against nobody.
 const SEEN: Duration = Duration::from_secs(5);
-/// A watchdog that has just started waits this long for a heartbeat, even if the holder's sidecar has renewed for longer than
-/// [`SILENT`] since the last one. One is due in that time.
+/// A watchdog that has just started waits this long for a heartbeat, even if the holder's sidecar has renewed the Lease for
+/// longer than [`SILENT`] since the last one. A heartbeat is due in that time.
 const WAITED: Duration = Duration::from_secs(6);
 /// Looks further apart than this are not continuous.
 const GLANCE: Duration = Duration::from_secs(3);
-/// How long a new leader may take to become ready, or to give a heartbeat.
+/// How long a new leader may take to become ready, or to send a heartbeat.
 const BEGIN: Duration = Duration::from_secs(8);
 /// How long a controller waits for each one ranked before it.
 const RANK: Duration = Duration::from_secs(1);
 /// Extra ranks a controller yields if it never saw the holder's Pod.
 const STRANGER: usize = 3;
-/// How long after a hand-over nobody makes another: the term of a Lease, the time until a new leader knows, and the time until
-/// an old one gives up.
+/// How long after a hand-over no controller makes another: the term of a Lease, the time until the new leader notices, and
+/// the time until the old one gives up.
 const QUIET: Duration = Duration::from_secs(45);
 /// This many hand-overs within [`STORM_WINDOW`] are a storm.
 const STORM: usize = 3;
 const STORM_WINDOW: Duration = Duration::from_mins(10);
-/// How long after the last hand-over of a storm nobody makes another.
+/// How long after the last hand-over of a storm no controller makes another.
 const STORM_QUIET: Duration = Duration::from_mins(5);
 
-/// A value, and for how long it has been seen to be that.
+/// A value, and how long it was observed.
 #[derive(Clone, Debug)]
 struct Seen<T> {
     value: T,
@@ -39,7 +39,7 @@ struct Seen<T> {
 }
 
 impl<T: PartialEq> Seen<T> {
-    /// Takes note of a value, `elapsed` after the last time; whether it is another one.
+    /// Notes a value, `elapsed` after the previous look. Returns whether it replaces a different value.
     fn note(slot: &mut Option<Self>, value: T, elapsed: Duration) -> bool {
         match slot {
             Some(seen) if seen.value == value => {
@@ -56,12 +56,12 @@ impl<T: PartialEq> Seen<T> {
     }
 }
 
-/// What is known of one who leads or may lead.
+/// What is known of a controller that leads or may lead.
 #[derive(Debug, Default)]
 struct Suspect {
     standing: Option<Seen<Standing>>,
     heartbeat: Option<Seen<Option<Timestamp>>>,
-    /// For how long that heartbeat was the last, with no look missing in between.
+    /// How long that heartbeat has been the last one, over continuous looks ([`GLANCE`]).
     waited: Duration,
 }
 
@@ -76,7 +76,7 @@ impl Suspect {
         };
     }
 
-    /// For how long it has been silent: as seen from here, or by its own clock, which is that of its sidecar, too.
+    /// How long it has sent no heartbeat: as observed from here, or by its own clock, which its sidecar shares.
     fn silence(&self, renewal: Timestamp) -> Duration {
         let Some(heartbeat) = &self.heartbeat else {
             return Duration::ZERO;
@@ -91,7 +91,8 @@ impl Suspect {
         }
     }
 
-    /// Why it must not lead. `node` is where it is, as far as known, `held` for how long it has held the Lease: what was before that counts for little.
+    /// Why it must not lead. `node` is its Node, if known, and `held` is how long it has held the Lease: a new holder has
+    /// [`BEGIN`] to start.
     fn guilt(&self, node: Option<&str>, renewal: Timestamp, held: Duration) -> Option<Guilt> {
         let Seen { value, age } = self.standing.as_ref()?;
         let has_begun = held >= BEGIN;
@@ -111,15 +112,15 @@ impl Suspect {
     }
 }
 
-/// One Lease, over time.
+/// The observed history of one Lease.
 #[derive(Debug, Default)]
 struct LeaseHistory {
     holder: Option<Seen<String>>,
     renewal: Option<Seen<Timestamp>>,
     handed_over: Option<Seen<Option<String>>>,
-    /// How long ago hand-overs were seen, the latest first.
+    /// How long ago each hand-over was seen, latest first.
     hand_overs: VecDeque<Duration>,
-    /// For how long this holder has been guilty; nothing before it was.
+    /// How long this holder has been guilty; `None` if it is not.
     guilty: Option<Duration>,
 }
 
@@ -141,7 +142,7 @@ impl LeaseHistory {
         if another {
             self.hand_overs.push_front(Duration::ZERO);
         } else if first && election.is_handed_over() {
-            // Whoever begins to look goes by the clock of the holder for how long ago it was.
+            // On the first look, the age of the hand-over is taken from the holder's clock.
             let held = election.renewal.duration_since(election.acquired);
             self.hand_overs.push_front(held.try_into().unwrap_or_default());
         }
@@ -162,25 +163,25 @@ impl LeaseHistory {
     }
 }
 
-/// A hand-over that is due: write the own name into this Lease, at the version that was just read.
+/// A hand-over that is due: this controller is to write its own name into the Lease, at the version that was just read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct TakeOver {
     pub(crate) lease: String,
     pub(crate) holder: String,
-    /// The Node it runs on, or ran on when its Pod was seen last.
+    /// The Node that the holder runs on, or ran on when its Pod was last seen.
     pub(crate) node: Option<String>,
     pub(crate) guilt: Guilt,
 }
 
 impl TakeOver {
-    /// What is written on the Lease: when it went from whom to whom (`me`), and why.
+    /// The note that is written on the Lease: when it went from the holder to `me`, and why.
     pub(crate) fn note(&self, now: Timestamp, me: &str) -> String {
         format!("{now}: from {} to {me}, because {}", self.holder, self.guilt)
     }
 }
 
 impl Election {
-    /// Whether its holder has it by the last hand-over, as [`TakeOver::note`] says.
+    /// Whether the holder got the Lease by the last hand-over, according to its note ([`TakeOver::note`]).
     fn is_handed_over(&self) -> bool {
         let to = format!(" to {}, because ", self.holder);
         self.handed_over.as_ref().is_some_and(|note| note.contains(&to))
@@ -190,25 +191,25 @@ impl Election {
 /// Why a controller leaves a guilty holder alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Obstacle {
-    /// It is the holder itself.
+    /// This controller is the holder itself.
     Itself,
     /// Its driver or its sidecar does not answer.
     Unfit,
-    /// Its own Pod, Node or heartbeat is not what it should be.
+    /// Its own Pod or Node is not ready, or its heartbeat has stopped.
     Standing,
-    /// There was a hand-over a short while ago.
+    /// The last hand-over is too recent.
     Quiet,
-    /// Others may come first, or the holder has been guilty for one look only.
+    /// Others come first, or the holder has been guilty for only one look.
     Turn,
 }
 
 impl fmt::Display for Obstacle {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Itself => "it is this controller itself",
+            Self::Itself => "this controller is the holder itself",
             Self::Unfit => "the driver or the sidecar of this controller does not answer",
-            Self::Standing => "the Pod, the Node or the heartbeat of this controller is not well",
-            Self::Quiet => "there was a hand-over a short while ago, and another would be a storm",
+            Self::Standing => "the Pod or the Node of this controller is not ready, or its heartbeat has stopped",
+            Self::Quiet => "the last hand-over is too recent",
             Self::Turn => "this controller waits for its turn",
         })
     }
@@ -217,48 +218,48 @@ impl fmt::Display for Obstacle {
 /// What is known of one election.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct LeaseState {
-    /// Who holds the Lease; nobody if it is empty or has expired.
+    /// Who holds the Lease; `None` if it is empty or has expired.
     pub(crate) holder: Option<String>,
-    /// For how long its holder has given no heartbeat.
+    /// How long the holder has sent no heartbeat.
     pub(crate) silence: Duration,
     /// Why the holder must not lead.
     pub(crate) guilt: Option<Guilt>,
-    /// For how long it was seen that nobody led who may, since the last look.
+    /// How much of the time since the last look counts as time without a leader that may lead.
     pub(crate) leaderless: Duration,
     /// Why this controller leaves a guilty holder alone.
     pub(crate) obstacle: Option<Obstacle>,
 }
 
-/// What follows from a look.
+/// The result of a look.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Verdict {
-    /// The one who looks is itself the ghost, and must end: why.
+    /// This controller is itself a ghost and must end; the text says why.
     Ghost(String),
-    /// The world is well, or not.
+    /// This controller goes on watching.
     Watching {
-        /// What is to be done about it.
+        /// The hand-overs that are due.
         take_overs: Vec<TakeOver>,
         /// The elections, by the names of their Leases.
         leases: BTreeMap<String, LeaseState>,
     },
 }
 
-/// One who looks, and remembers.
+/// Looks at the elections for one controller, and remembers what it saw.
 #[derive(Debug)]
 pub(crate) struct Watchdog {
     me: String,
-    /// The UID of the own Pod, once it was seen.
+    /// The UID of this controller's Pod, once it was seen.
     uid: Option<String>,
     last: Option<Duration>,
     suspects: BTreeMap<String, Suspect>,
-    /// The Nodes that controllers were on when they were seen last, for as long as this one lives: with it go the others, at
-    /// the next update, so that there are never many.
+    /// The Node that each controller was last seen on. Never pruned: an update replaces this process together with the
+    /// others, so there are never many.
     places: BTreeMap<String, String>,
     watches: BTreeMap<String, LeaseHistory>,
 }
 
 impl Watchdog {
-    /// One who looks for the controller of this [`identity`](super::identity).
+    /// The watchdog of the controller with this [`identity`](super::identity).
     pub(crate) fn new(me: String) -> Self {
         Self {
             me,
@@ -270,10 +271,10 @@ impl Watchdog {
         }
     }
 
-    /// Takes in what was seen at `now`, a time by a clock of one's own that never goes back. A view must be fresh: whatever
-    /// took longer than five seconds to read is not one.
+    /// Judges what was seen at `now`, a time by a monotonic clock of this process. The view must be fresh: it must not have
+    /// taken longer than five seconds to read.
     ///
-    /// `fit` are the Leases that this controller could lead by: it answers, and so does the sidecar that holds such a Lease.
+    /// `fit` are the Leases that this controller could hold: it answers, and so does its sidecar for that Lease.
     pub(crate) fn look(&mut self, now: Duration, view: &View, fit: &BTreeSet<String>) -> Verdict {
         let elapsed = self
             .last
@@ -320,21 +321,21 @@ impl Watchdog {
         }
     }
 
-    /// One look can be wrong about what is not there, if an old copy was read. Two are not.
+    /// One look can miss an object if an old copy was read; two in a row cannot.
     fn am_ghost(&self, view: &View) -> Option<String> {
         let me = view.controllers.get(&self.me);
         if let (Some(pod), Some(uid)) = (me, &self.uid)
             && pod.uid != *uid
         {
-            return Some("its Pod is gone, and another has its name".into());
+            return Some("its Pod is gone, and another Pod has its name".into());
         }
         let standing = self.suspects.get(&self.me)?.standing.as_ref()?;
         if standing.age.is_zero() {
             return None;
         }
         match standing.value {
-            Standing::PodGone => Some("its Pod does not exist any more".into()),
-            Standing::NodeGone => me.map(|pod| format!("its Node {} does not exist any more", pod.node)),
+            Standing::PodGone => Some("its Pod no longer exists".into()),
+            Standing::NodeGone => me.map(|pod| format!("its Node {} no longer exists", pod.node)),
             _ => None,
         }
     }
@@ -361,7 +362,7 @@ impl Watchdog {
                 _ if !fit => Some(Obstacle::Unfit),
                 None => Some(Obstacle::Standing),
                 _ if watch.is_quiet() => Some(Obstacle::Quiet),
-                // One more: one look can be wrong about what is not there.
+                // Plus one, because one look can miss an object.
                 Some(rank) => (waited < RANK * (rank + 1)).then_some(Obstacle::Turn),
             }
         });
@@ -378,8 +379,8 @@ impl Watchdog {
         }
     }
 
-    /// How many may come before this controller; nothing if it may not lead. Who has never seen the holder's Pod cannot say
-    /// where the ghost is, and comes after all who can.
+    /// How many controllers may come before this one; `None` if it may not lead. A controller that never saw the holder's
+    /// Pod cannot tell where the ghost runs, and comes after all that can.
     fn rank(&self, holder: &str) -> Option<u32> {
         let may_lead = |(name, one): &(&String, &Suspect)| name.as_str() != holder && one.may_lead();
         let others: Vec<&String> = self.suspects.iter().filter(may_lead).map(|(name, _)| name).collect();

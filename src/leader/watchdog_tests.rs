@@ -1,4 +1,4 @@
-//! Cases, one by one. A world of three controllers, of which `a` leads and `b` looks.
+//! Single cases, in a world of three controllers: `a` leads and `b` looks.
 
 use super::super::guilt::*;
 use super::super::view::NodeState;
@@ -11,7 +11,7 @@ struct World {
     fit: BTreeSet<String>,
     dog: Watchdog,
     now: Duration,
-    /// Who still beats and renews.
+    /// Which controllers still send heartbeats, and whether the holder renews the Lease.
     beating: BTreeSet<&'static str>,
     renewing: bool,
 }
@@ -57,7 +57,7 @@ impl World {
         self.view.elections.get_mut(LEASE).unwrap()
     }
 
-    /// What a look shows after some seconds more.
+    /// Looks once, `seconds` later.
     fn look(&mut self, seconds: u64) -> Verdict {
         self.now += Duration::from_secs(seconds);
         let clock = Timestamp::UNIX_EPOCH + self.now;
@@ -73,19 +73,19 @@ impl World {
     fn obstacle(&mut self) -> Option<Obstacle> {
         match self.look(2) {
             Verdict::Watching { leases, .. } => leases[LEASE].obstacle,
-            Verdict::Ghost(why) => panic!("a ghost: {why}"),
+            Verdict::Ghost(why) => panic!("unexpected ghost: {why}"),
         }
     }
 
-    /// After how many seconds of looking each second it takes over, and why; nothing if it does not within so many.
+    /// Looks once a second. Returns after how many seconds it takes over, and why; `None` if it does not within `seconds`.
     fn until(&mut self, seconds: u64) -> Option<(u64, Guilt)> {
         (1..=seconds).find_map(|second| match self.look(1) {
             Verdict::Watching { mut take_overs, .. } => take_overs.pop().map(|due| (second, due.guilt)),
-            Verdict::Ghost(why) => panic!("a ghost: {why}"),
+            Verdict::Ghost(why) => panic!("unexpected ghost: {why}"),
         })
     }
 
-    /// As [`World::until`], but for the time in the reason.
+    /// Like [`World::until`], but without the time in the reason.
     fn reason(&mut self) -> Option<(u64, &'static str)> {
         self.until(120).map(|(after, guilt)| (after, guilt.reason()))
     }
@@ -108,7 +108,7 @@ fn who_is_guilty_and_after_how_long() {
 
     let mut world = World::new();
     world.pod("a").node_state = NodeState::NotReady;
-    // What its Pod is said to be is nobody's word any more.
+    // The state of the Pod does not count: nobody updates it any more.
     world.pod("a").ready = false;
     assert_eq!(world.reason(), Some((62, "NodeNotReady")));
 
@@ -124,7 +124,7 @@ fn who_is_guilty_and_after_how_long() {
     world.beating.remove("a");
     assert_eq!(world.reason(), Some((21, "DriverSilent")));
 
-    // One that never had a heartbeat, as of a version that knows none; `a` comes before `b`.
+    // A controller that never sent a heartbeat, such as an old version that knows none; `a` comes before `b`.
     let mut world = World::new();
     world.election().holder = "c".into();
     world.beating.remove("c");
@@ -155,7 +155,7 @@ fn a_lease_that_nobody_renews_is_left_to_expire() {
     world.beating.remove("a");
     assert_eq!(world.until(120), None);
     let Verdict::Watching { leases, .. } = world.look(2) else {
-        panic!("a ghost")
+        panic!("unexpected ghost")
     };
     assert_eq!(
         (&leases[LEASE].holder, leases[LEASE].leaderless),
@@ -177,7 +177,7 @@ fn time_in_which_nothing_was_seen_does_not_count() {
     world.renewing = false;
     world.election().term = 10_000;
     let Verdict::Watching { take_overs, .. } = world.look(3600) else {
-        panic!("a ghost")
+        panic!("unexpected ghost")
     };
     assert_eq!(take_overs, []);
     assert_eq!(world.until(4), None);
@@ -188,11 +188,11 @@ fn time_in_which_nothing_was_seen_does_not_count() {
 fn one_that_has_just_begun_to_look_goes_by_the_clock_of_the_holder() {
     let mut world = World::new();
     world.beating.remove("a");
-    // This controller hangs for a minute, in which the sidecar renews.
+    // This controller hangs for a minute, in which the holder's sidecar renews.
     world.look(60);
     assert_eq!(world.reason(), Some((7, "DriverSilent")));
 
-    // If it does not renew for longer than that, it may be the API server that hangs.
+    // A heartbeat that comes back within a few seconds clears the holder: the API server may have hung.
     let mut world = World::new();
     world.beating.remove("a");
     world.look(60);
@@ -209,7 +209,7 @@ fn who_has_just_begun_to_lead_has_time_to_begin() {
     assert_eq!(world.until(60), None);
     world.election().holder = "c".into();
     assert_eq!(world.until(7), None);
-    // It goes on not to be ready, and not to beat; `a` comes before `b`.
+    // It is still not ready and sends no heartbeat; `a` comes before `b`.
     assert_eq!(world.reason(), Some((4, "PodNotReady")));
 }
 
@@ -228,7 +228,7 @@ fn each_election_is_judged_by_itself() {
     world.fit.insert("external-resizer-hostdir-csi".into());
     world.look(1);
     let Verdict::Watching { take_overs, leases } = world.look(2) else {
-        panic!("a ghost")
+        panic!("unexpected ghost")
     };
     let due: Vec<&str> = take_overs.iter().map(|due| due.lease.as_str()).collect();
     assert_eq!(due, ["external-resizer-hostdir-csi"]);
@@ -241,7 +241,7 @@ fn who_took_over_tells_where_the_ghost_was() {
     world.view.controllers.remove("a");
     world.look(1);
     let Verdict::Watching { take_overs, .. } = world.look(2) else {
-        panic!("a ghost")
+        panic!("unexpected ghost")
     };
     assert_eq!(take_overs[0].node.as_deref(), Some("node-a"));
 }
@@ -293,7 +293,7 @@ fn those_that_come_first_have_a_second_each() {
         world.view.controllers.remove(holder);
         assert_eq!(world.reason(), Some((after, "PodGone")), "{holder}");
     }
-    // Who may not lead does not come first.
+    // A controller that may not lead does not come first.
     let mut world = World::new();
     world.election().holder = "c".into();
     world.look(1);
@@ -307,7 +307,7 @@ fn who_has_never_seen_the_ghost_leaves_it_to_those_who_have() {
     let mut world = World::new();
     world.view.controllers.remove("a");
     world.dog = Watchdog::new("b".into());
-    // The first look, two who may lead, and three more.
+    // The first look, two controllers that may lead, and three extra ranks.
     assert_eq!(world.reason(), Some((7, "PodGone")));
 }
 
@@ -317,14 +317,14 @@ fn after_a_hand_over_there_is_quiet_and_after_a_storm_more() {
     for (number, quiet) in [45, 45, 300].into_iter().enumerate() {
         world.election().handed_over = Some(number.to_string());
         world.pod("a").node_state = NodeState::Gone;
-        // The look that shows the hand-over, and the first that shows no quiet.
+        // The look that shows the hand-over, and the first look after the quiet time.
         assert_eq!(
             world.until(400).map(|(second, _)| second),
             Some(quiet + 1),
             "hand-over {number}"
         );
     }
-    // The first two are forgotten ten minutes after they were.
+    // The first two hand-overs are forgotten after ten minutes.
     world.pod("a").node_state = NodeState::Ready;
     assert_eq!(world.until(300), None);
     world.election().handed_over = Some("last".into());
@@ -341,7 +341,7 @@ fn one_that_has_just_begun_to_look_keeps_the_quiet_too() {
     world.pod("a").node_state = NodeState::Gone;
     assert_eq!(world.until(60).map(|(second, _)| second), Some(25));
 
-    // One that was elected since has nothing to do with it.
+    // A holder that was elected since then did not get the Lease by that hand-over.
     let mut world = World::new();
     world.election().handed_over = Some("from a to c, because its Pod does not exist".into());
     world.election().acquired = Timestamp::UNIX_EPOCH + world.now - Duration::from_secs(20);
@@ -349,7 +349,7 @@ fn one_that_has_just_begun_to_look_keeps_the_quiet_too() {
     world.pod("a").node_state = NodeState::Gone;
     assert_eq!(world.until(60).map(|(second, _)| second), Some(2));
 
-    // Somebody who deletes the Lease, and a ghost that makes it again, are no hand-over.
+    // A deleted Lease that a ghost creates again is not a hand-over.
     let mut world = World::new();
     world.election().handed_over = Some("to a".into());
     world.until(60);
@@ -363,7 +363,7 @@ fn another_holder_begins_anew() {
     let mut world = World::new();
     world.view.controllers.remove("a");
     world.look(1);
-    // Meanwhile the Lease has gone to `c`, which is well, and then back to the ghost.
+    // Meanwhile the Lease goes to `c`, which is fit, and then back to the ghost.
     world.election().holder = "c".into();
     assert_eq!(world.until(30), None);
     world.election().holder = "a".into();
@@ -374,7 +374,7 @@ fn another_holder_begins_anew() {
 fn who_is_gone_itself_is_the_ghost() {
     let is_ghost = |world: &mut World| {
         let first = world.look(1);
-        assert!(!matches!(first, Verdict::Ghost(_)), "after one look");
+        assert!(!matches!(first, Verdict::Ghost(_)), "a ghost after only one look");
         matches!(world.look(1), Verdict::Ghost(_))
     };
     let mut world = World::new();
@@ -383,7 +383,7 @@ fn who_is_gone_itself_is_the_ghost() {
     let mut world = World::new();
     world.pod("b").node_state = NodeState::Gone;
     assert!(is_ghost(&mut world));
-    // A node without its kubelet may come back, and a Pod that ends is still there.
+    // A Node without its kubelet may come back, and a terminating Pod still exists.
     let mut world = World::new();
     world.pod("b").node_state = NodeState::NotReady;
     world.pod("b").ending = true;

@@ -7,7 +7,7 @@ use std::time::Duration;
 /// The owner is dropped: the process ends, or the pool is closed.
 pub(super) struct Stopped;
 
-/// Tells a thread to stop; clones are the same.
+/// Tells a thread to stop. Clones share one state.
 #[derive(Clone, Default)]
 pub(super) struct Stop(Arc<(Mutex<bool>, Condvar)>);
 

@@ -1,7 +1,7 @@
-//! An open directory: the only way by which hostdir reaches anything beneath a pool.
+//! An open directory: the only way in which hostdir reaches anything below a pool.
 //!
-//! Every name is resolved with openat2(2) from the descriptor of its parent, never through a symbolic link, never out of
-//! the directory, never onto another mount. Whoever can write below a pool (a tenant in `data/`) can at most make a call
+//! Every name is resolved with openat2(2) from the descriptor of its parent, never through a symbolic link, never out of the
+//! directory, never onto another mount. Anyone who can write below a pool (a tenant in `data/`) can at most make a call
 //! fail.
 
 use std::ffi::{CStr, CString, OsStr};
@@ -19,11 +19,11 @@ use nix::unistd::{UnlinkatFlags, fsync, unlinkat};
 use super::sys::{self, Stat};
 use crate::volume::disk::{DiskError, DiskErrorKind, Inode};
 
-/// Directories of hostdir itself are root's alone: no tenant and no user of the node walks through them.
+/// Only root can enter hostdir's own directories, no tenant and no user of the node.
 pub(super) const PRIVATE_DIR: Mode = Mode::S_IRWXU;
 const PRIVATE_FILE: Mode = Mode::S_IRUSR.union(Mode::S_IWUSR);
 
-/// Largest file hostdir reads: its own records are below 2 KiB.
+/// Largest file that hostdir reads: its own records are below 2 KiB.
 const READ_MAX: u64 = 64 << 10;
 
 /// An open directory, and the path it was opened by, for messages.
@@ -51,7 +51,7 @@ impl Dir {
         })
     }
 
-    /// The path it was opened by.
+    /// The path that it was opened by.
     pub(super) fn path(&self) -> &Path {
         &self.path
     }
@@ -80,7 +80,7 @@ impl Dir {
         }
     }
 
-    /// Makes a directory in this one where there must be none, and opens it.
+    /// Makes a directory in this one and opens it. Fails if the name is taken.
     pub(super) fn make_child(&self, name: &CStr) -> Result<Self, DiskError> {
         mkdirat(&self.fd, name, PRIVATE_DIR).map_err(|errno| self.failed("make directory", name, errno))?;
         self.child(name)
@@ -98,7 +98,7 @@ impl Dir {
 
     /// Reads a small file, if there is one.
     pub(super) fn read(&self, name: &CStr) -> Result<Option<Vec<u8>>, DiskError> {
-        // O_NONBLOCK: a FIFO in place of the file must not hold us.
+        // O_NONBLOCK: a FIFO in place of the file must not block us.
         let flags = OFlag::O_RDONLY | OFlag::O_NONBLOCK;
         let fd = match self.open_beneath(name, flags, Mode::empty()) {
             Err(Errno::ENOENT) => return Ok(None),
@@ -125,18 +125,18 @@ impl Dir {
             .map_err(|error| io_failed("sync", self.join(name), error))
     }
 
-    /// Gives an entry another name in this directory, replacing what has it.
+    /// Renames an entry in this directory, replacing any entry that has the new name.
     pub(super) fn rename(&self, from: &CStr, to: &CStr) -> Result<(), DiskError> {
         renameat2(&self.fd, from, &self.fd, to, RenameFlags::empty())
             .map_err(|errno| self.failed("rename", from, errno))
     }
 
-    /// Moves an entry into another directory where nothing has that name.
+    /// Moves an entry into another directory. Fails if the new name is taken.
     pub(super) fn move_to(&self, from: &CStr, dir: &Self, to: &CStr) -> nix::Result<()> {
         renameat2(&self.fd, from, &dir.fd, to, RenameFlags::RENAME_NOREPLACE)
     }
 
-    /// Removes a file, link or other entry that is no directory.
+    /// Removes a file, link or other entry that is not a directory.
     pub(super) fn unlink(&self, name: &CStr) -> nix::Result<()> {
         unlinkat(&self.fd, name, UnlinkatFlags::NoRemoveDir)
     }
@@ -150,9 +150,9 @@ impl Dir {
         fsync(&self.fd).map_err(|errno| self.failed_itself("sync", errno))
     }
 
-    /// The names in this directory, without `.` and `..`, in no order. They are read as they are asked for.
+    /// The names in this directory, without `.` and `..`, in no particular order. They are read lazily.
     pub(super) fn names(&self) -> Result<Names, DiskError> {
-        // A descriptor of its own, since reading moves the offset.
+        // A new descriptor, because reading moves the offset.
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY;
         self.open_beneath(c".", flags, Mode::empty())
             .and_then(nix::dir::Dir::from_fd)
@@ -222,7 +222,7 @@ pub(super) fn failed(verb: &'static str, path: PathBuf, errno: Errno) -> DiskErr
     }
 }
 
-/// Nothing, where the error is that there is nothing.
+/// `None` if the error is ENOENT.
 pub(super) fn absent<T>(result: Result<T, DiskError>) -> Result<Option<T>, DiskError> {
     match result {
         Ok(found) => Ok(Some(found)),

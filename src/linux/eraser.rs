@@ -1,8 +1,9 @@
 //! The eraser: empties a pool's trash in the background, without following a link or crossing a mount.
 //!
-//! What lies there was written by tenants: a million files in one directory, thousands of levels, immutable files, mounts.
-//! Directories in a volume are not walked down but moved up into the trash, one rename each: no tree is too deep, and
-//! whatever the power leaves is simply trash again. (Subvolumes of btrfs are destroyed whole: nothing can be moved out of one.)
+//! Tenants wrote what is there: a million files in one directory, thousands of levels, immutable files, mounts. The eraser
+//! does not descend into a volume but moves its directories up into the trash, one rename each: no tree is too deep, and
+//! whatever a power cut leaves is simply trash again. (Subvolumes of btrfs are destroyed as a whole: nothing can be moved
+//! out of one.)
 
 use std::ffi::{CStr, CString};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -24,17 +25,17 @@ use super::sys;
 use crate::volume::disk::DiskError;
 use crate::volume::id::PoolName;
 
-/// How often what could not be erased is tried again: a mount below it may be gone then.
+/// How often to retry what could not be erased: a mount below it may be gone by then.
 const RETRY: Duration = Duration::from_mins(1);
 
-/// How often to check whether the last file of a project or subvolume is gone: the kernel cleans up after it, XFS in moments,
-/// btrfs in half a minute.
+/// How often to check whether the last file of a project or subvolume is gone: the kernel cleans up later, on XFS within
+/// moments, on btrfs within half a minute.
 const COUNTED: Duration = Duration::from_secs(2);
 
-/// How many times to check so often.
+/// How many times to check that often.
 const LOOKS: u32 = 60;
 
-/// After so many removals the eraser rests for as long as they took: half of the disk's time stays with the tenants.
+/// After this many removals the eraser rests for as long as they took: tenants keep half of the disk's time.
 const BATCH: u32 = 256;
 
 /// The thread that empties one trash. Dropping it waits for the thread.
@@ -61,7 +62,7 @@ impl Eraser {
         }
     }
 
-    /// Starts it; it begins with what is in the trash already.
+    /// Starts the eraser, which begins with what is already in the trash.
     pub(super) fn start(&self, trash: Dir) {
         let (wake, woken) = sync_channel(1);
         let work = Work {
@@ -73,15 +74,16 @@ impl Eraser {
         match spawn(format!("erase {}", self.pool), move || work.run(&woken)) {
             Ok(thread) => *self.lock() = Some(Running { wake, thread }),
             Err(why) => {
-                error!(pool = %self.pool, %why, "cannot start a thread to erase deleted volumes; a restart frees their space");
+                error!(pool = %self.pool, %why,
+                    "cannot start a thread to erase deleted volumes; restart hostdir to free their space");
             }
         }
     }
 
-    /// Tells it that there is something in the trash.
+    /// Tells the eraser that there is something in the trash.
     pub(super) fn wake(&self) {
         if let Some(running) = &*self.lock() {
-            // One that has been woken already will look.
+            // If the channel is full, the eraser has already been woken.
             let _ = running.wake.try_send(());
         }
     }
@@ -112,12 +114,12 @@ struct Work {
     moved: AtomicU64,
 }
 
-/// How far one entry has come.
+/// What became of one entry of the trash.
 enum Outcome {
     Gone,
-    /// Directories of it are in the trash on their own now.
+    /// Its directories are entries of the trash now.
     Shrunk,
-    /// Something of it cannot be removed.
+    /// Part of it cannot be removed.
     Stuck,
 }
 
@@ -126,7 +128,7 @@ impl Work {
     fn run(&self, woken: &Receiver<()>) {
         let mut looks = 0;
         while let Ok(left) = self.empty() {
-            // What does not leave soon may never: a tenant can give a file to any project.
+            // A project that is not empty soon may never be: a tenant can put a file into any project.
             looks = if self.quota.release_unused(&self.trash) {
                 looks + 1
             } else {
@@ -147,7 +149,7 @@ impl Work {
         }
     }
 
-    /// Erases what is in the trash; whether something is left that cannot be.
+    /// Erases what is in the trash. Returns whether something is left that cannot be erased.
     fn empty(&self) -> Result<bool, Stopped> {
         let mut pace = Pace::new();
         loop {
@@ -186,11 +188,12 @@ impl Work {
         let dir = self.trash.child(name)?;
         self.quota.note_erasing(&dir);
         let mut outcome = Outcome::Gone;
-        // The directory of a volume: seen before it is gone. What cannot be opened is stuck, below.
+        // The directory of a volume: its project must be noted before it is gone. If it cannot be opened, the loop below
+        // finds it stuck.
         if let Ok(Some(data)) = dir.find_child(DATA) {
             self.quota.note_erasing(&data);
             drop(data);
-            // Also when it is empty: its quota group has to be given back.
+            // Even if it is empty: its quota group must be released.
             if let Destroyed::Holds(nested) = self.quota.destroy(&dir, DATA)? {
                 return Ok(Ok(self.move_all_up(nested, name)));
             }
@@ -198,7 +201,7 @@ impl Work {
         for entry in dir.names()? {
             let entry = entry?;
             let removed = match remove(&dir, &entry) {
-                // A subvolume is moved, too, and destroyed as an entry of the trash.
+                // A subvolume is also moved, and destroyed later as an entry of the trash.
                 Err(Errno::ENOTEMPTY) => {
                     if matches!(outcome, Outcome::Gone) {
                         outcome = Outcome::Shrunk;
@@ -221,7 +224,7 @@ impl Work {
         Ok(Ok(outcome))
     }
 
-    /// Takes subvolumes out of the one they are in, which is destroyed when it is looked at next.
+    /// Moves subvolumes out of the one that they are in, which is destroyed on the next pass.
     fn move_all_up(&self, nested: Vec<(Dir, CString)>, volume: &CStr) -> Outcome {
         let mut outcome = Outcome::Shrunk;
         for (dir, name) in nested {
@@ -233,7 +236,7 @@ impl Work {
         outcome
     }
 
-    /// Takes a directory out of a deeper one, so that the trash stays flat.
+    /// Moves a directory out of a deeper one, so that the trash stays flat.
     fn move_up(&self, dir: &Dir, name: &CStr, volume: &CStr) -> nix::Result<()> {
         loop {
             let to = self.numbered(volume);
@@ -277,7 +280,7 @@ fn loosen(dir: &Dir, name: &CStr) -> nix::Result<()> {
         sys::clear_immutable(dir)?;
     }
     let stat = dir.stat(name)?;
-    // Only files and directories have flags, and opening anything else may have effects.
+    // Only files and directories have flags, and opening anything else may have side effects.
     if stat.is_immutable() && (stat.is_file() || stat.is_dir()) {
         let file = dir.open_beneath(name, OFlag::O_RDONLY | OFlag::O_NONBLOCK, Mode::empty())?;
         sys::clear_immutable(file)?;
@@ -288,7 +291,7 @@ fn loosen(dir: &Dir, name: &CStr) -> nix::Result<()> {
 fn stuck(dir: &Dir, name: &CStr, errno: Errno) -> Outcome {
     let why = match errno {
         Errno::EBUSY | Errno::EXDEV => {
-            "something is mounted on it, or the trash is in a project of its own; unmount that"
+            "something is mounted on it (unmount that), or the trash is in a project of its own"
         }
         _ => errno.desc(),
     };

@@ -1,8 +1,8 @@
-//! This machine: pools on its disks, and bind mounts. The Linux edge of hostdir, answering [`crate::volume::disk`].
+//! This machine: pools on its disks, and bind mounts. The Linux edge of hostdir, which implements [`crate::volume::disk`].
 //!
-//! What needs a kernel lives here and nowhere else. Linux 5.12 is the oldest that has every call that volumes need: openat2(2)
-//! 5.6, statx(2) with `STATX_ATTR_MOUNT_ROOT` 5.8, mount_setattr(2) 5.12. QuotaConfig need more: quotactl_fd(2) 5.14 on XFS and
-//! ext4.
+//! All that needs the kernel is here and nowhere else. Linux 5.12 is the oldest version with every call that volumes need:
+//! openat2(2) 5.6, statx(2) with `STATX_ATTR_MOUNT_ROOT` 5.8, mount_setattr(2) 5.12. Quotas need more: quotactl_fd(2) 5.14
+//! on XFS and ext4.
 
 mod background;
 mod dir;

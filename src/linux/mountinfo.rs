@@ -1,5 +1,5 @@
-//! `/proc/self/mountinfo`, see proc_pid_mountinfo(5). Read when a pool is opened and where nothing else can prove whose
-//! a mount is; never in the ordinary course of a call, as it grows with every mount of the node.
+//! `/proc/self/mountinfo`, see proc_pid_mountinfo(5). Read when a pool is opened, and when nothing else can prove which
+//! volume a mount belongs to. Ordinary calls do not read it, because it grows with every mount of the node.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
@@ -11,9 +11,9 @@ use crate::volume::disk::DiskError;
 /// One mount.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Entry {
-    /// Mount id, as statx(2) gives it.
+    /// Mount id, as statx(2) returns it.
     pub(super) id: u64,
-    /// What of its filesystem is mounted.
+    /// The path within its filesystem that is mounted.
     pub(super) root: PathBuf,
     pub(super) mount_point: PathBuf,
     /// Type of the filesystem.
@@ -36,7 +36,7 @@ pub(super) fn find(id: u64) -> Result<Option<Entry>, DiskError> {
 }
 
 impl Entry {
-    /// The path of a file of this mount within its filesystem.
+    /// The path within the filesystem of a file below this mount.
     pub(super) fn path_in_filesystem(&self, path: &Path) -> Option<PathBuf> {
         let below = path.strip_prefix(&self.mount_point).ok()?;
         Some(self.root.components().chain(below.components()).collect())

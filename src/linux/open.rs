@@ -1,4 +1,4 @@
-//! Opening a pool: is it the right disk, is it ours alone, what is on it.
+//! Opens a pool: checks that it is the right disk, locks it, and finds its volumes.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -35,7 +35,7 @@ struct Identity {
     format: u32,
     id: PoolId,
     created: Timestamp,
-    /// Bytes in use on the filesystem at that time.
+    /// Bytes in use on the filesystem when the pool was made.
     #[serde(default)]
     foreign: Bytes,
 }
@@ -44,7 +44,7 @@ impl Identity {
     const FORMAT: u32 = 1;
 }
 
-/// Opens a pool and locks it; makes it where there is none, unless a disk has to be mounted there first.
+/// Opens a pool and locks it. Makes it if there is none, unless a disk must be mounted there first.
 pub(super) fn open(config: &PoolConfig) -> Result<Opened, Unusable> {
     let root = open_root(config)?;
     let mount = mount_of(&root)?;
@@ -100,8 +100,8 @@ fn lock_and_identify(
 /// Finishes or undoes what an earlier process left, and finds the volumes.
 fn recover(config: &PoolConfig, root: &Dir, disk: &PoolDisk) -> Result<Vec<PoolVolume>, Unusable> {
     disk.sweep()?;
-    // An earlier process may have died between a change and its sync. From here on all that is found is answered for, so
-    // all of it has to be durable first.
+    // An earlier process may have died between a change and its sync. From here on, answers rely on everything that is
+    // found, so all of it must be durable first.
     syncfs(root).map_err(|errno| failed("sync the filesystem of", config.path.clone(), errno))?;
     let mut volumes = disk.load()?;
     disk.enforce_all(&volumes);
@@ -144,7 +144,7 @@ fn open_root(config: &PoolConfig) -> Result<Dir, Unusable> {
     }
 }
 
-/// Makes the directory of a pool; its parent must be there.
+/// Makes the directory of a pool; its parent must exist.
 fn make_root(path: &Path) -> Result<Dir, DiskError> {
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
         return Err(failed("open", path.to_owned(), Errno::EINVAL));
@@ -162,8 +162,8 @@ fn mount_of(root: &Dir) -> Result<mountinfo::Entry, DiskError> {
     mountinfo::find(stat.mount_id)?.ok_or_else(|| root.failed_itself("find the mount of", Errno::ENOENT))
 }
 
-/// Whether a pool lies on the root filesystem of the node: then its path within the filesystem is its whole path. This
-/// holds in a container, too, where every pool is a mount, provided that the pool has the same path there as on the node.
+/// Whether a pool is on the root filesystem of the node: if so, its path within the filesystem is its whole path. This also
+/// holds in a container, where every pool is a mount, provided that the pool has the same path there as on the node.
 fn is_on_root_filesystem(path: &Path, mount: &mountinfo::Entry) -> bool {
     let whole = path.strip_prefix("/").unwrap_or(path);
     mount
@@ -171,33 +171,33 @@ fn is_on_root_filesystem(path: &Path, mount: &mountinfo::Entry) -> bool {
         .is_none_or(|within| within.ends_with(whole))
 }
 
-/// One process per pool: two that do not know of each other would break every promise about "one operation at a time".
+/// One process per pool: two processes would not know of each other, and work on one volume at the same time.
 fn lock(meta: &Dir) -> Result<Flock<File>, Unusable> {
     let file = meta
-        // Not for writing: the pool can then be remounted read-only while it is held.
+        // Not for writing, so that the pool can be remounted read-only while the lock is held.
         .open_beneath(LOCK, OFlag::O_RDONLY | OFlag::O_CREAT, Mode::S_IRUSR | Mode::S_IWUSR)
         .map_err(|errno| meta.failed("create", LOCK, errno))?;
     Flock::lock(File::from(file), FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
         Errno::EWOULDBLOCK => Unusable(format!(
-            "another hostdir process serves it (it holds {}/lock); it can be used when that one has ended",
+            "another hostdir process serves it (it holds {}/lock); it can be used when that process has ended",
             meta.path().display()
         )),
         errno => meta.failed("lock", LOCK, errno).into(),
     })
 }
 
-/// The identity of the pool; a new one only where no volume can belong to an old one and no id is expected.
+/// The identity of the pool. Makes a new one only if there are no volumes and no id is expected.
 fn identify(meta: &Dir, volumes: &Dir, expected: Option<PoolId>) -> Result<Identity, Unusable> {
     let path = meta.path().display();
     let Some(bytes) = meta.read(IDENTITY)? else {
         if volumes.names()?.next().is_some() {
             return Err(Unusable(format!(
-                "{path}/pool.json is missing, but there are volumes; restore it from a backup, or move the volumes away"
+                "{path}/pool.json is missing, but the pool has volumes; restore it from a backup, or move the volumes away"
             )));
         }
         return match expected {
             Some(id) => Err(Unusable(format!(
-                "there is no pool yet, and poolId {id} is expected: mount its disk, or take poolId out to make a new pool"
+                "there is no pool yet, and poolId {id} is expected: mount its disk, or remove poolId to make a new pool"
             ))),
             None => make_identity(meta, volumes),
         };
@@ -209,7 +209,7 @@ fn identify(meta: &Dir, volumes: &Dir, expected: Option<PoolId>) -> Result<Ident
     })?;
     if identity.format != Identity::FORMAT {
         return Err(Unusable(format!(
-            "{path}/pool.json is of format {}, this hostdir knows {}; use a hostdir that knows it",
+            "{path}/pool.json has format {}, this hostdir supports format {}; use a version of hostdir that supports it",
             identity.format,
             Identity::FORMAT
         )));
@@ -259,7 +259,7 @@ fn find_mounts(disk: &PoolDisk, volumes: &mut [PoolVolume]) -> Result<(), DiskEr
     Ok(())
 }
 
-/// Whether the mount of this number may be of the volume.
+/// Whether the mount with this id may be a mount of the volume.
 fn may_be_mounted(disk: &PoolDisk, id: &VolumeId, target: &TargetPath, mount_id: u64) -> bool {
     let data = match disk.data(id) {
         Ok(None) => return false,
@@ -267,9 +267,9 @@ fn may_be_mounted(disk: &PoolDisk, id: &VolumeId, target: &TargetPath, mount_id:
         Err(_) => None,
     };
     match target::mounted_stat(target) {
-        // On top, and another directory: of another pool, or not of hostdir.
+        // The mount is on top. If it shows another directory, it is of another pool or not of hostdir.
         Ok(Some(there)) if there.mount_id == mount_id => data.is_none_or(|data| data == there.inode),
-        // Covered by another mount, or gone meanwhile: what cannot be told is taken for mounted.
+        // Covered by another mount, or gone meanwhile. If in doubt, the volume counts as mounted.
         Ok(_) => true,
         Err(error) => {
             warn!(volume.id = %id, %target, %error, "cannot tell what is mounted");
@@ -278,7 +278,7 @@ fn may_be_mounted(disk: &PoolDisk, id: &VolumeId, target: &TargetPath, mount_id:
     }
 }
 
-/// The volume whose directory may be what is mounted, by the looks of its path.
+/// The volume whose directory seems to be mounted, judging by its path.
 fn volume_of(root: &Path) -> Option<VolumeId> {
     let mut parts = root.as_os_str().as_bytes().rsplit(|byte| *byte == b'/');
     let (data, id, home) = (parts.next()?, parts.next()?, parts.next()?);

@@ -1,7 +1,7 @@
 //! One open pool: volumes are recorded, made, limited, mounted and discarded. Its layout is in [`layout`].
 //!
-//! A volume appears in `volumes/` by one rename and leaves it by one rename; everything that a rename makes visible was
-//! synced before, and the rename is synced before it is answered for.
+//! A volume appears in `volumes/` by one rename and leaves it by one rename; everything that a rename makes visible is
+//! synced before the rename, and the rename is synced before the call is answered.
 
 use std::ffi::{CStr, CString};
 use std::fs::File;
@@ -30,10 +30,10 @@ use crate::volume::record::{Directory, Record};
 use crate::volume::room::Space;
 use crate::volume::size::Bytes;
 
-/// One pool, opened and locked. Dropping it stops the eraser and gives the lock back.
+/// One pool, opened and locked. Dropping it stops the eraser and releases the lock.
 pub(super) struct PoolDisk {
     pub(super) path: PathBuf,
-    /// The pool's directory when it was opened.
+    /// Identity of the pool's directory when it was opened.
     pub(super) identity: Inode,
     pub(super) meta: Dir,
     pub(super) new: Dir,
@@ -64,7 +64,7 @@ impl Disk for PoolDisk {
         }
         if self.unsettled.load(Ordering::Acquire) {
             self.settle()
-                .map_err(|error| Unusable(format!("{path} does not take writes: {}", error.with_cause())))?;
+                .map_err(|error| Unusable(format!("{path} does not accept writes: {}", error.with_cause())))?;
         }
         Ok(())
     }
@@ -73,7 +73,7 @@ impl Disk for PoolDisk {
         const PROBE: &CStr = c"probe";
         let flags = OFlag::O_WRONLY | OFlag::O_CREAT;
         let tried = match self.meta.open_beneath(PROBE, flags, Mode::S_IRUSR | Mode::S_IWUSR) {
-            // Another call may have removed it first.
+            // Another call may have removed the file first.
             Ok(_) => match self.meta.unlink(PROBE) {
                 Err(Errno::ENOENT) => Ok(()),
                 unlinked => unlinked,
@@ -116,7 +116,7 @@ impl Disk for PoolDisk {
             .and_then(|()| fchmod(&data, Mode::from_bits_truncate(mode)))
             .map_err(|errno| data.failed_itself("set the owner and mode of", errno))?;
         data.sync()?;
-        // The directory must be durable before the record says that it was ever there.
+        // The directory must be durable before the record says that it exists.
         volume.sync()?;
         self.replace_record(&volume, &record)?;
         Ok(record)
@@ -124,7 +124,8 @@ impl Disk for PoolDisk {
 
     fn resize(&self, record: &Record) -> Result<(), DiskError> {
         let volume = self.open_volume(&record.id)?;
-        // First the limit: what is answered for holds, and a limit that is too large is put right when the pool is opened.
+        // The limit comes first: an answer promises the new size, and a limit that is too large is corrected when the pool
+        // is opened.
         if let Some(data) = volume.find_child(DATA)? {
             self.quota.resize(&data, record)?;
         }
@@ -170,13 +171,13 @@ impl Disk for PoolDisk {
     fn discard(&self, id: &VolumeId) -> Result<(), DiskError> {
         let name = dir_name(id);
         match self.move_to_trash(&self.volumes, &name) {
-            // Either there is no such volume, or there is no trash any more: rename(2) says the same of both.
+            // Either the volume or the trash is missing: rename(2) returns the same error for both.
             Err(Errno::ENOENT) if self.volumes.stat(&name).err() != Some(Errno::ENOENT) => {
-                let verb = "move to the trash (somebody removed that; restart hostdir to have it made again)";
+                let verb = "discard (the trash directory is missing; restart hostdir to make it again)";
                 return Err(self.volumes.failed(verb, &name, Errno::ENOENT));
             }
             Ok(()) | Err(Errno::ENOENT) => {}
-            Err(errno) => return Err(self.volumes.failed("move to the trash", &name, errno)),
+            Err(errno) => return Err(self.volumes.failed("discard", &name, errno)),
         }
         self.quota.forget(id);
         self.usage.forget(id);
@@ -213,28 +214,28 @@ impl PoolDisk {
         let record: Record = serde_json::from_slice(&bytes).map_err(|error| format!("volume.json: {error}"))?;
         if record.format != Record::FORMAT {
             return Err(format!(
-                "volume.json is of format {}, this hostdir knows {}",
+                "volume.json has format {}, this hostdir supports format {}",
                 record.format,
                 Record::FORMAT
             ));
         }
         if record.id != *id {
-            return Err(format!("volume.json is that of volume {}", record.id));
+            return Err(format!("volume.json belongs to volume {}", record.id));
         }
         Ok(record)
     }
 
-    /// Moves what an earlier process did not finish into the trash: nobody was ever told of it.
+    /// Moves volumes that an earlier process did not finish into the trash: no caller was ever told of them.
     pub(super) fn sweep(&self) -> Result<(), DiskError> {
         for name in self.new.names()? {
             let name = name?;
             self.move_to_trash(&self.new, &name)
-                .map_err(|errno| self.new.failed("move to the trash", &name, errno))?;
+                .map_err(|errno| self.new.failed("discard", &name, errno))?;
         }
         Ok(())
     }
 
-    /// Moves an entry into the trash, under a name that nothing there has.
+    /// Moves an entry into the trash, under a name that is free there.
     fn move_to_trash(&self, dir: &Dir, name: &CStr) -> nix::Result<()> {
         loop {
             let moved = dir.move_to(name, &self.trash, &self.numbered(&name.to_string_lossy()));
@@ -244,25 +245,26 @@ impl PoolDisk {
         }
     }
 
-    /// A whole volume that nobody sees yet.
+    /// Writes a whole volume that nobody sees yet.
     fn write_new(&self, name: &CStr, record: &Record) -> Result<(), DiskError> {
         let dir = self.new.make_child(name)?;
         dir.write(RECORD, &json(record)?)?;
         dir.sync()
     }
 
-    /// What cannot be removed now is swept when the pool is next opened.
+    /// Removes a half-made volume. What cannot be removed now is swept when the pool is next opened.
     fn remove_new(&self, name: &CStr) {
         let removed = self.new.find_child(name).map(|dir| dir.map(|dir| dir.unlink(RECORD)));
         if let (Ok(Some(_)), Err(errno)) = (removed, self.new.rmdir(name)) {
-            warn!(path = %self.new.path().display(), ?name, %errno, "cannot remove a half-made volume; a restart will");
+            warn!(path = %self.new.path().display(), ?name, %errno,
+                "cannot remove a half-made volume; the next restart of hostdir will");
         }
     }
 
     fn open_volume(&self, id: &VolumeId) -> Result<Dir, DiskError> {
         let name = dir_name(id);
         self.volumes.find_child(&name)?.ok_or_else(|| {
-            let verb = "find (somebody removed it; delete the volume and make it anew)";
+            let verb = "find (somebody removed it; delete the volume and create it again)";
             self.volumes.failed(verb, &name, Errno::ENOENT)
         })
     }
@@ -282,15 +284,15 @@ impl PoolDisk {
         layout::open_data(&self.volumes, id)
     }
 
-    /// Makes every rename durable. Syncs the destination before the source, or a crash could lose the volume.
+    /// Makes every rename durable. Syncs the destination before the source, or else a crash could lose the volume.
     fn settle(&self) -> Result<(), DiskError> {
-        // Taken first: what another call leaves unsettled from now on stays marked.
+        // Cleared first, so that what another call leaves unsettled from now on stays marked.
         self.unsettled.store(false, Ordering::Release);
         let settled = self.trash.sync().and_then(|()| self.volumes.sync());
         settled.inspect_err(|_| self.unsettled.store(true, Ordering::Release))
     }
 
-    /// Syncs a change that took effect. If that fails, the change is not undone: it may be durable all the same.
+    /// Syncs a change that took effect. If that fails, the change is not undone: it may be durable anyway.
     fn settle_or(&self, sync: impl FnOnce() -> Result<(), DiskError>) -> Result<(), DiskError> {
         sync().map_err(|error| {
             self.unsettled.store(true, Ordering::Release);
@@ -301,7 +303,7 @@ impl PoolDisk {
         })
     }
 
-    /// A name that no other call has.
+    /// A name that no other call uses.
     fn numbered(&self, name: &str) -> CString {
         layout::numbered(name, self.counter.fetch_add(1, Ordering::Relaxed))
     }

@@ -1,4 +1,4 @@
-//! What this process may do, for good, before it serves anybody.
+//! Drops privileges for good, before this process serves anybody.
 
 use caps::errors::CapsError;
 use caps::{CapSet, Capability, CapsHashSet};
@@ -9,9 +9,9 @@ use thiserror::Error;
 const KEPT: [Capability; 6] = [
     // Mount and unmount volumes.
     Capability::CAP_SYS_ADMIN,
-    // Reach directories that tenants have closed.
+    // Reach directories that tenants have closed to others.
     Capability::CAP_DAC_OVERRIDE,
-    // Set the mode of a volume's directory; erase out of sticky directories.
+    // Set the mode of a volume's directory; erase from sticky directories.
     Capability::CAP_FOWNER,
     // Set the owner of a volume's directory.
     Capability::CAP_CHOWN,
@@ -32,11 +32,11 @@ pub(crate) enum PrivilegeError {
     NewPrivileges(#[from] nix::Error),
 }
 
-/// Drops every capability but the few that hostdir needs, and the means to get any back. Threads inherit what their maker
-/// has: this comes before any is started.
+/// Drops every capability except the few that hostdir needs, and the means to regain any. Threads inherit capabilities from
+/// the thread that starts them, so call this before starting any.
 ///
 /// # Errors
-/// The kernel refuses; nothing should be served then.
+/// The kernel refuses. Then the process must not serve anything.
 pub(crate) fn drop_privileges() -> Result<(), PrivilegeError> {
     let permitted = caps::read(None, CapSet::Permitted)?;
     let kept: CapsHashSet = KEPT.into_iter().filter(|kept| permitted.contains(kept)).collect();

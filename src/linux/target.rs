@@ -24,11 +24,11 @@ use crate::volume::id::VolumeId;
 /// Permissions of a target directory while nothing is mounted on it. The mount brings its own.
 const TARGET_MODE: Mode = Mode::S_IRWXU.union(Mode::S_IRGRP).union(Mode::S_IXGRP);
 
-/// How many mounts of one volume may be stacked on a target before something is badly wrong.
+/// How many mounts of one volume may be stacked on a target. More mean that something is badly wrong.
 const STACKED_MAX: usize = 16;
 
-/// "In use" often ends by itself: a child between fork and exec holds all files of its parent. A second of patience here saves
-/// the kubelet's, which grows to minutes.
+/// EBUSY often ends by itself: a child between fork and exec holds all files of its parent. Retrying for a second here
+/// avoids the kubelet's back-off, which grows to minutes.
 const BUSY_TRIES: u32 = 20;
 const BUSY_PAUSE: Duration = Duration::from_millis(50);
 
@@ -55,10 +55,10 @@ enum Found {
     Other,
 }
 
-/// Mounts `data` at `target`, or finds it mounted there with the same options; whether it was mounted now.
+/// Mounts `data` at `target`, unless it is mounted there already with the same options. Returns whether a mount was made.
 pub(super) fn bind(data: &Dir, target: &TargetPath, options: MountOptions) -> Result<bool, BindError> {
     let place = Place::open(target)?.ok_or_else(|| {
-        BindError::BadTarget("its parent directory does not exist; the caller (kubelet) makes it".into())
+        BindError::BadTarget("its parent directory does not exist; the caller (kubelet) must make it".into())
     })?;
     let source = data.stat(c"").map_err(|errno| data.failed_itself("stat", errno))?;
     let asked = asked_flags(options);
@@ -76,12 +76,12 @@ pub(super) fn bind(data: &Dir, target: &TargetPath, options: MountOptions) -> Re
             ));
         }
         Found::Other => {
-            let why = "something that is no directory is in the way; move it away";
+            let why = "something that is not a directory is in the way; move it away";
             return Err(BindError::InTheWay(why.into()));
         }
     };
     place.attach(data, wanted).inspect_err(|_| {
-        // Only what was made here is unmade; that it fails, too, must not hide the first error.
+        // Only a directory that was made here is removed; if that also fails, it must not hide the first error.
         if let (true, Err(errno)) = (made, place.parent.rmdir(&place.name)) {
             warn!(%target, %errno, "cannot remove the target again after a failed mount");
         }
@@ -94,7 +94,7 @@ pub(super) fn mounted(target: &TargetPath) -> Result<Option<Inode>, BindError> {
     Ok(mounted_stat(target)?.map(|there| there.inode))
 }
 
-/// The same, with all that statx(2) says of it.
+/// Like [`mounted`], with all that statx(2) returns.
 pub(super) fn mounted_stat(target: &TargetPath) -> Result<Option<Stat>, BindError> {
     let Some(place) = Place::open(target)? else {
         return Ok(None);
@@ -105,8 +105,8 @@ pub(super) fn mounted_stat(target: &TargetPath) -> Result<Option<Stat>, BindErro
     }
 }
 
-/// Unmounts the volume from `target`, proves that nothing is mounted there any more, and removes the empty directory;
-/// whether there was one.
+/// Unmounts the volume from `target`, proves that nothing is mounted there any more, and removes the empty directory.
+/// Returns whether there was one.
 pub(super) fn unbind(id: &VolumeId, target: &TargetPath, data: Option<Inode>) -> Result<bool, BindError> {
     let Some(place) = Place::open(target)? else {
         return Ok(false);
@@ -117,29 +117,30 @@ pub(super) fn unbind(id: &VolumeId, target: &TargetPath, data: Option<Inode>) ->
             Found::Directory => return place.remove().map(|()| true),
             Found::Mount(there) if Some(there.inode) == data || is_mount_of(&there, id)? => place.unmount()?,
             Found::Mount(_) => {
-                let why = "what is mounted there is not this volume; hostdir leaves it alone, unmount it by hand if it is not needed";
+                let why = "what is mounted there is not this volume; hostdir leaves it alone; \
+                           unmount it by hand if it is not needed";
                 return Err(BindError::InTheWay(why.into()));
             }
             Found::Other => {
-                let why = "what is there is no directory, so hostdir did not make it; move it away";
+                let why = "what is there is not a directory, so hostdir did not make it; move it away";
                 return Err(BindError::InTheWay(why.into()));
             }
         }
     }
     Err(BindError::InTheWay(
-        "mount after mount of the volume is stacked there; unmount them by hand".into(),
+        "too many mounts of the volume are stacked there; unmount them by hand".into(),
     ))
 }
 
-/// Whether the mount table says that this is a mount of a volume's directory, in a pool or in its trash: the proof that
-/// is left when the pool itself is gone.
+/// Whether the mount table says that this is a mount of a volume's directory, in a pool or in its trash: the only proof left
+/// when the pool itself is gone.
 fn is_mount_of(there: &Stat, id: &VolumeId) -> Result<bool, DiskError> {
     Ok(mountinfo::find(there.mount_id)?.is_some_and(|entry| is_root_of(&entry.root, id)))
 }
 
 /// Whether a path within a filesystem is `…/volumes/<id>/data` or `…/trash/<id>.<n>/data`.
 fn is_root_of(root: &Path, id: &VolumeId) -> bool {
-    // The kernel marks a root that was removed or renamed away from view.
+    // The kernel appends this to a root that was removed.
     let text = root.as_os_str().as_bytes();
     let text = text.strip_suffix(b"//deleted").unwrap_or(text);
     let mut parts = text.rsplit(|byte| *byte == b'/');
@@ -153,7 +154,7 @@ fn is_root_of(root: &Path, id: &VolumeId) -> bool {
         }
 }
 
-/// The flags asked for.
+/// The requested flags.
 fn asked_flags(options: MountOptions) -> FsFlags {
     let MountOptions {
         read_only,
@@ -167,7 +168,7 @@ fn asked_flags(options: MountOptions) -> FsFlags {
     flags.filter_map(|((flag, _), asked)| asked.then_some(*flag)).collect()
 }
 
-/// The flags that a mount has from the pool it comes from.
+/// The flags that a mount inherits from its pool.
 fn pool_flags(data: &Dir, options: MountOptions) -> Result<FsFlags, BindError> {
     let flags = flags_of(data).map_err(|errno| data.failed_itself("statvfs", errno))?;
     if flags.contains(FsFlags::ST_RDONLY) && !options.read_only {
@@ -185,13 +186,13 @@ fn flags_of(dir: impl std::os::fd::AsFd) -> nix::Result<FsFlags> {
 }
 
 impl Place {
-    /// Opens the parent of a target; nothing if there is none.
+    /// Opens the parent of a target; `None` if there is none.
     fn open(target: &TargetPath) -> Result<Option<Self>, BindError> {
         let path = target.as_path();
         let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
             return Err(BindError::BadTarget("it has no parent directory".into()));
         };
-        let name = CString::new(name.as_bytes()).map_err(|_| BindError::BadTarget("it has a NUL byte in it".into()))?;
+        let name = CString::new(name.as_bytes()).map_err(|_| BindError::BadTarget("it contains a NUL byte".into()))?;
         let parent = match absent(Dir::open(parent)) {
             Ok(parent) => parent,
             Err(error) if error.source.downcast_ref() == Some(&Errno::ELOOP) => {
@@ -199,7 +200,7 @@ impl Place {
                 return Err(BindError::BadTarget(why.into()));
             }
             Err(error) if error.source.downcast_ref() == Some(&Errno::ENOTDIR) => {
-                return Err(BindError::BadTarget("its parent is no directory".into()));
+                return Err(BindError::BadTarget("its parent is not a directory".into()));
             }
             Err(error) => return Err(error.into()),
         };
@@ -216,14 +217,14 @@ impl Place {
         }
     }
 
-    /// Makes the target directory, and says that it was made here.
+    /// Makes the target directory. Returns true: it was made here.
     fn make(&self) -> Result<bool, DiskError> {
         mkdirat(&self.parent, self.name.as_c_str(), TARGET_MODE)
             .map_err(|errno| self.failed("make directory", errno))?;
         Ok(true)
     }
 
-    /// Refuses to hide files under a mount; says that the directory was not made here.
+    /// Refuses to hide files under a mount. Returns false: the directory was not made here.
     fn require_empty(&self) -> Result<bool, BindError> {
         if self.parent.child(&self.name)?.names()?.next().is_some() {
             let why = "it is a directory with files in it that the mount would hide; move them away";
@@ -232,8 +233,8 @@ impl Place {
         Ok(false)
     }
 
-    /// Whether the mount is what is asked for: as writable, and with no option missing. Others may have been given to
-    /// the pool since it was made, or before.
+    /// Checks that the mount has the requested options and the same read-only flag. More options are fine: they may come
+    /// from the pool, even if they were set there later.
     fn require_flags(&self, wanted: FsFlags, asked: FsFlags) -> Result<(), BindError> {
         let path = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         let there = nix::fcntl::openat(&self.parent, self.name.as_c_str(), path, Mode::empty())
@@ -244,11 +245,12 @@ impl Place {
             return Ok(());
         }
         Err(BindError::Conflict(
-            "it is mounted there already, with other mount options or another read-only flag".into(),
+            "it is already mounted there with other mount options or another read-only flag; unmount it first".into(),
         ))
     }
 
-    /// The mount gets its options before anybody can see it, and never follows a link to where it goes.
+    /// Attaches a mount of `data`. It gets its options before anybody can see it; a symbolic link at the target is not
+    /// followed.
     fn attach(&self, data: &Dir, wanted: FsFlags) -> Result<(), BindError> {
         let set = OPTIONS.iter().filter(|(flag, _)| wanted.contains(*flag));
         let set: u64 = set.map(|(_, attribute)| attribute).sum();
@@ -267,7 +269,7 @@ impl Place {
             .map_err(|errno| self.failed("mount on", errno).into())
     }
 
-    /// Unmounts what is on top. Not lazily: while a process still uses it, it is mounted.
+    /// Unmounts what is on top. Not lazily: a mount that a process still uses must count as mounted.
     fn unmount(&self) -> Result<(), DiskError> {
         // umount2(2) takes no descriptor; the parent's descriptor in proc(5) keeps the path from being swapped.
         let name = std::ffi::OsStr::from_bytes(self.name.to_bytes());

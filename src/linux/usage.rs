@@ -1,7 +1,7 @@
-//! What volumes take where no quota counts it: their files are counted in the background, one volume at a time.
+//! What volumes use, where no quota counts it: their files are counted in the background, one volume at a time.
 //!
-//! A count is used for a minute, or for fifty times as long as it took: counting takes at most a fiftieth of the time, and rests
-//! half of that, as the eraser does. The thread starts when somebody first asks.
+//! A count is used for a minute, or for fifty times as long as it took if that is longer: counting takes at most a fiftieth
+//! of the time, and rests for half of that, as the eraser does. The thread starts at the first request.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -18,23 +18,23 @@ use crate::volume::disk::{DiskError, Usage};
 use crate::volume::id::{PoolName, VolumeId};
 use crate::volume::size::Bytes;
 
-/// How long a count is used, at least.
+/// How long a count is used at least.
 const FRESH: Duration = Duration::from_mins(1);
 /// A count is used for at least this many times the time it took.
 const FRESH_FACTOR: u32 = 50;
 /// How long the first caller waits for a count.
 const PATIENCE: Duration = Duration::from_secs(1);
-/// Directories deeper than this are not counted: each level keeps two files open.
+/// Directories deeper than this are not counted: each level keeps two descriptors open.
 const DEPTH: usize = 100;
 /// Counting a volume ends after this time: tenants can make files faster than they are counted.
 const LONGEST: Duration = Duration::from_mins(2);
-/// After so many files the thread rests for as long as they took.
+/// After this many files the thread rests for as long as they took.
 const BATCH: u32 = 1024;
 
-/// Counts what the volumes of one pool take. Dropping it stops the counting.
+/// Counts what the volumes of one pool use. Dropping it stops the counting.
 pub(super) struct UsageCounter {
     shared: Arc<Shared>,
-    /// Which volumes to count; nothing before the thread is started.
+    /// Which volumes to count; `None` before the thread is started.
     wanted: Mutex<Option<Sender<VolumeId>>>,
 }
 
@@ -81,7 +81,7 @@ impl UsageCounter {
         }
     }
 
-    /// What a volume took when its files were last counted; nothing if they never were.
+    /// What a volume used when its files were last counted; `None` if they never were.
     pub(super) fn usage(&self, id: &VolumeId) -> Result<Option<Usage>, DiskError> {
         let mut state = self.shared.lock();
         let known = state.counts.get(id).copied();
@@ -113,7 +113,7 @@ impl UsageCounter {
             *wanted = Some(sender);
         }
         if let Some(sender) = &*wanted {
-            // The thread ends only when this is dropped.
+            // The thread ends only when the sender is dropped.
             let _ = sender.send(id.clone());
         }
         Ok(())
@@ -134,14 +134,14 @@ impl Shared {
     fn run(&self, wanted: &Receiver<VolumeId>) -> Result<(), Stopped> {
         while let Ok(id) = wanted.recv() {
             let start = Instant::now();
-            // Deleted meanwhile, or the disk fails: whoever asks is told so.
+            // If the volume was deleted meanwhile or the disk fails, the next call finds that itself.
             let tally = match open_data(&self.volumes, &id) {
                 Ok(data) => Some(self.count(data)?),
                 Err(_) => None,
             };
             if tally.as_ref().is_some_and(|tally| tally.incomplete) {
                 warn!(volume.id = %id, pool = %self.pool, depth = DEPTH,
-                    "not all files of a volume could be counted; it takes more than its statistics say");
+                    "not all files of the volume could be counted; it uses more than its statistics say");
             }
             let count = tally.map(|tally| Count {
                 usage: tally.usage(),
@@ -172,7 +172,7 @@ impl Shared {
             if steps.is_multiple_of(BATCH) {
                 self.stop.rest(since.elapsed())?;
                 since = Instant::now();
-                // Others wait.
+                // Other volumes wait to be counted.
                 if start.elapsed() > LONGEST {
                     tally.incomplete = true;
                     break;
@@ -183,19 +183,20 @@ impl Shared {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        // Every change is one statement.
+        // A panic leaves no change half done: each is one statement.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// The directories between the top and the file that is counted, with the names that are left in each.
+/// The directories from the top to the current file, each with the names that are still to be counted.
 type Levels = Vec<(Dir, Names)>;
 
 #[derive(Default)]
 struct Tally {
     bytes: u64,
     inodes: u64,
-    /// Names and bytes of files with several names, by how many they have: each name counts for its part.
+    /// Hard links and bytes of files with several hard links, by the number of links: each link counts as its fraction of
+    /// the file.
     shared: BTreeMap<u32, (u64, u64)>,
     incomplete: bool,
 }
@@ -212,7 +213,7 @@ impl Tally {
         }
     }
 
-    /// Counts the next file; false if there is none.
+    /// Counts the next file. Returns false if there is none.
     fn step(&mut self, levels: &mut Levels) -> bool {
         let depth = levels.len();
         let Some((dir, names)) = levels.last_mut() else {
@@ -226,7 +227,7 @@ impl Tally {
                 return true;
             }
         };
-        // A file that is gone meanwhile takes nothing; what is mounted there is not the volume's.
+        // A file that was deleted meanwhile takes no space; what is mounted here is not the volume's.
         let Ok(stat) = dir.stat(&name) else { return true };
         if stat.is_mount_root() {
             return true;

@@ -9,18 +9,18 @@ use thiserror::Error;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[expect(clippy::enum_variant_names, reason = "CSI names them so")]
 pub(crate) enum AccessMode {
-    /// ReadWriteOnce as orchestrators ask for it that do not tell the two below apart.
+    /// ReadWriteOnce, requested by an orchestrator that does not distinguish the two writer modes below.
     SingleNodeWriter,
     /// Read-only, on one node.
     SingleNodeReaderOnly,
-    /// ReadWriteOncePod: one mount and no other.
+    /// ReadWriteOncePod: one mount only.
     SingleNodeSingleWriter,
     /// ReadWriteOnce: any number of mounts on the node.
     SingleNodeMultiWriter,
 }
 
 impl AccessMode {
-    /// Whether a second mount beside this one is a breach of promise.
+    /// Whether the volume must have no other mount beside this one.
     pub(crate) fn is_exclusive(self) -> bool {
         match self {
             Self::SingleNodeSingleWriter => true,
@@ -41,7 +41,7 @@ impl AccessMode {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[expect(
     clippy::struct_excessive_bools,
-    reason = "each is a flag of its own, and any set of them is possible"
+    reason = "each is a flag of its own, and any combination is possible"
 )]
 pub(crate) struct MountOptions {
     pub(crate) read_only: bool,
@@ -53,14 +53,14 @@ pub(crate) struct MountOptions {
 
 /// A mount option that a bind mount of a directory cannot have.
 #[derive(Debug, Error)]
-#[error("mount option {0:?} is not supported: hostdir knows ro, rw, nosuid, nodev, noexec and noatime")]
+#[error("mount option {0:?} is not supported: hostdir supports ro, rw, nosuid, nodev, noexec and noatime")]
 pub(crate) struct InvalidOption(String);
 
 impl MountOptions {
     /// Reads the mount options of a StorageClass or PersistentVolume.
     ///
     /// # Errors
-    /// An option is none of `ro`, `rw`, `nosuid`, `nodev`, `noexec`, `noatime`.
+    /// An option is not one of `ro`, `rw`, `nosuid`, `nodev`, `noexec`, `noatime`.
     pub(crate) fn parse<'a>(options: impl IntoIterator<Item = &'a str>) -> Result<Self, InvalidOption> {
         let mut parsed = Self::default();
         for option in options {
@@ -88,11 +88,11 @@ pub(crate) struct TargetPath(PathBuf);
 pub(crate) struct InvalidTarget(String, &'static str);
 
 impl TargetPath {
-    /// Longest path the kernel takes, with its final NUL (`PATH_MAX`, limits.h).
+    /// Longest path that the kernel accepts, including the final NUL (`PATH_MAX`, limits.h).
     const MAX: usize = 4096;
 
     /// # Errors
-    /// The path is relative, is `/`, has a `.`, `..` or NUL in it, or is too long.
+    /// The path is relative, is `/`, contains `.`, `..` or NUL, or is too long.
     pub(crate) fn parse(path: impl Into<PathBuf>) -> Result<Self, InvalidTarget> {
         let path = path.into();
         let text = path.as_os_str().as_encoded_bytes();
@@ -101,16 +101,16 @@ impl TargetPath {
         } else if text.len() >= Self::MAX {
             "is longer than the kernel allows"
         } else if text.contains(&0) {
-            "has a NUL byte in it"
+            "contains a NUL byte"
         } else if text.split(|b| *b == b'/').any(|part| part == b"." || part == b"..") {
-            "must not have '.' or '..' in it"
+            "must not contain '.' or '..'"
         } else if !matches!(path.components().next_back(), Some(Component::Normal(_))) {
             "is the root directory"
         } else {
-            // Collected anew, so that "/a//b/" and "/a/b" are one target.
+            // Rebuilt, so that "/a//b/" and "/a/b" are one target.
             return Ok(Self(path.components().collect()));
         };
-        // Its beginning tells which it is; a hostile one may be megabytes long.
+        // The beginning is enough to recognize the path; a hostile one may be megabytes long.
         let shown = path.to_string_lossy().chars().take(200).collect();
         Err(InvalidTarget(shown, why))
     }

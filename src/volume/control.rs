@@ -1,4 +1,4 @@
-//! The verbs of CSI's Controller service, whoever carries them out: in local mode the [`Node`](super::Node), in elected mode a
+//! The verbs of CSI's Controller service. In local mode the [`Node`](super::Node) carries them out, in elected mode a
 //! [`Controller`](super::Controller).
 
 use uuid::Uuid;
@@ -15,18 +15,18 @@ pub(crate) struct Parameters {
     pub(crate) directory: Directory,
 }
 
-/// On which nodes a volume may lie, by the values of their topology segments ([`NodeName::segment`]): CSI's
+/// The nodes that a volume may be on, by the values of their topology segments ([`NodeName::segment`]): CSI's
 /// `TopologyRequirement`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Topology {
-    /// One of these; anywhere if not given.
+    /// The volume must be on one of these; on any node if `None`.
     pub(crate) requisite: Option<Vec<String>>,
-    /// Rather on the first of these than on a later one.
+    /// Preferred nodes, the best first.
     pub(crate) preferred: Vec<String>,
 }
 
 impl Topology {
-    /// Whether a volume on this node is what was asked for.
+    /// Whether the volume may be on this node.
     pub(crate) fn admits(&self, node: &NodeName) -> bool {
         let segment = node.segment();
         self.requisite
@@ -38,7 +38,7 @@ impl Topology {
 /// What CreateVolume asks for.
 #[derive(Clone, Debug)]
 pub(crate) struct CreateRequest {
-    /// Its name: asking twice for a name is asking for one volume.
+    /// Requests with the same name ask for the same volume.
     pub(crate) name: String,
     pub(crate) size: SizeRange,
     pub(crate) parameters: Parameters,
@@ -48,7 +48,7 @@ pub(crate) struct CreateRequest {
 
 #[cfg(test)]
 impl CreateRequest {
-    /// For so many GiB, anywhere.
+    /// A request for `gib` GiB on any node.
     pub(super) fn of(name: &str, gib: u64) -> Self {
         Self {
             name: name.into(),
@@ -63,7 +63,7 @@ impl CreateRequest {
     }
 }
 
-/// A volume that is recorded.
+/// A recorded volume.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Volume {
     pub(crate) id: VolumeId,
@@ -71,14 +71,14 @@ pub(crate) struct Volume {
     pub(crate) pool: PoolName,
     pub(crate) bytes: Bytes,
     pub(crate) directory: Directory,
-    /// The pool it was made on, where it has been made.
+    /// The pool it was made on, if it has been made.
     pub(crate) made_on: Option<PoolId>,
-    /// The UID of its HostVolume, where it has one.
+    /// The UID of its HostVolume, if it has one.
     pub(crate) uid: Option<Uuid>,
 }
 
 impl Volume {
-    /// Checks that it is what is asked for, but for its name.
+    /// Checks that the volume matches the request, apart from the name.
     pub(super) fn meets(&self, request: &CreateRequest) -> Result<(), Reason> {
         if !request.size.admits(self.bytes) {
             return Err(Reason::Exists(format!("another size ({})", self.bytes)));
@@ -97,53 +97,53 @@ impl Volume {
     }
 }
 
-/// The verbs. All block; each may be repeated, and by several callers at once.
+/// The verbs. All of them block. Each may be repeated, also by several callers at once.
 pub(crate) trait Control: Send + Sync {
     /// Records a volume, or finds the one recorded under that name.
     ///
     /// # Errors
-    /// The name is taken by another volume, there is no room, or it cannot be told.
+    /// The name is taken by another volume, there is no room, or this cannot be determined.
     fn create(&self, request: &CreateRequest) -> Result<Volume, Error>;
 
-    /// Deletes a volume: when this succeeds, no data of it can be reached any more. Idempotent.
+    /// Deletes a volume: when this succeeds, its data can no longer be reached. Idempotent.
     ///
     /// # Errors
-    /// It is in use, or it cannot be told whether it is gone.
+    /// The volume is in use, or it cannot be determined whether it is gone.
     fn delete(&self, id: &VolumeId) -> Result<(), Error>;
 
-    /// Allocates more room to a volume, unless it has as much already. Returns its size then.
+    /// Allocates more room to a volume, unless it already has enough. Returns the resulting size.
     ///
     /// # Errors
-    /// There is no room for more, it would have to shrink, there is no such volume, or it cannot be told.
+    /// There is no room for more, the volume would have to shrink, there is no such volume, or this cannot be determined.
     fn expand(&self, id: &VolumeId, size: SizeRange) -> Result<Bytes, Error>;
 
-    /// Whether the node has to raise the limit of a volume, too, after [`Control::expand`].
+    /// Whether the node must also raise the limit of a volume after [`Control::expand`].
     fn expands_on_node(&self) -> bool;
 
     /// # Errors
-    /// There is no such volume, or it cannot be told.
+    /// There is no such volume, or this cannot be determined.
     fn get(&self, id: &VolumeId) -> Result<Volume, Error>;
 
-    /// At most `max` volumes, in the order of their ids, from the first after `after`.
+    /// At most `max` volumes in the order of their ids, from the first id after `after`.
     ///
     /// # Errors
-    /// The list would not be whole.
+    /// The list would be incomplete.
     fn list(&self, after: Option<&VolumeId>, max: usize) -> Result<Vec<Volume>, Error>;
 
-    /// The largest volume that can be created on a pool of the nodes of this segment (of all, if none is given). Nothing if it
-    /// is known that no node has a pool of that name.
+    /// The largest volume that can be created in this pool on the nodes of this segment (on any node, if `segment` is
+    /// `None`). `None` if it is certain that no node has a pool of that name.
     fn room(&self, pool: &PoolName, segment: Option<&str>) -> Option<Bytes>;
 
-    /// The filesystem of a pool, as mount(8) calls it, if it is the same wherever the pool is.
+    /// The filesystem of a pool, as mount(8) calls it, if it is the same on every node that has the pool.
     fn filesystem(&self, pool: &PoolName) -> Option<String>;
 }
 
-/// What Probe asks.
+/// What CSI's Probe checks.
 pub(crate) trait Health: Send + Sync {
-    /// Whether it works; `false` while it is still starting. With `all`, nothing of it may be broken; without, what is
-    /// broken must not stop what depends on it as a whole.
+    /// Whether this process works; `false` while it is still starting. With `all`, no part of it may be broken. Otherwise a
+    /// broken part must not stop everything that depends on this process.
     ///
     /// # Errors
-    /// What is broken.
+    /// What is broken, and why.
     fn probe(&self, all: bool) -> Result<bool, Error>;
 }

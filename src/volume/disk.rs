@@ -1,4 +1,5 @@
-//! What the core asks of the machine it runs on. [`crate::linux`] answers; the tests of the core answer from memory.
+//! What the core needs from the machine it runs on. [`crate::linux`] implements it; tests of the core use an implementation
+//! in memory.
 
 use std::error::Error;
 use std::path::PathBuf;
@@ -12,14 +13,14 @@ use super::record::{PoolId, Record};
 use super::room::{Limits, Space};
 use super::size::Bytes;
 
-/// A pool as the administrator describes it.
+/// A pool as the administrator configures it.
 #[derive(Clone, Debug)]
 pub(crate) struct PoolConfig {
-    /// What StorageClasses call it.
+    /// The name that StorageClasses use.
     pub(crate) name: PoolName,
-    /// The directory, absolute.
+    /// The absolute path of its directory.
     pub(crate) path: PathBuf,
-    /// Whether the directory must lie on a disk of its own: never take an unmounted disk for an empty pool.
+    /// Whether the directory must be on a disk of its own. Without this, an unmounted disk may pass for an empty pool.
     pub(crate) require_mount: bool,
     /// `poolId`: a pool with any other identity is refused.
     pub(crate) expected: Option<PoolId>,
@@ -27,15 +28,15 @@ pub(crate) struct PoolConfig {
     pub(crate) quotas: QuotaConfig,
 }
 
-/// What one volume takes.
+/// What one volume uses.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Usage {
     pub(crate) bytes: Bytes,
-    /// Unknown where the filesystem does not count them.
+    /// `None` where the filesystem does not count inodes.
     pub(crate) inodes: Option<u64>,
 }
 
-/// The answer when the usage of a mounted volume is asked for.
+/// The usage of a mounted volume.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Measure {
     /// What is mounted is not the volume's directory.
@@ -45,7 +46,7 @@ pub(crate) enum Measure {
     Takes(Usage),
 }
 
-/// Identity of a directory while the machine is up: what a bind mount and its source have in common.
+/// Identity of a directory until the machine reboots. A bind mount has the same identity as its source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Inode {
     pub(crate) dev: u64,
@@ -57,14 +58,14 @@ pub(crate) struct Inode {
 #[error("{0}")]
 pub(crate) struct Unusable(pub(crate) String);
 
-/// A step on the disk that failed.
+/// A failed step on the disk.
 #[derive(Debug, Error)]
 #[error("cannot {verb} {path}")]
 pub(crate) struct DiskError {
     /// What was tried, as a verb.
     pub(crate) verb: &'static str,
     pub(crate) path: PathBuf,
-    /// What that means for the caller.
+    /// What the failure means for the caller.
     pub(crate) kind: DiskErrorKind,
     #[source]
     pub(crate) source: Box<dyn Error + Send + Sync>,
@@ -90,13 +91,13 @@ pub(crate) enum DiskErrorKind {
     Full,
     /// Something is in use (EBUSY): nothing was changed.
     Busy,
-    /// The step was undone or never begun.
+    /// The step was undone or never began.
     Failed,
     /// The step took effect, but a power cut may still undo it.
     Unsettled,
 }
 
-/// Whether a step was done, durable or not yet.
+/// Whether a step took effect, even if it is not durable yet.
 pub(crate) fn took_effect<T>(step: &Result<T, DiskError>) -> bool {
     step.as_ref()
         .err()
@@ -125,7 +126,7 @@ pub(crate) enum BindError {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Mount {
     pub(crate) target: TargetPath,
-    /// How it was asked for; unknown when it was made before this process started.
+    /// The requested access mode; `None` if the mount was made before this process started.
     pub(crate) mode: Option<AccessMode>,
 }
 
@@ -136,7 +137,7 @@ pub(crate) struct PoolVolume {
     pub(crate) id: VolumeId,
     /// Its record, or why that cannot be read.
     pub(crate) record: Result<Record, String>,
-    /// Where it is mounted, as far as this process knows: what is listed is checked before it is relied on.
+    /// Where it is mounted, as far as this process knows. Entries are checked before they are relied on.
     pub(crate) mounts: Vec<Mount>,
 }
 
@@ -158,20 +159,20 @@ pub(crate) struct Opened {
     /// Bytes that were in use on the filesystem when the pool was made: none of them a volume's.
     pub(crate) foreign: Bytes,
     pub(crate) volumes: Vec<PoolVolume>,
-    /// The way to change it.
+    /// The verbs on the pool.
     pub(crate) disk: Box<dyn Disk>,
 }
 
 /// One pool, opened and locked by this process.
 ///
-/// Every verb is whole or not at all, and durable when it returns without an error; repeating one is harmless. A step that
-/// failed has changed nothing, unless its error is [`DiskErrorKind::Unsettled`].
+/// Every verb takes effect as a whole or not at all, and is durable when it returns without an error; repeating it is
+/// harmless. A failed verb has changed nothing, unless its error is [`DiskErrorKind::Unsettled`].
 pub(crate) trait Disk: Send + Sync {
-    /// Checks that the pool is still the one that was opened, and that all that took effect on it is durable (what a failed
-    /// sync left open is synced again here). Cheap enough for every call.
+    /// Checks that the pool is still the one that was opened, and that every change on it is durable (changes whose sync
+    /// failed are synced again here). Cheap enough for every call.
     fn present(&self) -> Result<(), Unusable>;
 
-    /// Checks that a file can be made on it. A full pool will do: deletes still work.
+    /// Checks that a file can be made on the pool. A full pool passes: deletes still work.
     fn writable(&self) -> Result<(), Unusable>;
 
     fn space(&self) -> Result<Space, DiskError>;
@@ -179,36 +180,37 @@ pub(crate) trait Disk: Send + Sync {
     /// Records a new volume, without a directory.
     fn create(&self, record: &Record) -> Result<(), DiskError>;
 
-    /// Makes the directory of a volume, limited to its size where the filesystem can, and then replaces its record. Returns the
-    /// record as it was written: the disk adds the project that it has chosen.
+    /// Makes the directory of a volume, limited to its size where the filesystem supports it, and then replaces its record.
+    /// Returns the record as written: the disk adds the project that it has chosen.
     fn make_directory(&self, record: &Record) -> Result<Record, DiskError>;
 
-    /// Limits a volume to the size that `record` gives it, and then replaces its record.
+    /// Limits a volume to the size in `record`, and then replaces its record.
     fn resize(&self, record: &Record) -> Result<(), DiskError>;
 
-    /// By which quotas volumes are limited now.
+    /// The kind of quotas that limit volumes now.
     ///
     /// # Errors
-    /// By none: why, and what to do about it.
+    /// No quotas limit volumes: why, and what to do about it.
     fn enforcement(&self) -> Result<QuotaKind, String>;
 
     /// Why this volume is not limited, although others are.
     fn unenforced(&self, id: &VolumeId) -> Option<String>;
 
-    /// Checks the limit of a volume, and sets it again if it can; if not, [`Disk::unenforced`] says why from now on.
+    /// Checks the limit of a volume, and sets it again if necessary. If that fails, [`Disk::unenforced`] says why from now
+    /// on.
     fn enforce(&self, record: &Record) -> Result<(), DiskError>;
 
-    /// What a volume takes, if `mounted` is its directory.
+    /// What a volume uses, if `mounted` is its directory.
     fn measure(&self, record: &Record, mounted: Inode) -> Result<Measure, DiskError>;
 
-    /// The directory of a volume, if it is there.
+    /// The directory of a volume, if it exists.
     fn data(&self, id: &VolumeId) -> Result<Option<Inode>, DiskError>;
 
     /// Mounts the directory of a volume at `target`, unless it is mounted there already with the same options. Returns whether
     /// a mount was made.
     fn bind(&self, id: &VolumeId, target: &TargetPath, options: MountOptions) -> Result<bool, BindError>;
 
-    /// Takes a volume out of the pool, to be erased in the background. Idempotent.
+    /// Moves a volume to the trash, to be erased in the background. Idempotent.
     fn discard(&self, id: &VolumeId) -> Result<(), DiskError>;
 }
 
@@ -217,14 +219,14 @@ pub(crate) trait Host: Send + Sync {
     /// Opens a pool and locks it.
     ///
     /// # Errors
-    /// It cannot be used now; a later call may succeed.
+    /// The pool cannot be used now; a later call may succeed.
     fn open(&self, pool: &PoolConfig) -> Result<Opened, Unusable>;
 
     /// What is mounted at `target`, if anything is.
     fn mounted(&self, target: &TargetPath) -> Result<Option<Inode>, BindError>;
 
-    /// Unmounts the volume from `target` and removes the target. Idempotent: returns whether the target existed. `data` is the
-    /// directory of the volume, where it is known.
+    /// Unmounts the volume from `target` and removes the target. Idempotent: returns whether the target existed. `data` is
+    /// the directory of the volume, if known.
     ///
     /// # Errors
     /// The target holds something that is not proven to be this volume, or a system call failed.

@@ -1,4 +1,4 @@
-//! Why the core says no. The edge maps each [`Reason`] to a status code; here they are sentences for people.
+//! Why the core refuses a call. The gRPC edge maps each [`Reason`] to a status code; here they are sentences for people.
 
 use thiserror::Error;
 use uuid::Uuid;
@@ -13,9 +13,9 @@ use super::size::{Bytes, SizeRange};
 #[derive(Debug, Error)]
 #[error("{}{reason}", subject(volume.as_ref(), node.as_ref()))]
 pub(crate) struct Error {
-    /// The volume it is about, if it is about one.
+    /// The volume concerned, if there is one.
     pub(crate) volume: Option<VolumeId>,
-    /// The node it is about, or that refuses.
+    /// The node concerned, or the node that refuses.
     pub(crate) node: Option<NodeName>,
     #[source]
     pub(crate) reason: Box<Reason>,
@@ -31,7 +31,7 @@ impl Error {
     }
 }
 
-/// What a message is about, with a colon behind it: every message of hostdir that names a volume begins with this.
+/// What a message is about, followed by a colon. Every message of hostdir that names a volume begins with it.
 pub(crate) fn subject(volume: Option<&VolumeId>, node: Option<&NodeName>) -> String {
     match (volume, node) {
         (Some(volume), Some(node)) => format!("volume {volume} on node {node}: "),
@@ -41,7 +41,7 @@ pub(crate) fn subject(volume: Option<&VolumeId>, node: Option<&NodeName>) -> Str
     }
 }
 
-/// Why, and what to do about it.
+/// Why a call is refused, and what to do about it.
 #[derive(Debug, Error)]
 pub(crate) enum Reason {
     /// Another call for the same volume or target is running.
@@ -51,52 +51,54 @@ pub(crate) enum Reason {
     #[error("there is no such volume here")]
     NoSuchVolume,
     /// The name is taken by another volume.
-    #[error("a volume of this name exists already with {0}; use another name or delete that volume first")]
+    #[error("a volume of this name already exists with {0}; use another name or delete that volume first")]
     Exists(String),
-    /// A size range that no size is in.
+    /// The requested size range is empty.
     #[error("no size is both at least {} and at most {}", .0.required, .0.limit.unwrap_or_default())]
     EmptyRange(SizeRange),
-    /// It has a size already that is none of those asked for.
-    #[error("it has {has}, and volumes never shrink; ask for that or more")]
+    /// The size of the volume is not in the requested range, and the volume cannot grow into it.
+    #[error("its size is {has}, and volumes never shrink; request that size or more")]
     Shrink { has: Bytes },
-    /// It cannot grow so much.
+    /// The volume cannot grow that much.
     #[error(
-        "it cannot grow to {wanted}: pool {pool} has room for {room} in all; delete volumes there, or ask for less"
+        "it cannot grow to {wanted}: pool {pool} has room for {room} at most; delete volumes there, or request less"
     )]
     NoRoomToGrow {
         pool: PoolName,
         wanted: Bytes,
-        /// The size it could have.
+        /// The largest size that the volume could have.
         room: Bytes,
     },
-    /// Quotas are required, and it has no limit.
+    /// Quotas are required, and the volume has no limit.
     #[error("quotas are required of pool {pool}, and this volume has no limit: {why}")]
     Unenforced {
         pool: PoolName,
         /// Why, and what to do.
         why: String,
     },
-    /// A node is asked to let it have more than is allocated.
+    /// A node is asked to raise the limit of a volume above what is allocated to it.
     #[error(
-        "it is to grow to {wanted} on this node, and {allocated} are allocated to it; expand it at the controller first"
+        "it cannot grow to {wanted} on this node: only {allocated} are allocated to it; expand it at the controller first"
     )]
     NotAllocated { allocated: Bytes, wanted: Bytes },
-    /// The topology names other nodes only.
-    #[error("the topology asked for does not include this node; a volume made here is reachable from here alone")]
+    /// The topology names only other nodes.
+    #[error("the requested topology does not include this node; a volume made here can be used only on this node")]
     OtherNode,
     /// This node has no pool of that name.
     #[error(
-        "this node has no pool {wanted} (it has: {known}); correct the StorageClass parameter `pool`, or give the node such a pool"
+        "this node has no pool {wanted} (it has: {known}); correct the StorageClass parameter `pool`, \
+         or configure that pool on the node"
     )]
     NoSuchPool { wanted: PoolName, known: String },
-    /// More than the pool has room for.
+    /// The requested size is larger than the room of the pool.
     #[error(
-        "{wanted} do not fit in pool {pool}, which has room for {room}; delete volumes there, ask for less, or let the pod go to another node"
+        "{wanted} do not fit in pool {pool}, which has room for {room}; delete volumes there, request less, \
+         or schedule the pod to another node"
     )]
     NoRoom {
         pool: PoolName,
         wanted: Bytes,
-        /// The largest size there would be room for.
+        /// The largest size that there is room for.
         room: Bytes,
     },
     /// The pool cannot be used now.
@@ -106,18 +108,21 @@ pub(crate) enum Reason {
         /// What happened and what to do.
         why: Unusable,
     },
-    /// Several pools say they have the volume.
+    /// Several pools have a volume of this id.
     #[error(
-        "both pool {0} and pool {1} have a volume of this id; move one of the two directories out of its pool's `volumes` folder, and restart hostdir on this node"
+        "both pool {0} and pool {1} have a volume of this id; move one of the two directories out of its pool's `volumes` \
+         folder, and restart hostdir on this node"
     )]
     Ambiguous(PoolName, PoolName),
     #[error(
-        "its record cannot be read ({0}); restore volume.json from a backup and restart hostdir on this node, or delete the volume"
+        "its record cannot be read ({0}); restore volume.json from a backup and restart hostdir on this node, \
+         or delete the volume"
     )]
     BrokenRecord(String),
-    /// It was used before and its data is gone.
+    /// The volume was used before, and its data is gone.
     #[error(
-        "its data is not on this node: it was made on pool {made_on}, and {here}; bring that disk back, or delete the volume if the data is given up"
+        "its data is not on this node: it was made on pool {made_on}, and {here}; bring that disk back, \
+         or delete the volume to give up its data"
     )]
     DataMissing {
         /// Identity of the pool the volume was made on, as far as known.
@@ -126,15 +131,15 @@ pub(crate) enum Reason {
     },
     #[error("it is mounted at {0}; it can be deleted when that is unmounted (NodeUnpublishVolume)")]
     Mounted(TargetPath),
-    /// Another mount excludes the one asked for.
+    /// Another mount of the volume excludes the requested one.
     #[error(
-        "it is mounted at {0}, and its access mode (ReadWriteOncePod) allows one mount only; end the pod that uses it first"
+        "it is mounted at {0}, and its access mode (ReadWriteOncePod) allows one mount only; stop the pod that uses it first"
     )]
     Exclusive(TargetPath),
-    /// It is not mounted where it was said to be.
+    /// The volume is not mounted where the caller says.
     #[error("it is not mounted at {0}")]
     NotMounted(String),
-    /// It could not be mounted or unmounted.
+    /// The volume could not be mounted or unmounted.
     #[error("at {target}: {}", chain(.source))]
     Bind {
         target: TargetPath,
@@ -143,27 +148,29 @@ pub(crate) enum Reason {
     },
     #[error("{}", chain(.0))]
     Disk(#[from] DiskError),
-    /// No node that may have it can have it now.
+    /// No node that the topology admits can take the volume now.
     #[error("{0}")]
     NoNode(String),
-    /// Another volume of the same name was here before, and its data still is.
+    /// An earlier volume of the same name has left its data here.
     #[error(
-        "the pool has the data of an earlier volume of the same name (its HostVolume was {there}, this one is {wanted}); move that directory out of the pool's `volumes` folder, and restart hostdir on this node"
+        "the pool has the data of an earlier volume of the same name (the UID of its HostVolume is {there}; \
+         this volume has {wanted}); move that directory out of the pool's `volumes` folder, and restart hostdir on this node"
     )]
     Predecessor {
         /// The UID of the HostVolume that the data was made for.
         there: String,
-        /// The UID of the HostVolume that is asked for.
+        /// The UID of the requested HostVolume.
         wanted: Uuid,
     },
-    /// Another volume of the same name was recorded since.
+    /// Another volume of the same name has been recorded since.
     #[error(
-        "its HostVolume {wanted} is gone, and the one of that name now is another ({there}); if HostVolumes were restored from a backup, the data is given up by deleting the claim"
+        "its HostVolume (UID {wanted}) is gone, and the HostVolume of that name now is another one (UID {there}); \
+         if HostVolumes were restored from a backup, delete the claim to give up the data"
     )]
     Successor {
-        /// The UID of the HostVolume there is.
+        /// The UID of the HostVolume that exists now.
         there: Uuid,
-        /// The UID of the HostVolume that is asked for.
+        /// The UID of the requested HostVolume.
         wanted: Uuid,
     },
     /// Its HostVolume is being deleted.
@@ -177,29 +184,29 @@ pub(crate) enum Reason {
         /// What the API server said.
         why: String,
     },
-    /// The node has not carried out a command in time.
+    /// Something that the call depends on has not happened yet.
     #[error("{0}")]
     Waiting(String),
     /// Its node says why it cannot be deleted.
     #[error("its node says: {0}")]
     InUse(String),
-    /// The controller that is asked must not act.
+    /// This controller must not change anything any more.
     #[error(
         "this controller has stopped working: {0}; the call will be retried, and another controller will answer it"
     )]
     Fenced(String),
-    /// A node of elected mode is asked for what controllers do.
+    /// A node in elected mode is asked for what only controllers do.
     #[error(
         "nodes do not create or delete volumes in elected mode, except those of `hostdir selftest`; call a controller"
     )]
     NotOnNodes,
-    /// One or more pools are not what they should be.
+    /// One or more pools cannot be used.
     #[error("not ready: {0}")]
     NotReady(String),
 }
 
 impl Reason {
-    /// A volume that was made on `made_on` where now only the pools `here` are.
+    /// The volume was made on pool `made_on`, but the node has only the pools `here`.
     pub(crate) fn data_missing(made_on: PoolId, here: &[PoolId]) -> Self {
         let here: Vec<String> = here.iter().map(PoolId::to_string).collect();
         let here = format!("the pools of this node are {}", here.join(", "));

@@ -1,5 +1,5 @@
-//! A volume as the API server records it in elected mode, and what the core asks of those records. [`crate::k8s`] answers; the
-//! tests of the core answer from memory.
+//! A volume as the API server records it in elected mode, and the traits through which the core reads and writes these
+//! records. [`crate::k8s`] implements them; tests of the core use an implementation in memory.
 
 use jiff::Timestamp;
 use uuid::Uuid;
@@ -30,23 +30,23 @@ pub(crate) struct HostVolume {
     pub(crate) id: VolumeId,
     /// The UID of the object.
     pub(crate) uid: Uuid,
-    /// `metadata.resourceVersion`: a change of any other version is refused.
+    /// `metadata.resourceVersion`: the API server refuses a change to any other version.
     pub(crate) version: String,
     pub(crate) node: NodeName,
     pub(crate) pool: PoolName,
     pub(crate) spec: VolumeSpec,
     pub(crate) phase: Phase,
-    /// The pool that has, or had, the volume's data. Once it is set, the volume is never made anew.
+    /// The pool that has, or had, the volume's data. Once this is set, the volume is never made again.
     pub(crate) made_on: Option<PoolId>,
     pub(crate) status_reason: Option<StatusReason>,
-    /// Whether it has a deletion timestamp.
+    /// Whether the HostVolume has a deletion timestamp.
     pub(crate) deleting: bool,
     /// Finalizers that are not hostdir's.
     pub(crate) other_finalizers: Vec<String>,
     pub(crate) created: Timestamp,
 }
 
-/// A volume that is to be recorded in the API server.
+/// A volume to be recorded in the API server.
 #[derive(Clone, Debug)]
 pub(crate) struct NewHostVolume {
     pub(crate) id: VolumeId,
@@ -57,17 +57,17 @@ pub(crate) struct NewHostVolume {
 
 /// All HostVolumes, as a controller reads and writes them. Answers are current, never from a cache.
 ///
-/// Every verb fails with [`Reason::Api`] when the API server does not answer; the change may have been made all the same.
+/// Every verb fails with [`Reason::Api`] when the API server does not answer; the change may have been made anyway.
 pub(crate) trait HostVolumeStore: Send + Sync {
     /// Creates a HostVolume, or returns the one that has its name. Also returns whether it was created.
     fn create_or_get(&self, new: &NewHostVolume) -> Result<(HostVolume, bool), Reason>;
 
     fn get(&self, id: &VolumeId) -> Result<Option<HostVolume>, Reason>;
 
-    /// Sets the deletion timestamp of the HostVolume with this UID. Returns the object if finalizers still hold it.
+    /// Sets the deletion timestamp of the HostVolume with this UID. Returns the object if finalizers still keep it.
     fn delete(&self, id: &VolumeId, uid: Uuid) -> Result<Option<HostVolume>, Reason>;
 
-    /// Raises the capacity, and returns the changed object; nothing if the object has changed since `volume` was read.
+    /// Raises the capacity and returns the changed object, or `None` if the object has changed since `volume` was read.
     fn set_capacity(&self, volume: &HostVolume, bytes: Bytes) -> Result<Option<HostVolume>, Reason>;
 
     /// Removes hostdir's finalizer. Returns false if the object has changed since `volume` was read.
@@ -76,13 +76,13 @@ pub(crate) trait HostVolumeStore: Send + Sync {
 
 /// The HostVolumes of one node, as that node reads and marks them.
 pub(crate) trait Assignments: Send + Sync {
-    /// From the cache where it is there, else from the API server.
+    /// Reads the HostVolume from the cache if it is there, else from the API server.
     ///
     /// # Errors
-    /// It is not in the cache, and the API server does not answer.
+    /// The HostVolume is not in the cache, and the API server does not answer.
     fn get_cached(&self, id: &VolumeId) -> Result<Option<HostVolume>, Reason>;
 
-    /// From the API server.
+    /// Reads the HostVolume from the API server.
     ///
     /// # Errors
     /// The API server does not answer.
@@ -91,7 +91,7 @@ pub(crate) trait Assignments: Send + Sync {
     /// Marks a volume as `Ready` on the pool of `record`: from then on it may have data there. Idempotent.
     ///
     /// # Errors
-    /// It is not marked, so there must be no data: the volume was deleted meanwhile, or has its data elsewhere.
+    /// The volume is not marked, so the caller must not make its data: it was deleted meanwhile, or has its data elsewhere.
     fn mark_ready(&self, record: &Record) -> Result<(), Reason>;
 }
 

@@ -1,4 +1,4 @@
-//! The names that reach this node from outside, parsed once: below this file they are known to be harmless.
+//! Names that come from outside, parsed once: the types of this file are known to be harmless.
 
 use std::borrow::Borrow;
 use std::fmt;
@@ -10,10 +10,10 @@ use thiserror::Error;
 /// Longest [`VolumeId`], in bytes: a DNS label, so that the id is also a legal Kubernetes object name and label value.
 pub(crate) const VOLUME_ID_MAX: usize = 63;
 
-/// Ids with this prefix only ever come from [`VolumeId::for_name`]: no literal name can pass for a hashed one.
+/// Only [`VolumeId::for_name`] makes ids with this prefix: no literal name can pass for a hashed one.
 const HASHED: &str = "hash-";
 
-/// Ids with this prefix are of volumes that `hostdir selftest` makes and deletes.
+/// Ids with this prefix belong to volumes that `hostdir selftest` makes and deletes.
 pub(crate) const SELF_TEST: &str = "selftest-";
 
 /// A text that is not a [`VolumeId`], [`PoolName`] or [`NodeName`], and why.
@@ -21,7 +21,7 @@ pub(crate) const SELF_TEST: &str = "selftest-";
 #[error("{what} {text:?} {why}")]
 pub(crate) struct InvalidName {
     what: &'static str,
-    /// Cut to a printable length: what is refused here may be megabytes of anything.
+    /// Truncated: a refused text may be megabytes of anything.
     text: String,
     why: &'static str,
 }
@@ -36,16 +36,16 @@ impl InvalidName {
     }
 }
 
-/// The one name of a volume that ever becomes a path component.
+/// The only name of a volume that becomes a path component.
 ///
-/// 1 to 63 bytes of `a-z`, `0-9` and `-`, beginning and ending with a letter or digit. No dot, no slash, no upper
-/// case: no id can leave its directory, and none differs from another only on some filesystems.
+/// 1 to 63 bytes of `a-z`, `0-9` and `-`, beginning and ending with a letter or digit. No dot, no slash, no upper case: no
+/// id can leave its directory, and no two ids are the same on a case-insensitive filesystem.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub(crate) struct VolumeId(String);
 
 impl VolumeId {
-    /// Accepts an id that hostdir can have given out.
+    /// Accepts every id that hostdir can have given out.
     ///
     /// # Errors
     /// The text breaks the grammar above.
@@ -55,8 +55,8 @@ impl VolumeId {
             .map_err(|why| InvalidName::new("volume id", text, why))
     }
 
-    /// The id of the volume that CreateVolume is asked for by `name`: the name itself where it is an id already
-    /// (external-provisioner's `pvc-<uid>` is), else a hash of it. CSI allows any Unicode in a name.
+    /// The id of the volume that CreateVolume calls `name`: the name itself if it is a valid id (as external-provisioner's
+    /// `pvc-<uid>` is), else a hash of it. CSI allows any Unicode in a name.
     pub(crate) fn for_name(name: &str) -> Self {
         match Self::parse(name) {
             Ok(id) if !name.starts_with(HASHED) => id,
@@ -100,7 +100,7 @@ impl fmt::Display for VolumeId {
     }
 }
 
-/// The name of a pool: a DNS label, chosen by the administrator, named by StorageClasses.
+/// The name of a pool: a DNS label, chosen by the administrator, used in StorageClasses.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub(crate) struct PoolName(String);
@@ -148,7 +148,7 @@ impl fmt::Display for PoolName {
     }
 }
 
-/// The Kubernetes name of a node, and what stands for it in a topology.
+/// The Kubernetes name of a node, and what represents it in a topology.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct NodeName(String);
 
@@ -179,8 +179,8 @@ impl NodeName {
         &self.0
     }
 
-    /// The value of this node's topology segment. It becomes a label of the Node, so a name longer than a label value
-    /// may be (63 bytes) is represented by a hash.
+    /// The value of this node's topology segment. It becomes a label of the Node, so a hash replaces names longer than a
+    /// label value may be (63 bytes).
     pub(crate) fn segment(&self) -> String {
         if self.0.len() <= VOLUME_ID_MAX {
             self.0.clone()
@@ -196,7 +196,7 @@ impl fmt::Display for NodeName {
     }
 }
 
-/// RFC 1123 label.
+/// Checks that `text` is an RFC 1123 label.
 fn label(text: &str) -> Result<(), &'static str> {
     let bytes = text.as_bytes();
     let (Some(first), Some(last)) = (bytes.first(), bytes.last()) else {
@@ -212,7 +212,8 @@ fn label(text: &str) -> Result<(), &'static str> {
     Ok(())
 }
 
-/// Half of a SHA-256 in hexadecimal. Collisions are not to be feared, and a record holds the whole name besides.
+/// Half of a SHA-256 in hexadecimal. A collision is next to impossible, and would be noticed: the record holds the full
+/// name.
 fn hashed(text: &str) -> String {
     let digest: [u8; 32] = Sha256::digest(text.as_bytes()).into();
     let half = digest

@@ -1,14 +1,15 @@
 //! The core: what a volume is, and the verbs on it. It knows neither gRPC nor Kubernetes nor system calls.
 //!
-//! [`Node`] has the verbs of a node: publish, unpublish, statistics, expansion; in local mode also create and delete. It acts
-//! through [`disk::Host`] (this machine) and [`disk::Disk`] (one pool on it). In elected mode create and delete are those of a
-//! [`Controller`]: it records volumes in a [`host_volume::HostVolumeStore`] and chooses nodes by what its
-//! [cache](controller::cache) knows; each node finds the volumes assigned to it in [`host_volume::Assignments`]. [`Control`] is what
-//! both have in common for callers. All refuse with an [`Error`] that says what happened to which volume, where, and what to do.
+//! [`Node`] has the verbs of a node: publish, unpublish, statistics, expansion; in local mode also create and delete. It
+//! acts through [`disk::Host`] (this machine) and [`disk::Disk`] (one pool on it). In elected mode, a [`Controller`] creates
+//! and deletes: it records volumes in a [`host_volume::HostVolumeStore`] and chooses nodes from its
+//! [cache](controller::cache); each node reads the volumes assigned to it from [`host_volume::Assignments`]. [`Control`] is
+//! the interface that both share. Every refusal is an [`Error`] that says what happened to which volume, where, and what to
+//! do.
 //!
-//! The life of a volume: *create* allocates its size from the pool's [`room`] and writes a [`record`]; the first *publish* makes
-//! its directory, limited to its size where the filesystem can ([`quota`]), and mounts it; *unpublish* unmounts; *delete* moves it
-//! out of the pool by one rename.
+//! The life of a volume: *create* allocates its size from the pool's [`room`] and writes a [`record`]; the first *publish*
+//! makes its directory, limited to its size where the filesystem supports it ([`quota`]), and mounts it; *unpublish*
+//! unmounts; *delete* moves it out of the pool by one rename.
 
 pub(crate) mod access;
 pub(crate) mod control;

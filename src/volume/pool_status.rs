@@ -1,4 +1,4 @@
-//! What a pool is like: found out by its node, published in the API server, read there by controllers.
+//! The status of a pool: its node determines it and publishes it in the API server, where controllers read it.
 
 use super::id::{NodeName, PoolName};
 use super::quota::QuotaKind;
@@ -10,22 +10,22 @@ use super::size::Bytes;
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct PoolStatus {
     pub(crate) limits: Limits,
-    /// Its identity, where it was ever opened.
+    /// Its identity, if it was ever opened.
     pub(crate) id: Option<PoolId>,
-    /// Its filesystem, as mount(8) calls it, where it was ever opened.
+    /// Its filesystem, as mount(8) calls it, if it was ever opened.
     pub(crate) filesystem: Option<String>,
     /// Bytes that others had on the filesystem when the pool was made.
     pub(crate) foreign: Bytes,
     /// Size and use of the filesystem, or why the pool cannot be used.
     pub(crate) space: Result<Space, String>,
-    /// By which quotas its volumes are limited, or why by none. Not known of a pool that cannot be used.
+    /// The quotas that limit its volumes, or why none do. `None` if the pool cannot be used.
     pub(crate) enforcement: Option<Result<QuotaKind, String>>,
     /// How many volumes with data have no limit.
     pub(crate) unenforced: usize,
 }
 
 impl PoolStatus {
-    /// What is allocated of it and what is left, if it can be used.
+    /// How much of the pool is allocated and how much room is left. `None` if it cannot be used.
     pub(crate) fn usage(&self, node: &NodeName, pool: &PoolName, allocated: Bytes) -> Option<PoolUsage> {
         let space = *self.space.as_ref().ok()?;
         let room = |allocated| self.limits.room(space, self.foreign, allocated);
@@ -44,7 +44,7 @@ impl PoolStatus {
 pub(crate) struct PoolUsage {
     pub(crate) node: NodeName,
     pub(crate) pool: PoolName,
-    /// What can be allocated in all.
+    /// What can be allocated in total.
     pub(crate) size: Bytes,
     pub(crate) allocated: Bytes,
     /// The largest volume that can still be created.

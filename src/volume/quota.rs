@@ -11,32 +11,32 @@ use super::size::Bytes;
 /// Quotas of a pool, as configured.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct QuotaConfig {
-    /// Whether volumes are to be limited.
+    /// Whether to limit volumes.
     pub(crate) policy: QuotaPolicy,
-    /// Where project ids are taken from, on filesystems that limit by project.
+    /// The project ids to use, on filesystems that limit by project.
     pub(crate) projects: ProjectRange,
-    /// How many inodes a volume may have for each GiB of its size; as many as there are, if not given.
+    /// How many inodes a volume may have for each GiB of its size; no limit if `None`.
     pub(crate) inodes_per_gib: Option<u64>,
 }
 
 impl QuotaConfig {
-    /// How many inodes a volume of this size may have, its top directory included. A part of a GiB counts as a whole one.
+    /// How many inodes a volume of this size may have, including its top directory. Part of a GiB counts as a whole GiB.
     pub(crate) fn inodes(&self, size: Bytes) -> Option<u64> {
         self.inodes_per_gib
             .map(|per_gib| per_gib.saturating_mul(size.0.div_ceil(Bytes::GIB.0)))
     }
 }
 
-/// Whether the volumes of a pool are to be limited.
+/// Whether to limit the volumes of a pool.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(crate) enum QuotaPolicy {
-    /// All of them, or the pool is not used.
+    /// Limit all of them, or else refuse the pool.
     Required,
-    /// Where the filesystem can; where it cannot, HostNode and log say so.
+    /// Limit them where the filesystem supports it; elsewhere, HostNode and log say that they are not limited.
     #[default]
     Auto,
-    /// None; limits that were set before are lifted.
+    /// Limit none, and remove limits that were set before.
     Off,
 }
 
@@ -61,8 +61,8 @@ impl fmt::Display for QuotaKind {
     }
 }
 
-/// A range of project ids. Only one hostdir pool, and nobody else, should use a range on one filesystem; where that is not so, ids
-/// in use are passed over.
+/// A range of project ids. On one filesystem, a range should be used by one hostdir pool and by nothing else; otherwise, ids
+/// in use are skipped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct ProjectRange {
     pub(crate) first: u32,
@@ -70,8 +70,8 @@ pub(crate) struct ProjectRange {
 }
 
 impl Default for ProjectRange {
-    /// The second GiB of ids: far from small numbers that people choose by hand, and from those of the kubelet (1048577 and
-    /// on, `pkg/volume/util/fsquota`) and of container runtimes.
+    /// The ids from 2^30 to 2^31 - 1: far from the small numbers that people choose by hand, and from the ids of the kubelet
+    /// (from 1048577, `pkg/volume/util/fsquota`) and of container runtimes.
     fn default() -> Self {
         Self {
             first: 1 << 30,
@@ -86,7 +86,7 @@ impl ProjectRange {
         (self.first..=self.last).contains(&id)
     }
 
-    /// All its ids, beginning with the one that lies `offset` (modulo its length) behind the first.
+    /// All ids of the range, each once, beginning `offset` (modulo its length) after the first.
     pub(crate) fn from(self, offset: u64) -> impl Iterator<Item = u32> + use<> {
         let Self { first, last } = self;
         let count = u64::from(last) - u64::from(first) + 1;
@@ -105,8 +105,8 @@ pub(crate) struct InvalidProjects(String);
 impl FromStr for ProjectRange {
     type Err = InvalidProjects;
 
-    /// Reads `FIRST-LAST`. Zero is the project of all files that are in none, and the largest number is no id
-    /// (`INVALID_PROJID`, include/linux/projid.h).
+    /// Reads `FIRST-LAST`. Zero means no project, and the largest number is not a valid id (`INVALID_PROJID`,
+    /// include/linux/projid.h).
     fn from_str(text: &str) -> Result<Self, InvalidProjects> {
         let range = text
             .split_once('-')

@@ -1,4 +1,4 @@
-//! `volume.json`: what is known of one volume, kept beside its data.
+//! `volume.json`: what is known about one volume, kept beside its data.
 
 use jiff::Timestamp;
 use schemars::JsonSchema;
@@ -33,7 +33,7 @@ impl std::fmt::Display for PoolId {
     }
 }
 
-/// The PersistentVolumeClaim a volume was made for, where external-provisioner names it (`--extra-create-metadata`).
+/// The PersistentVolumeClaim that a volume was made for, if external-provisioner names it (`--extra-create-metadata`).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Claim {
     pub(crate) namespace: String,
@@ -51,7 +51,7 @@ pub(crate) struct Directory {
 
 impl Default for Directory {
     /// root:root and 0770: root in a pod can write at once, any other user through `fsGroup` (the kubelet gives the
-    /// group the directory), and nobody else on the node can.
+    /// directory to that group), and nobody else on the node can.
     fn default() -> Self {
         Self {
             mode: 0o770,
@@ -68,18 +68,18 @@ pub(crate) struct VolumeSpec {
     pub(crate) name: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) claim: Option<Claim>,
-    /// The size that is allocated to it.
+    /// The size that is allocated to the volume.
     pub(crate) bytes: Bytes,
     pub(crate) directory: Directory,
 }
 
-/// How far a volume has come.
+/// The phase of a volume.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 pub enum Phase {
-    /// Its room is reserved. No disk has ever had data of it.
+    /// Its room is allocated. No disk has ever had its data.
     #[default]
     Claimed,
-    /// Its node has its data: from here on a missing directory is lost data.
+    /// Its node has its data. From here on, a missing directory means lost data.
     Ready,
     /// Its node had its data, and does not have it now.
     Lost,
@@ -99,11 +99,11 @@ impl Phase {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct Record {
-    /// Version of this format. A record of any other than [`Record::FORMAT`] is refused.
+    /// Version of this format. Records with any other than [`Record::FORMAT`] are refused.
     pub(crate) format: u32,
-    /// The volume's id, equal to the name of the directory this record lies in.
+    /// The volume's id, equal to the name of the directory that this record is in.
     pub(crate) id: VolumeId,
-    /// The UID of its HostVolume, where there is one: it tells the volume from an earlier one of the same name.
+    /// The UID of its HostVolume, if there is one: it distinguishes the volume from an earlier one of the same name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) uid: Option<Uuid>,
     #[serde(flatten)]
@@ -123,7 +123,7 @@ impl Record {
     pub(crate) const FORMAT: u32 = 1;
 }
 
-/// On a disk a volume is either of two phases: where its data is lost, no record says so.
+/// The phases that a record can have: no record says that data is lost.
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 enum RecordedPhase {
@@ -149,7 +149,7 @@ fn is_ready<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<bool, D
 mod tests {
     use super::*;
 
-    /// As hostdir 389b711 wrote them. Every later version must read these.
+    /// Records as hostdir 389b711 wrote them. Every later version must read these.
     #[test]
     fn records_of_earlier_versions_are_read() {
         let claimed = r#"{"format":1,"id":"pvc-1","name":"pvc-1","bytes":1073741824,"directory":{"mode":504,"uid":0,"gid":0},
@@ -180,7 +180,7 @@ mod tests {
         let record: Record = serde_json::from_str(ready).unwrap();
         assert!(record.ready);
         assert_eq!(record.project, Some(1_073_741_825));
-        // An earlier hostdir reads what this one writes: the same keys with the same values, in any order.
+        // An earlier hostdir can read what this one writes: the same keys with the same values, in any order.
         let written: serde_json::Value = serde_json::to_value(&record).unwrap();
         assert_eq!(written, serde_json::from_str::<serde_json::Value>(ready).unwrap());
     }

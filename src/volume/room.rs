@@ -9,11 +9,11 @@ use super::size::{Bytes, InvalidSize};
 pub(crate) struct Space {
     /// Size of the filesystem.
     pub(crate) total: Bytes,
-    /// What an unprivileged writer can still get.
+    /// What an unprivileged writer can still use.
     pub(crate) available: Bytes,
     pub(crate) used: Bytes,
     pub(crate) inodes: u64,
-    /// Inodes an unprivileged writer can still get.
+    /// Inodes that an unprivileged writer can still use.
     pub(crate) inodes_available: u64,
     pub(crate) inodes_used: u64,
 }
@@ -23,7 +23,7 @@ pub(crate) struct Space {
 pub(crate) struct Limits {
     /// Never allocated.
     pub(crate) reserve: Reserve,
-    /// How many times its size may be allocated: at 1 no byte is allocated twice.
+    /// How many times the pool's size may be allocated: at 1, no byte is allocated twice.
     pub(crate) overcommit: f64,
 }
 
@@ -36,11 +36,11 @@ impl Default for Limits {
     }
 }
 
-/// A part of a pool.
+/// The part of a pool that is never allocated.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Reserve {
     Bytes(Bytes),
-    /// Of the size of the filesystem, 0 to 100.
+    /// Percent of the size of the filesystem, 0 to 100.
     Percent(f64),
 }
 
@@ -49,7 +49,7 @@ pub(crate) enum Reserve {
 pub(crate) enum InvalidReserve {
     #[error(transparent)]
     Size(#[from] InvalidSize),
-    #[error("{0:?} is not a share of a disk: write 0% to 100%")]
+    #[error("{0:?} is not a percentage of a disk: write 0% to 100%")]
     Percent(String),
 }
 
@@ -68,7 +68,7 @@ impl std::str::FromStr for Reserve {
 }
 
 impl std::fmt::Display for Reserve {
-    /// As it can be read again.
+    /// In the form that `from_str` reads.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Bytes(bytes) => f.write_str(&bytes.quantity()),
@@ -92,11 +92,11 @@ impl Limits {
     /// The largest volume that may be created now, on a filesystem of which `allocated` bytes are allocated to volumes and that
     /// held `foreign` bytes when the pool was made.
     ///
-    /// (size − what others use) × overcommit − reserve − allocated, and never more than free space × overcommit. What others use
-    /// cannot be told from what volumes use without asking for each; it is what was there before the first volume (or all
-    /// that is used now, if that is less), or what is used beyond all that is allocated, whichever is more.
+    /// (size − what others use) × overcommit − reserve − allocated, and never more than free space × overcommit. Measuring
+    /// what others use would mean measuring every volume. Instead, it is taken to be `foreign` (or all bytes in use now, if
+    /// that is less), or the bytes in use beyond those allocated, whichever is more.
     pub(crate) fn room(self, space: Space, foreign: Bytes, allocated: Bytes) -> Bytes {
-        // As df(1) has it: what a filesystem keeps for root is nobody's.
+        // As in df(1): what a filesystem keeps for root does not count.
         let size = space.used.plus(space.available);
         let reserve = match self.reserve {
             Reserve::Bytes(bytes) => bytes,
@@ -157,7 +157,7 @@ mod tests {
 
     #[test]
     fn what_others_had_is_no_room_although_volumes_are_unwritten() {
-        // 180 of 250 GiB were somebody else's before; 60 GiB are allocated, nothing of them written yet.
+        // Others used 180 of 250 GiB before; 60 GiB are allocated, and none of them is written yet.
         let room = |allocated: u64| Limits::default().room(space(250, 70), Bytes(180 << 30), Bytes(allocated << 30));
         assert_eq!(room(0), Bytes(70 << 30));
         assert_eq!(room(60), Bytes(10 << 30));

@@ -14,17 +14,17 @@ impl Bytes {
     pub(crate) const MIB: Self = Self(1 << 20);
     pub(crate) const GIB: Self = Self(1 << 30);
 
-    /// `self - other`, zero where that would be negative.
+    /// `self - other`, or zero if that would be negative.
     pub(crate) fn less(self, other: Self) -> Self {
         Self(self.0.saturating_sub(other.0))
     }
 
-    /// `self + other`, the largest number where that would overflow.
+    /// `self + other`, or the largest number if that would overflow.
     pub(crate) fn plus(self, other: Self) -> Self {
         Self(self.0.saturating_add(other.0))
     }
 
-    /// The size as a Kubernetes quantity, in the largest binary unit that it is a whole number of.
+    /// The size as a Kubernetes quantity, in the largest binary unit that divides it.
     pub(crate) fn quantity(self) -> String {
         let units = [(40, "Ti"), (30, "Gi"), (20, "Mi"), (10, "Ki")];
         let whole = |(shift, _): &(u32, &str)| self.0 != 0 && self.0.trailing_zeros() >= *shift;
@@ -32,14 +32,14 @@ impl Bytes {
         format!("{}{unit}", self.0 >> shift)
     }
 
-    /// The largest multiple of `step` that is not larger.
+    /// The largest multiple of `step` that is not larger than `self`.
     pub(crate) fn rounded_down(self, step: Self) -> Self {
         Self(self.0 - self.0 % step.0)
     }
 }
 
 impl fmt::Display for Bytes {
-    /// Exact where the size is a whole number of binary units, else with two decimals: for people to read.
+    /// For people: exact if the size is a whole number of binary units, else with two decimals.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         const UNITS: [(u32, &str); 5] = [(50, "PiB"), (40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")];
         for (shift, unit) in UNITS {
@@ -59,13 +59,13 @@ impl fmt::Display for Bytes {
 
 /// A text that is not a size.
 #[derive(Debug, Error)]
-#[error("{0:?} is not a size: write a whole number of bytes, with Ki, Mi, Gi, Ti or k, M, G, T behind it if you like")]
+#[error("{0:?} is not a size: write a whole number of bytes, optionally followed by Ki, Mi, Gi, Ti, k, M, G or T")]
 pub(crate) struct InvalidSize(String);
 
 impl FromStr for Bytes {
     type Err = InvalidSize;
 
-    /// Reads a whole Kubernetes quantity: `10Gi`, `500M`, `1048576`.
+    /// Reads a Kubernetes quantity without a fraction: `10Gi`, `500M`, `1048576`.
     fn from_str(text: &str) -> Result<Self, InvalidSize> {
         let invalid = || InvalidSize(text.to_owned());
         let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit()).len();
@@ -90,23 +90,23 @@ impl FromStr for Bytes {
 /// What CreateVolume asks for: at least `required`, at most `limit`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct SizeRange {
-    /// Smallest acceptable size; zero when the caller has no wish.
+    /// Smallest acceptable size; zero if the caller specifies none.
     pub(crate) required: Bytes,
     pub(crate) limit: Option<Bytes>,
 }
 
-/// How a volume comes to have a size that is asked for.
+/// How a volume must grow to have a size in the requested range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Growth {
-    /// It has one.
+    /// Not at all: its size is in the range.
     None,
     To(Bytes),
-    /// It would have to shrink, or there is no such size.
+    /// It would have to shrink, or the range is empty.
     Impossible,
 }
 
 impl SizeRange {
-    /// Size of a volume for which none was asked.
+    /// Size of a volume if the caller specifies none.
     pub(crate) const DEFAULT: Bytes = Bytes::GIB;
 
     /// Whether a volume of this size is what the caller asked for.
@@ -114,7 +114,7 @@ impl SizeRange {
         size >= self.required && self.limit.is_none_or(|limit| size <= limit)
     }
 
-    /// What a volume of this size must do to have a size that is asked for.
+    /// How a volume of this size must grow to have a size in the range.
     pub(crate) fn growth(self, size: Bytes) -> Growth {
         if self.admits(size) {
             Growth::None
@@ -190,7 +190,7 @@ mod tests {
         assert_eq!(
             range(5, Some(4)).growth(Bytes(3)),
             Growth::Impossible,
-            "there is no such size"
+            "the range is empty"
         );
     }
 

@@ -10,12 +10,12 @@ app.kubernetes.io/name: hostdir
 app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end }}
 
-{{- /* What external-provisioner is told in both modes. */ -}}
+{{- /* The arguments of external-provisioner in both modes. */ -}}
 {{- define "hostdir.provisionerArgs" -}}
 - --csi-address=/csi/csi.sock
 - --strict-topology
 - --immediate-topology=false
-# PersistentVolumes say which claim they were made for.
+# CreateVolume gets the name and namespace of the claim.
 - --extra-create-metadata
 - --enable-capacity
 - --capacity-poll-interval={{ .Values.provisioner.capacityPollInterval }}
@@ -24,10 +24,10 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 - --timeout=30s
 {{- end }}
 
-{{- /* How a sidecar is elected, and where it serves its metrics and by what hostdir knows that it is well. */ -}}
+{{- /* The leader election arguments of a sidecar. */ -}}
 {{- define "hostdir.electionArgs" -}}
 - --leader-election
-# Another takes over 18.8 s after a leader is gone, at the latest; 9 s without the API server change nothing.
+# Another sidecar takes over at most 18.8 s after a leader is gone; up to 9 s without the API server do not change the leader.
 - --leader-election-lease-duration=10s
 - --leader-election-renew-deadline=9s
 - --leader-election-retry-period=2s
@@ -50,24 +50,24 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end -}}
 {{- end }}
 
-{{- /* The directories of the node that pools need, each once, as a JSON list. */ -}}
+{{- /* The directories of the node that pools need, without duplicates, as a JSON list. */ -}}
 {{- define "hostdir.poolMounts" -}}
 {{- $paths := list -}}
 {{- range .Values.pools -}}
 {{- if and .requireMount (eq (dir .path) "/") -}}
-{{- fail (printf "pool %s: %s lies directly in /, which cannot be given to a container; with requireMount, put the pool deeper, such as /mnt%s" .name .path .path) -}}
+{{- fail (printf "pool %s: %s lies directly in /, which cannot be mounted into a container; with requireMount, put the pool deeper, such as /mnt%s" .name .path .path) -}}
 {{- end -}}
 {{- $paths = append $paths (ternary (dir .path) .path (.requireMount | default false)) -}}
 {{- end -}}
 {{- $paths | uniq | toJson -}}
 {{- end }}
 
-{{- /* The Lease that external-provisioner elects its leader by (csi-lib-utils names it so). */ -}}
+{{- /* The name of the Lease of external-provisioner's election, as csi-lib-utils forms it. */ -}}
 {{- define "hostdir.lease" -}}
 {{ regexReplaceAll "[^a-zA-Z0-9-]" .Values.driverName "-" }}
 {{- end }}
 
-{{- /* The Leases of all sidecars that elect a leader, as a CEL list: external-resizer's is named after its driver, too. */ -}}
+{{- /* The Leases of all sidecars that elect a leader, as a CEL list. external-resizer's is named after the driver, too. */ -}}
 {{- define "hostdir.leases" -}}
 ["{{ include "hostdir.lease" . }}", "external-resizer-{{ include "hostdir.lease" . }}"]
 {{- end }}

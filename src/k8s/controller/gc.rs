@@ -1,7 +1,7 @@
-//! Garbage collection: deletes that wait for a node that is gone for good are finished without it, and volumes that nobody ever
-//! used are deleted.
+//! Garbage collection: finishes deletes whose node is gone for good, and deletes volumes that were never used.
 //!
-//! Every controller does it. Each change names the version it was decided on, so of several only one is made.
+//! Every controller does this. Each change names the version that it was decided on, so only one of several controllers
+//! makes it.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -26,18 +26,18 @@ use crate::volume::id::{NodeName, VolumeId};
 use crate::volume::record::Phase;
 
 const PERIOD: Duration = Duration::from_secs(5);
-/// How often to look for volumes that nobody used.
+/// How often to look for volumes that were never used.
 const SWEEP_PERIOD: Duration = Duration::from_secs(30);
-/// How long a volume that somebody may yet use is not looked at again.
+/// How long to skip a volume that may still be used.
 const LOOK_AGAIN: Duration = Duration::from_hours(1);
-/// Volumes looked at in one sweep: each costs two requests.
+/// How many volumes one sweep checks at most: each costs two requests.
 const SWEEP_MAX: usize = 100;
 
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct GcConfig {
-    /// How long a Node must not exist before deletes no longer wait for it.
+    /// How long a Node must be gone before deletes stop waiting for it.
     pub(crate) node_grace: Duration,
-    /// How old a volume must be that was never used and has neither PersistentVolume nor claim.
+    /// The age at which a volume is deleted if it was never used and has neither a PersistentVolume nor a claim.
     pub(crate) unused_age: Duration,
 }
 
@@ -80,7 +80,7 @@ impl Gc {
         }
     }
 
-    /// Works for ever, on a thread of its own.
+    /// Runs forever, on a thread of its own.
     pub(crate) fn run(mut self) {
         loop {
             std::thread::sleep(PERIOD);
@@ -106,7 +106,7 @@ impl Gc {
         }
     }
 
-    /// Notes what could not be done, and goes on: one object must not stop the rest.
+    /// Logs and counts a failure, but goes on: one object must not stop the rest.
     fn note(&self, what: &dyn std::fmt::Display, done: Result<(), Reason>) {
         if let Err(reason) = done {
             self.metrics.failed("janitor");
@@ -134,7 +134,7 @@ impl Gc {
         self.metrics.abandoned();
         let note = format!(
             "volume {id} was deleted without node {}, whose Node object has been gone for {} s; if the node comes back, its \
-             data there is listed as orphaned",
+             data there is listed as an orphan",
             volume.node,
             self.config.node_grace.as_secs()
         );
@@ -156,15 +156,15 @@ impl Gc {
         let nodes: Api<HostNode> = Api::all(self.client.clone());
         let params = DeleteParams::default();
         match ask(&self.runtime, "delete a HostNode", nodes.delete(node.as_str(), &params)) {
-            Ok(_) => info!(node = %node, "the node is gone: its HostNode is deleted"),
+            Ok(_) => info!(node = %node, "deleted the HostNode of a node that is gone"),
             Err(Problem::NotFound(_)) => {}
             Err(problem) => return Err(problem.into()),
         }
         Ok(())
     }
 
-    /// Deletes volumes that never had data and that nobody will ever ask for again: a leader that dies between recording one and
-    /// answering leaves such behind.
+    /// Deletes volumes that never had data and that nobody will ask for again: a leader that dies between recording a volume
+    /// and answering leaves one behind.
     fn sweep(&mut self) {
         if self.swept.is_some_and(|last| last.elapsed() < SWEEP_PERIOD) {
             return;
@@ -202,11 +202,11 @@ impl Gc {
             self.store.remove_finalizer(&left)?;
         }
         self.metrics.swept();
-        info!(volume.id = %id, node = %volume.node, "deleted a volume that nobody ever used: it has neither PersistentVolume nor claim");
+        info!(volume.id = %id, node = %volume.node, "deleted a volume that was never used: no PersistentVolume, no claim");
         Ok(true)
     }
 
-    /// Whether there is a PersistentVolume or a claim for it. Where the claim is not known, there may be.
+    /// Whether the volume has a PersistentVolume or a claim. A volume whose claim is not known counts as in use.
     fn is_in_use(&self, volume: &HostVolume) -> Result<bool, Reason> {
         let volumes: Api<PersistentVolume> = Api::all(self.client.clone());
         if find(
@@ -218,7 +218,7 @@ impl Gc {
         {
             return Ok(true);
         }
-        // A claim can be met elsewhere, but not while its name is taken on a node that is gone.
+        // Its claim can get a volume on another node, but not while a volume on a node that is gone has the name.
         if self.cache.is_gone(&volume.node, self.config.node_grace) && !self.exists(&volume.node)? {
             return Ok(false);
         }
@@ -229,7 +229,8 @@ impl Gc {
         let found = find(&self.runtime, "read a claim", claims.get_metadata(&claim.name))?;
         Ok(found.is_some_and(|found| {
             let uid = found.metadata.uid.unwrap_or_default();
-            // A claim of that name may be another one; what is not named after its claim may be anybody's.
+            // A later claim may have the same name. A volume that is not named after a claim may belong to any claim of that
+            // name.
             volume.spec.name.strip_prefix("pvc-").is_none_or(|wanted| wanted == uid)
         }))
     }

@@ -22,7 +22,7 @@ pub(crate) use gc::{Gc, GcConfig};
 /// Objects in one page of a list: larger pages cost memory, smaller ones cost requests.
 const PAGE: u32 = 1000;
 
-/// Keeps the cache up to date, for ever.
+/// Keeps the cache up to date, forever.
 pub(crate) async fn feed(client: Client, cache: Arc<ClusterCache>, metrics: Arc<Metrics>) {
     let config = || Config::default().page_size(PAGE);
     let volumes = watcher(Api::<api::HostVolume>::all(client.clone()), config());
@@ -69,7 +69,7 @@ impl Follower<api::HostNode> for HostNodes<'_> {
     fn applied(&self, object: api::HostNode) -> Option<NodeName> {
         match convert::pools(&object) {
             Ok((node, pools)) => self.0.set_pools(node, pools),
-            Err(error) => warn!(error = format!("{error:#}"), "ignoring a HostNode"),
+            Err(error) => warn!(error = format!("{error:#}"), "ignoring a HostNode that cannot be read"),
         }
         node_name(&object)
     }

@@ -1,4 +1,4 @@
-//! Tells people that a Lease was taken from a ghost: in Events, where they look.
+//! Writes Events that say that a Lease was taken from a ghost.
 
 use k8s_openapi::api::apps::v1::ReplicaSet;
 use k8s_openapi::api::core::v1::{ObjectReference, Pod};
@@ -22,7 +22,7 @@ pub(super) struct Announcer {
 }
 
 impl Announcer {
-    /// In the name of this Pod.
+    /// Writes Events in the name of this Pod.
     pub(super) fn new(client: Client, namespace: String, pod: String) -> Self {
         Self {
             recorder: events::recorder(client.clone(), pod.clone()),
@@ -43,7 +43,7 @@ impl Announcer {
         }
     }
 
-    /// The Deployment that this controller's Pod belongs to, by way of its ReplicaSet.
+    /// The Deployment that this controller's Pod belongs to, found through its ReplicaSet.
     async fn deployment(&self) -> Option<ObjectReference> {
         let pods: Api<Pod> = Api::namespaced(self.client.clone(), &self.namespace);
         let sets: Api<ReplicaSet> = Api::namespaced(self.client.clone(), &self.namespace);

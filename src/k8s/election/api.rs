@@ -1,4 +1,4 @@
-//! Leases, Pods and Nodes, as the watch over the leader reads and writes them.
+//! Reads and writes the Leases, Pods and Nodes of the elections.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, PoisonError};
@@ -15,30 +15,31 @@ use kube::{Client, ResourceExt};
 use crate::k8s::client::{Problem, request_within};
 use crate::leader::{ControllerPod, Election, NodeState, View, identity};
 
-/// What is asked of the API server for the election is of no use later.
+/// How long to wait for the API server's answer: a later one is of no use to the election.
 const LIMIT: Duration = Duration::from_secs(4);
-/// Says on a Lease who took it from whom, and why.
+/// The annotation of a Lease that says who took it from whom, and why.
 pub(super) const HAND_OVER: &str = "hostdir.csi/hand-over";
-/// Seconds after which others may take a heartbeat for stopped: `leaseDurationSeconds` of its Lease.
+/// Seconds after which others may assume that a heartbeat has stopped: `leaseDurationSeconds` of its Lease.
 const BEAT_TERM: i32 = 20;
 
 /// What one look has read.
 pub(super) struct Reading {
     pub(super) view: View,
-    /// All Leases there are in the namespace.
+    /// All Leases in the namespace.
     pub(super) leases: BTreeMap<String, Lease>,
 }
 
-/// The election in a namespace.
+/// The elections in a namespace.
 pub(super) struct Elections {
     leases: Api<Lease>,
     pods: Api<Pod>,
     nodes: Api<Node>,
     /// The Leases that leaders are elected by.
     names: Vec<String>,
-    /// Which Pods are controllers.
+    /// The label selector of the controllers' Pods.
     selector: String,
-    /// The Nodes they were on when last looked at: asked about at once, lest a slow API server take twice as long.
+    /// The Nodes that the controllers were on at the last look: read together with the Pods, or else a slow API server would
+    /// take twice as long.
     known: Mutex<BTreeSet<String>>,
 }
 
@@ -54,7 +55,7 @@ impl Elections {
         }
     }
 
-    /// Reads it all, as it is now.
+    /// Reads Leases, Pods and Nodes, as they are now.
     pub(super) async fn read(&self) -> Result<Reading, Problem> {
         let (leases, controllers) = tokio::try_join!(self.read_leases(), self.read_controllers())?;
         let elections = self.names.iter().filter_map(|name| {
@@ -87,7 +88,7 @@ impl Elections {
         let others = nodes.iter().filter(|node| !states.contains_key(*node));
         states.extend(self.node_states(others.cloned().collect()).await?);
         *self.known.lock().unwrap_or_else(PoisonError::into_inner) = nodes;
-        // One without a Node has not been scheduled, and has never led.
+        // A Pod without a Node has not been scheduled, and has never led.
         let controllers = pods.into_iter().filter_map(|pod| {
             let node = node_of(&pod)?;
             let controller = ControllerPod {
@@ -118,9 +119,9 @@ impl Elections {
         }
     }
 
-    /// Makes `me` the holder of a Lease that is still held by whom it was held by, and at the version it has: it is read once
-    /// more, because a ghost that renews every two seconds changes it while the rest is read from a slow API server. `note`
-    /// says on it why.
+    /// Makes `me` the holder of a Lease, unless its holder has changed since it was `seen`. The Lease is read again for its
+    /// version, because a ghost renews it every two seconds, and reading the rest from a slow API server takes longer.
+    /// `note` is written on the Lease.
     pub(super) async fn hand_over(&self, seen: &Lease, me: &str, note: &str) -> Result<Lease, Problem> {
         let (name, verb) = (seen.name_any(), "hand over a Lease");
         let mut lease = request_within(LIMIT, verb, self.leases.get(&name)).await?;
@@ -133,14 +134,15 @@ impl Elections {
         spec.holder_identity = Some(me.to_owned());
         spec.acquire_time = Some(now.clone());
         spec.renew_time = Some(now);
-        // The duration stays: whoever sees the Lease goes by what it says (client-go, leaderelection.go).
+        // The duration stays: all sidecars rely on the one in the Lease (client-go, leaderelection.go).
         spec.lease_transitions = Some(spec.lease_transitions.unwrap_or(0).saturating_add(1));
         lease.annotations_mut().insert(HAND_OVER.into(), note.to_owned());
         let params = PostParams::default();
         request_within(LIMIT, verb, self.leases.replace(&name, &params, &lease)).await
     }
 
-    /// Writes a heartbeat of a Pod; `last` is the one before, as it was answered. The Lease goes when the Pod does.
+    /// Writes a heartbeat of a Pod. `last` is the Lease as the previous heartbeat returned it. The Lease is deleted with the
+    /// Pod.
     pub(super) async fn beat(&self, pod: &str, uid: &str, last: Option<Lease>) -> Result<Lease, Problem> {
         let verb = "write a heartbeat";
         let params = PostParams::default();

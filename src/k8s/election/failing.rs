@@ -1,4 +1,4 @@
-//! Tasks that are tried again and again: the log says once that one begins to fail, and once that it works again.
+//! Tasks that are tried again and again: logs once when a task begins to fail, and once when it works again.
 
 use std::time::{Duration, Instant};
 
@@ -7,8 +7,8 @@ use tracing::{info, warn};
 use crate::k8s::client::{Problem, Refusal};
 use crate::volume::Reason;
 
-/// An API server that starts refuses what it accepts a moment later (it answers before it knows all Pods and rights). Refusals
-/// that last longer than this are meant.
+/// A starting API server refuses what it accepts a moment later (it answers before it knows all Pods and rights). Refusals
+/// that last at least this long count.
 const REFUSED: Duration = Duration::from_secs(15);
 
 #[derive(Default)]
@@ -18,7 +18,7 @@ pub(super) struct Failing {
 }
 
 impl Failing {
-    /// It works.
+    /// Notes that the task works.
     pub(super) fn ended(&mut self, what: &str) {
         self.refused = None;
         if self.why.take().is_some() {
@@ -33,8 +33,8 @@ impl Failing {
         }
     }
 
-    /// Returns why this process must end, if it must: a token that is refused (401) is that of a Pod that is gone; so is one without
-    /// the right (403) to write what only this process may write (`ours`).
+    /// Returns why this process must end, if it must. A refused token (401) belongs to a Pod that is gone; so does one
+    /// without the right (403) to write what only this process may write (`ours`).
     pub(super) fn refused(&mut self, problem: Problem, ours: bool, now: Instant) -> Option<String> {
         let meant = match &problem {
             Problem::Refused(Refusal::Unauthorized, _) => true,
@@ -61,7 +61,7 @@ mod tests {
         Problem::Refused(how, api_error("try", "no".into()))
     }
 
-    /// After how many seconds of a refusal each second it is meant.
+    /// After how many seconds of refusals, one each second, they count.
     fn until_meant(failing: &mut Failing, how: Refusal, ours: bool) -> Option<u64> {
         let start = Instant::now();
         (0..100).find(|second| {
@@ -76,7 +76,7 @@ mod tests {
         assert_eq!(meant(Refusal::Unauthorized, false), Some(15));
         assert_eq!(meant(Refusal::Unauthorized, true), Some(15));
         assert_eq!(meant(Refusal::Forbidden, true), Some(15));
-        // A right that an administrator has taken away is no proof of anything.
+        // An administrator may have taken away the right, which proves nothing.
         assert_eq!(meant(Refusal::Forbidden, false), None);
     }
 

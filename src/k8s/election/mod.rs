@@ -1,5 +1,5 @@
-//! Every controller watches the leader, and itself: it gives heartbeats, and takes the Lease over from a leader that cannot work.
-//! What it decides by is in [`crate::leader`].
+//! Every controller watches the leader and itself: it sends heartbeats, and takes over the Lease of a leader that must not
+//! lead. [`crate::leader`] makes the decisions.
 
 mod announcer;
 mod api;
@@ -29,13 +29,13 @@ use failing::Failing;
 
 pub(crate) use report::report;
 
-/// How often to give a heartbeat.
+/// How often to send a heartbeat.
 const BEAT: Duration = Duration::from_secs(5);
-/// When to try again after a failed heartbeat: others do not wait for long.
+/// When to try again after a failed heartbeat: others do not wait long.
 const RETRY: Duration = Duration::from_secs(1);
 /// How long a driver or a sidecar may take to answer.
 const ANSWER: Duration = Duration::from_secs(2);
-/// An answer that took longer than this shows the world as it was.
+/// An answer that took longer than this is out of date.
 const FRESH: Duration = Duration::from_secs(5);
 
 /// Asks a driver or a sidecar whether it works.
@@ -50,11 +50,11 @@ pub(crate) struct GuardConfig {
     pub(crate) controllers: String,
     /// Whether the driver of this controller answers.
     pub(crate) driver: Check,
-    /// Whether a sidecar of this controller answers, for each by the name of the Lease that it is elected by.
+    /// Whether each sidecar of this controller answers, by the name of the Lease that it is elected by.
     pub(crate) sidecars: BTreeMap<String, Check>,
 }
 
-/// Watches for one controller.
+/// Watches the elections for one controller.
 pub(crate) struct Guard {
     config: GuardConfig,
     me: String,
@@ -66,7 +66,7 @@ pub(crate) struct Guard {
 }
 
 impl Guard {
-    /// Closes `fence` when its own controller is the ghost.
+    /// Closes `fence` when this controller is a ghost.
     pub(crate) fn new(config: GuardConfig, client: Client, fence: Arc<Fence>, metrics: Arc<Metrics>) -> Self {
         let names = config.sidecars.keys().cloned().collect();
         let elections = Elections::new(client.clone(), &config.namespace, names, config.controllers.clone());
@@ -89,11 +89,11 @@ impl Guard {
         };
         self.fence.close(&why);
         let pod = &self.config.pod;
-        error!(pod, why, "this controller is a ghost: it refuses all work and ends");
+        error!(pod, why, "this controller is a ghost: it refuses all work and exits");
         anyhow::anyhow!("controller {pod} is a ghost: {why}")
     }
 
-    /// Gives heartbeats while the driver answers, until the API server refuses them.
+    /// Sends heartbeats while the driver answers, until the API server refuses them. Returns why.
     async fn give_heartbeats(&self) -> String {
         let mut last = None;
         let mut failing = Failing::default();
@@ -102,12 +102,12 @@ impl Guard {
             let mut pause = RETRY;
             match self.give_heartbeat(last.take()).await {
                 Ok(lease) => {
-                    failing.ended("heartbeats are given again");
+                    failing.ended("heartbeats are sent again");
                     last = Some(lease);
                     pause = BEAT;
                     begun = true;
                 }
-                // It has to see all volumes and nodes first.
+                // A starting driver does not answer until it has seen all volumes and nodes.
                 Err(Silence::Driver(_)) if !begun => {}
                 Err(Silence::Driver(why)) => {
                     self.metrics.failed("heartbeat");
@@ -136,13 +136,13 @@ impl Guard {
                 .map_err(Silence::Problem)?
                 .and_then(|pod| pod.metadata.uid),
         };
-        // Without a Pod there is no heartbeat to give: the watchdog sees that, too.
+        // Without a Pod there is no heartbeat to send; the watchdog sees that, too.
         let uid = uid.ok_or(Silence::Problem(Problem::NotFound("read its own Pod")))?;
         self.elections.beat(pod, &uid, last).await.map_err(Silence::Problem)
     }
 }
 
-/// Why no heartbeat was given.
+/// Why no heartbeat was sent.
 enum Silence {
     /// The driver does not answer.
     Driver(String),

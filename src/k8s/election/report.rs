@@ -1,4 +1,4 @@
-//! Who leads, for people.
+//! The report of `hostdir leader`.
 
 use std::fmt::Write as _;
 use std::time::Duration;
@@ -11,11 +11,11 @@ use super::api::{Elections, HAND_OVER, Reading, election};
 use crate::leader::Guilt;
 use crate::volume::Reason;
 
-/// Says who holds each of these Leases, whether it should, and who stands by for it; and whether all are held as they should
-/// be. Ages are by the clock of this machine.
+/// Reports who holds each of these Leases, whether the holder may lead, and who stands by. Also returns whether every Lease
+/// is held by a controller that may lead. Ages are by the clock of this machine.
 ///
 /// # Errors
-/// The API server does not answer, or there is no such Lease.
+/// The API server does not answer, or none of the Leases exists.
 pub(crate) async fn report(
     client: Client,
     namespace: &str,
@@ -39,7 +39,7 @@ pub(crate) async fn report(
     Ok((text, well))
 }
 
-/// The controllers that do not hold a Lease, and whether they could.
+/// The controllers that do not hold the Lease, and whether they could lead.
 fn others(reading: &Reading, holder: &str) -> String {
     let mut text = String::new();
     for (name, controller) in &reading.view.controllers {
@@ -52,7 +52,7 @@ fn others(reading: &Reading, holder: &str) -> String {
     text
 }
 
-/// What is to be said of a Lease, its holder and who stands by, and whether the holder leads.
+/// The report on a Lease, its holder and who stands by. Also returns whether the holder leads and may lead.
 fn holder(reading: &Reading, lease: &Lease) -> (String, bool) {
     let election = election(lease);
     let renewed = lease
@@ -80,22 +80,20 @@ fn holder(reading: &Reading, lease: &Lease) -> (String, bool) {
         line("last hand-over", note);
     }
     let verdict = match &guilt {
-        _ if election.holder.is_empty() => "nobody leads; the sidecars elect somebody within seconds".to_owned(),
-        _ if expired => {
-            "nobody leads: the Lease has expired, and whichever sidecar is well takes it within seconds".to_owned()
-        }
+        _ if election.holder.is_empty() => "nobody leads; the sidecars elect a leader within seconds".to_owned(),
+        _ if expired => "nobody leads: the Lease has expired; a healthy sidecar takes it within seconds".to_owned(),
         Some(guilt) => {
             format!("it must not lead: {guilt}. A controller that can lead takes over; deploy/README.md says when")
         }
         None => "it leads".to_owned(),
     };
     line("verdict", &verdict);
-    // Who leads by one Lease stands by for the others.
+    // The holder of one Lease stands by for the others.
     text += &others(reading, &election.holder);
     (text, guilt.is_none() && !expired && !election.holder.is_empty())
 }
 
-/// For how long a controller has given no heartbeat; nothing if it never gave one.
+/// How long ago a controller sent its last heartbeat; `None` if it never sent one.
 fn silence(reading: &Reading, controller: &str) -> Option<Duration> {
     reading.view.heartbeats.get(controller).copied().map(ago)
 }

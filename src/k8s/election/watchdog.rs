@@ -21,13 +21,13 @@ const PERIOD: Duration = Duration::from_secs(2);
 /// When to look again while waiting for this controller's turn.
 const TURN: Duration = Duration::from_secs(1);
 
-/// What goes from one look to the next.
+/// What is kept from one look to the next.
 struct Memory {
     start: Instant,
     watchdog: Watchdog,
     reading: Failing,
     writing: Failing,
-    /// What the log has said, by Lease.
+    /// What was last logged, by Lease.
     told: BTreeMap<String, String>,
     claims: Claims,
 }
@@ -45,10 +45,10 @@ impl Memory {
     }
 }
 
-/// Hand-overs that were asked for, by Lease, until it is known what became of them; with the note that each writes on the Lease.
+/// Hand-overs whose outcome is not known yet, by Lease, each with the note that it writes on the Lease.
 type Claims = BTreeMap<String, (String, TakeOver)>;
 
-/// What follows from a look.
+/// What to do after a look.
 enum Next {
     Pause(Duration),
     /// This controller must end, and why.
@@ -71,7 +71,7 @@ impl Guard {
     async fn look_once(&self, memory: &mut Memory) -> Next {
         let began = Instant::now();
         let (read, fit) = tokio::join!(timeout(FRESH, self.elections.read()), self.fit());
-        // This process may have stood still with the answer at hand.
+        // This process may have been paused after the answer arrived.
         let late = began.elapsed() > FRESH;
         match read {
             Ok(Ok(seen)) if !late => {
@@ -104,12 +104,12 @@ impl Guard {
         let waits = leases.values().any(|lease| lease.obstacle == Some(Obstacle::Turn));
         let mut pause = if waits { TURN } else { PERIOD };
         if take_overs.is_empty() {
-            memory.writing.ended("no Lease has to be taken over any more");
+            memory.writing.ended("no Lease needs to be taken over any more");
         }
         for due in take_overs {
             match self.take_over(seen, due, &mut memory.claims).await {
                 Ok(()) => memory.writing.ended("the Lease can be written again"),
-                // Decided anew, and at once: the ghost has renewed meanwhile, and will again.
+                // Look again at once: the ghost has renewed the Lease meanwhile, and will again.
                 Err(Problem::Conflict(_)) => {
                     memory.writing.refused = None;
                     pause = Duration::ZERO;
@@ -125,7 +125,7 @@ impl Guard {
         Next::Pause(pause)
     }
 
-    /// The Leases that this controller could lead by.
+    /// The Leases that this controller could hold.
     async fn fit(&self) -> BTreeSet<String> {
         let sidecars = self
             .config
@@ -140,22 +140,22 @@ impl Guard {
         }
     }
 
-    /// Says what is new about the elections, in the log and the metrics.
+    /// Reports what is new about the elections, in the log and the metrics.
     fn tell(&self, leases: &BTreeMap<String, LeaseState>, told: &mut BTreeMap<String, String>) {
         self.metrics.clear_leaders();
         for (lease, state) in leases {
             self.metrics
                 .set_leader(lease, state.holder.as_deref(), state.silence, state.leaderless);
             let news = match (&state.holder, &state.guilt, state.obstacle) {
-                (None, ..) => "nobody leads; the sidecars elect somebody".to_owned(),
+                (None, ..) => "nobody leads; the sidecars elect a leader".to_owned(),
                 (Some(holder), None, _) => format!("{holder} leads"),
                 (Some(holder), Some(guilt), Some(obstacle)) if obstacle != Obstacle::Turn => {
                     format!(
-                        "{holder} leads and must not: {}. Not taking over: {obstacle}",
+                        "{holder} leads but must not lead: {}; not taking over: {obstacle}",
                         guilt.reason()
                     )
                 }
-                // It is told when it has happened.
+                // The hand-over is announced when it has happened.
                 (Some(_), Some(_), _) => continue,
             };
             if told.get(lease) != Some(&news) {
@@ -171,7 +171,7 @@ impl Guard {
             return Ok(());
         };
         let name = due.lease.clone();
-        // One whose answer was lost may take effect yet: what it wrote must be known again.
+        // A hand-over whose answer was lost may still take effect: the same note lets it be recognized.
         let undecided = claims.remove(&name).filter(|(_, before)| before.holder == due.holder);
         let note = undecided.map_or_else(|| due.note(Timestamp::now(), &self.me), |(note, _)| note);
         claims.insert(name.clone(), (note.clone(), due));
@@ -182,7 +182,7 @@ impl Guard {
         Ok(())
     }
 
-    /// Finds the hand-overs that have taken effect though nobody said so.
+    /// Finds the hand-overs that took effect although their answer was lost.
     fn note_claims(&self, seen: &Reading, claims: &mut Claims) {
         claims.retain(|name, (note, due)| {
             let Some(lease) = seen.leases.get(name) else {
@@ -196,7 +196,7 @@ impl Guard {
         });
     }
 
-    /// Says that a Lease was taken from a ghost: in the log, the metrics, and where people look.
+    /// Announces that a Lease was taken from a ghost: in the log, the metrics and Events.
     fn announce(&self, due: &TakeOver, lease: &Lease) {
         let TakeOver {
             lease: name,
@@ -209,7 +209,7 @@ impl Guard {
             .as_ref()
             .map_or_else(String::new, |node| format!(" on node {node}"));
         let note = format!(
-            "{holder}{place} held Lease {name}, and must not lead: {guilt}. {} has it now and leads within seconds",
+            "{holder}{place} held Lease {name} but must not lead: {guilt}; {} holds it now and leads within seconds",
             self.me
         );
         warn!(lease = name, from = holder, reason = guilt.reason(), "{note}");

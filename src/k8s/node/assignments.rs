@@ -1,4 +1,4 @@
-//! The HostVolumes of this node, as the core reads and marks them. A volume whose data is on the node needs none of this: it is
+//! Reads and marks the HostVolumes of this node, for the core. A volume whose data is on the node needs none of this: it is
 //! mounted without the API server.
 
 use std::sync::Arc;
@@ -17,7 +17,7 @@ use crate::volume::host_volume::{Assignments, HostVolume, HostVolumeStore as _};
 use crate::volume::id::VolumeId;
 use crate::volume::record::{Phase, Record};
 
-/// How often marking a volume is tried again when its HostVolume changes meanwhile.
+/// How many times to try to mark a volume while its HostVolume keeps changing.
 const CONFLICTS: usize = 3;
 
 pub(super) struct ApiAssignments {
@@ -70,7 +70,7 @@ impl Assignments for ApiAssignments {
     }
 
     fn mark_ready(&self, record: &Record) -> Result<(), Reason> {
-        // No HostVolume speaks of it.
+        // Volumes of the self-test have no HostVolume.
         if record.uid.is_none() && record.id.is_of_self_test() {
             return Ok(());
         }
@@ -91,7 +91,7 @@ impl Assignments for ApiAssignments {
             }
             volume = self.get(&record.id)?;
         }
-        let why = "the object changes all the time";
+        let why = "the object keeps changing";
         Err(api_error("mark its HostVolume as Ready", why.into()))
     }
 }

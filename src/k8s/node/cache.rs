@@ -15,9 +15,9 @@ pub(super) struct NodeCache {
     node: NodeName,
     volumes: Mutex<BTreeMap<VolumeId, HostVolume>>,
     complete: AtomicBool,
-    /// A list was seen completely.
+    /// Notified when a list is complete.
     pub(super) listed: Notify,
-    /// A volume is to be deleted.
+    /// Notified when a volume is to be deleted.
     pub(super) delete: Notify,
 }
 
@@ -32,7 +32,7 @@ impl NodeCache {
         }
     }
 
-    /// Whether a list was seen completely: before that, a volume that is not here may exist.
+    /// Whether a list was received completely: before that, a volume may exist that is not in this cache.
     pub(super) fn is_complete(&self) -> bool {
         self.complete.load(Ordering::Acquire)
     }
@@ -45,7 +45,7 @@ impl NodeCache {
         self.lock().values().filter(|volume| wanted(volume)).cloned().collect()
     }
 
-    /// Takes the answer of the API server to a change, unless the watch has removed the volume since.
+    /// Stores the API server's answer to a change, unless the watch has removed the volume since.
     pub(super) fn update(&self, volume: HostVolume) {
         if let Some(known) = self.lock().get_mut(&volume.id)
             && known.uid == volume.uid
@@ -55,7 +55,7 @@ impl NodeCache {
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<VolumeId, HostVolume>> {
-        // A cache: the next event corrects what a panic leaves behind.
+        // The next event corrects what a panic leaves behind.
         self.volumes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

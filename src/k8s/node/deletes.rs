@@ -15,15 +15,15 @@ use crate::metrics::Metrics;
 use crate::volume::host_volume::HostVolume;
 use crate::volume::id::VolumeId;
 
-/// How often what cannot be deleted yet is tried again.
+/// How often to try again what cannot be deleted yet.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// The deletes of a node. Each has a thread of its own: one on a disk that hangs holds up no other.
+/// The deletes of a node. Each has a thread of its own: a disk that hangs holds up no other delete.
 pub(super) struct Deletes {
     cache: Arc<NodeCache>,
     reconciler: Arc<Reconciler>,
     metrics: Arc<Metrics>,
-    /// Those that are being tried at this moment.
+    /// The deletes that are being tried now.
     running: Mutex<HashSet<VolumeId>>,
 }
 
@@ -37,9 +37,9 @@ impl Deletes {
         })
     }
 
-    /// Runs for ever.
+    /// Runs forever.
     pub(super) async fn run(self: Arc<Self>) {
-        // Since when this process has known of each.
+        // Since when this process has known of each delete.
         let mut known: HashMap<VolumeId, Instant> = HashMap::new();
         loop {
             let deleting = self.cache.volumes(|volume| volume.deleting);
@@ -70,12 +70,12 @@ impl Deletes {
     }
 
     fn running(&self) -> MutexGuard<'_, HashSet<VolumeId>> {
-        // Every change is one statement.
+        // Each change is one statement, so a panic leaves nothing half-done.
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// A delete that is being tried, until it ends, however it ends.
+/// A delete that is being tried. Dropped when it ends, even by a panic.
 struct Running<'a>(&'a Deletes, &'a VolumeId);
 
 impl Drop for Running<'_> {

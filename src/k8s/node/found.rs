@@ -1,4 +1,4 @@
-//! What the pools of this node have of the volumes that its HostVolumes speak of.
+//! What is on the pools of this node for its HostVolumes.
 
 use std::collections::{HashMap, HashSet};
 
@@ -10,15 +10,15 @@ use crate::volume::id::{PoolName, VolumeId};
 use crate::volume::node::Inventory;
 use crate::volume::record::Record;
 
-/// What the pools of this node have of a volume.
+/// What is on the pools of this node for a HostVolume.
 #[derive(Clone, Copy)]
 pub(super) enum Found<'a> {
-    /// They were not looked at, or it is too early to judge.
+    /// The pools were not read, or it is too early to judge.
     Unknown,
     Record(&'a Record),
-    /// It is there, and its record cannot be read.
+    /// The volume is there, but its record cannot be read.
     Broken,
-    /// Its pool cannot be used.
+    /// The volume's pool cannot be used.
     Unusable(&'a Unusable),
     Nothing,
 }

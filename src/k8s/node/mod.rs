@@ -1,5 +1,5 @@
-//! A node of elected mode: it follows its own HostVolumes with one API watch, makes its volumes be what they say
-//! ([`reconcile`]), and publishes what its pools are like ([`status`]).
+//! A node of elected mode: it follows its own HostVolumes with one API watch, makes its volumes match them ([`reconcile`]),
+//! and publishes the state of its pools ([`status`]).
 
 mod assignments;
 mod cache;
@@ -40,8 +40,8 @@ use status::Publisher;
 /// How often a node compares its pools with its HostVolumes.
 const PERIOD: Duration = Duration::from_secs(10);
 
-/// For how long a pool must be unusable before its volumes are `Lost`: a large one takes a while to open, and an administrator to
-/// mount its disk.
+/// How long a pool must be unusable before its volumes are `Lost`: opening a large pool takes a while, and so does mounting
+/// a disk by hand.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Carries out what HostVolumes ask of this node.
@@ -68,12 +68,12 @@ impl Agent {
         }
     }
 
-    /// For the core; nothing is in their cache before [`Agent::run`].
+    /// The assignments, for the core. Their cache is empty before [`Agent::run`].
     pub(crate) fn assignments(&self) -> Arc<dyn Assignments> {
         Arc::clone(&self.assignments) as _
     }
 
-    /// Works for ever: what it returns is why it cannot go on.
+    /// Runs forever. If it returns, the error says why it cannot go on.
     pub(crate) async fn run(self, node: Arc<Node>) -> anyhow::Error {
         let fields = format!("spec.node={}", self.name);
         let volumes: Api<api::HostVolume> = Api::all(self.client.clone());
@@ -97,8 +97,8 @@ impl Agent {
             unusable: HashMap::new(),
         };
         tokio::select! {
-            () = follow("watch HostVolumes", watch, &self.metrics, &*self.cache) => anyhow::anyhow!("the watch has ended"),
-            () = deletes.run() => anyhow::anyhow!("nothing is deleted any more"),
+            () = follow("watch HostVolumes", watch, &self.metrics, &*self.cache) => anyhow::anyhow!("the API watch has ended"),
+            () = deletes.run() => anyhow::anyhow!("the task that deletes volumes has ended"),
             error = passes.run() => error,
         }
     }
@@ -123,12 +123,12 @@ impl Passes {
                 self.pass();
                 self
             };
-            // Disks block.
+            // Disk access blocks.
             self = match tokio::task::spawn_blocking(pass).await {
                 Ok(passes) => passes,
-                Err(panic) => return anyhow::anyhow!("looking at pools panicked, which is a bug: {panic}"),
+                Err(panic) => return anyhow::anyhow!("a pass over the pools panicked; this is a bug: {panic}"),
             };
-            // The second pass as soon as all HostVolumes are known.
+            // The second pass starts as soon as all HostVolumes are known.
             let _ = timeout(PERIOD, cache.listed.notified()).await;
         }
     }
@@ -136,7 +136,7 @@ impl Passes {
     fn pass(&mut self) {
         let mut orphans = Vec::new();
         if self.cache.is_complete() {
-            // First the HostVolumes, then the disks: a volume that is Ready in the API server was on a disk before.
+            // HostVolumes are read before the disks: a volume that is Ready in the API server was on a disk earlier.
             let volumes = self.cache.volumes(|volume| !volume.deleting);
             let inventory = self.node.inventory();
             self.note_unusable(&inventory.unusable);

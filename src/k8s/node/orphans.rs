@@ -1,4 +1,4 @@
-//! Volumes on the pools of this node that no HostVolume speaks of.
+//! Volumes on the pools of this node that have no HostVolume.
 
 use tracing::warn;
 use uuid::Uuid;
@@ -11,7 +11,7 @@ use crate::volume::host_volume::HostVolumeStore as _;
 use crate::volume::id::{PoolName, VolumeId};
 use crate::volume::{Node, Reason};
 
-/// Finds the orphans among what was found on the pools. What never had data is discarded; the rest is only named.
+/// Finds the orphans among the volumes on the pools. Discards those that never had data, and returns the rest.
 pub(super) fn find_orphans(
     node: &Node,
     cache: &NodeCache,
@@ -56,12 +56,12 @@ fn is_of_self_test(volume: &PoolVolume) -> bool {
 fn is_assigned(cache: &NodeCache, volume: &PoolVolume) -> bool {
     cache.get(&volume.id).is_some_and(|assigned| match &volume.record {
         Ok(record) => record.uid == Some(assigned.uid),
-        // A record that cannot be read is taken for the assigned one.
+        // An unreadable record is assumed to be that of the assigned volume.
         Err(_) => true,
     })
 }
 
-/// A first publish may just be under way, with a watch that is late: only the API server knows.
+/// Asks the API server first: a first publish may be running while the watch is late.
 fn discard_unused(node: &Node, assignments: &ApiAssignments, id: &VolumeId, uid: Uuid) -> Result<(), Reason> {
     match assignments.store.get(id)? {
         Some(volume) if volume.uid == uid => Ok(()),

@@ -1,4 +1,4 @@
-//! Makes a volume of this node be what its HostVolume says, and writes into the HostVolume what cannot be done.
+//! Makes a volume of this node match its HostVolume, and writes into the HostVolume what cannot be done.
 
 use std::sync::Arc;
 
@@ -13,13 +13,13 @@ use crate::volume::host_volume::{Assignments as _, HostVolume, HostVolumeStore a
 use crate::volume::record::Phase;
 use crate::volume::{Error, Node, Reason};
 
-/// A task that failed, by the name that the metric `hostdir_errors` has for it.
+/// A task that failed, named as in the metric `hostdir_errors`.
 pub(super) struct Failed {
     pub(super) task: &'static str,
     pub(super) why: Reason,
 }
 
-/// An error handler that names the task.
+/// Returns an error handler that adds the name of the task.
 fn in_task(task: &'static str) -> impl Fn(Reason) -> Failed {
     move |why| Failed { task, why }
 }
@@ -31,7 +31,8 @@ pub(super) struct Reconciler {
 }
 
 impl Reconciler {
-    /// Deletes what is to be deleted; says what is lost, and what is back; lets a volume grow. Idempotent.
+    /// Deletes a volume that is to be deleted; marks one whose data is lost or back; expands one that is to grow.
+    /// Idempotent.
     pub(super) fn reconcile(&self, volume: &HostVolume, found: Found<'_>) -> Result<(), Failed> {
         if volume.deleting {
             return self.delete(volume).map_err(in_task("delete a volume"));
@@ -43,11 +44,11 @@ impl Reconciler {
         }
     }
 
-    /// Deletes the data, and then removes the finalizer of the HostVolume; or writes there why that is not possible.
+    /// Deletes the data, and then removes the finalizer of the HostVolume; or writes into the HostVolume why it cannot.
     fn delete(&self, volume: &HostVolume) -> Result<(), Reason> {
         match self.node.delete_of(&volume.id, volume.uid) {
             Ok(()) => {
-                // If it has changed meanwhile, the watch shows it again.
+                // If the HostVolume has changed meanwhile, the watch shows it again.
                 if self.assignments.store.remove_finalizer(volume)? {
                     info!(volume.id = %volume.id, node = %self.node.name(), "finalizer removed");
                 }
@@ -65,14 +66,14 @@ impl Reconciler {
         }
     }
 
-    /// Compares the phase with what was found.
+    /// Corrects the phase by what was found.
     fn write_phase(&self, volume: &HostVolume, found: Found<'_>) -> Result<(), Reason> {
         match (volume.phase, found) {
             (Phase::Ready | Phase::Lost, Found::Broken | Found::Unusable(_) | Found::Nothing) => {
                 self.mark_lost(volume, found)
             }
             (Phase::Lost, Found::Record(_)) => self.mark_found(volume),
-            // The API server was restored from a time before the volume was first used.
+            // The API server was restored from a backup that is older than the volume's first use.
             (Phase::Claimed, Found::Record(record)) if record.ready => self.assignments.mark_ready(record),
             _ => Ok(()),
         }
@@ -83,7 +84,8 @@ impl Reconciler {
         let (word, message) = match found {
             Found::Broken => (
                 "RecordBroken",
-                "its record cannot be read; restore volume.json from a backup and restart hostdir there".to_owned(),
+                "its record cannot be read; restore volume.json from a backup and restart hostdir on this node"
+                    .to_owned(),
             ),
             Found::Unusable(why) => (
                 "PoolUnusable",
@@ -96,7 +98,7 @@ impl Reconciler {
                 "DataMissing",
                 format!(
                     "its data is not on this node: it was made on pool {made_on}; bring that disk back, or delete the claim \
-                     if the data is given up"
+                     to give up its data"
                 ),
             ),
         };
@@ -118,7 +120,7 @@ impl Reconciler {
         Ok(())
     }
 
-    /// Follows an expansion that no pod was there for.
+    /// Carries out an expansion that was requested while no pod used the volume.
     fn grow(&self, volume: &HostVolume) -> Result<(), Failed> {
         let grown = self.node.grow_to(&volume.id, volume.uid, volume.spec.bytes);
         grown
@@ -126,7 +128,7 @@ impl Reconciler {
             .map_err(|error| in_task("expand a volume")(*error.reason))
     }
 
-    /// Writes phase, reason and message, if they are not there already. Returns whether they were written.
+    /// Writes phase, reason and message, unless the HostVolume has them already. Returns whether they were written.
     fn write_reason(&self, volume: &HostVolume, phase: Phase, reason: &str, message: &str) -> Result<bool, Reason> {
         let wanted = StatusReason {
             reason: reason.to_owned(),

@@ -1,4 +1,4 @@
-//! The HostNode of a node: what its pools are like, written only when it changes.
+//! The HostNode of a node: the state of its pools, written only when it changes.
 
 use std::time::{Duration, Instant};
 
@@ -19,15 +19,15 @@ use crate::volume::{Node, Reason};
 /// How many orphans are listed by name.
 const ORPHANS_MAX: usize = 100;
 
-/// How often to check that the HostNode is still there: somebody may delete it.
+/// How often to check that the HostNode still exists: somebody may delete it.
 const LOOK_AGAIN: Duration = Duration::from_mins(5);
 
-/// Keeps one HostNode.
+/// Keeps one HostNode up to date.
 pub(super) struct Publisher {
     name: String,
     nodes: Api<HostNode>,
     runtime: Handle,
-    /// What the API server has, as far as known, and since when.
+    /// The status that the API server has, as far as known, and since when.
     published: Option<(HostNodeStatus, Instant)>,
 }
 
@@ -41,7 +41,7 @@ impl Publisher {
         }
     }
 
-    /// Writes what the pools are like, if the API server does not have it already.
+    /// Writes the state of the pools, unless the API server has it already.
     pub(super) fn publish(
         &mut self,
         node: &Node,
@@ -72,7 +72,7 @@ impl Publisher {
                 self.published = Some((status, Instant::now()));
                 Ok(())
             }
-            // Somebody may have deleted it: then the next pass creates it.
+            // Somebody may have deleted the HostNode: then the next pass creates it.
             Err(problem) => {
                 self.published = None;
                 Err(problem.into())

@@ -1,19 +1,20 @@
-//! Controllers in a world where everything fails, thousands of times over.
+//! Simulates controllers in a world where everything fails, thousands of times.
 //!
-//! Each has the real watchdog in its driver, a sidecar that does as client-go's elector does
-//! (tools/leaderelection/leaderelection.go), a Pod, a Node with a kubelet, and a clock that runs too fast or too slow. Reads of
-//! the API server may be late and old; writes are checked against the version they name. Time goes in steps of 200 ms.
+//! Each has the real watchdog in its driver, a sidecar that behaves like client-go's elector
+//! (tools/leaderelection/leaderelection.go), a Pod, a Node with a kubelet, and a clock that runs too fast or too slow. Reads
+//! from the API server may be late and out of date; writes are checked against the version they name. Time advances in steps
+//! of 200 ms.
 
 mod world;
 
 use world::*;
 
-/// How long faults happen, in seconds, and how long none happen after that.
+/// How long faults happen, in seconds, and how long the calm after that lasts.
 const FAULTY: f64 = 500.0;
 const CALM: f64 = 420.0;
 
 impl World {
-    /// Something happens to somebody.
+    /// Makes something fail for a random controller.
     fn fault(&mut self) {
         let (now, number) = (self.now, self.rng.usize(0..self.processes.len().max(1)));
         let short = now + self.between(1.0, 60.0);
@@ -32,7 +33,7 @@ impl World {
             4 => (process.driver, process.sidecar) = (Health::Hung(short), Health::Hung(short)),
             5 => machine.cut_off = short,
             6 => machine.kubelet = long,
-            // The story: its kubelet is dead, its Node deleted, its containers live on.
+            // The classic ghost: its kubelet is dead, its Node is deleted, its containers live on.
             7 => (machine.kubelet, machine.registered) = (for_ever, for_ever),
             8 => process.ending = true,
             9 => process.exists = false,
@@ -52,19 +53,19 @@ fn live(seed: u64) {
             world.fault();
         }
     }
-    // What cannot recover is left behind; one more machine makes sure that somebody can be well.
+    // Some machines cannot recover; one more machine makes sure that some controller can be fit.
     world.machines.push(machine());
     while world.now < FAULTY + CALM {
         world.step();
     }
     assert!(
         world.missed.is_none(),
-        "seed {seed}: at the end {:?} holds the Lease",
+        "seed {seed}: at the end no fit controller leads, and {:?} holds the Lease",
         world.election.holder
     );
 }
 
-/// Runs something for each of many seeds, on two threads: of 200, in CI of 2,000, or those that `HOSTDIR_SEEDS=FROM..TO` names.
+/// Calls `run` for many seeds, on two threads: 200 seeds, 2,000 in CI, or those that `HOSTDIR_SEEDS=FROM..TO` names.
 fn for_each_seed(run: impl Fn(u64) + Sync) {
     let named = std::env::var("HOSTDIR_SEEDS").ok().and_then(|text| {
         let (from, to) = text.split_once("..")?;
@@ -89,7 +90,7 @@ fn whatever_fails_a_fit_one_leads_in_time_and_none_is_deposed() {
 
 type Blow = fn(&mut Process, &mut Machine);
 
-/// What befalls the leader of a world that is well, and within how many seconds another one works.
+/// Single failures of the leader in a healthy world, and within how many seconds another controller leads.
 const BLOWS: [(&str, Blow, f64); 8] = [
     (
         "driver hung",
@@ -132,7 +133,7 @@ const BLOWS: [(&str, Blow, f64); 8] = [
         },
         15.0,
     ),
-    // Fifty seconds until the API server says so, and a minute.
+    // The API server notices after fifty seconds, and a Node may be not ready for a minute.
     ("no kubelet", |_, machine| machine.kubelet = f64::INFINITY, 130.0),
 ];
 
@@ -158,13 +159,13 @@ fn after_one_blow_another_leads_in_time() {
                 let after = world.now - at;
                 assert!(
                     after < bound,
-                    "seed {seed}: {blow}: after {after:.1} s {:?} leads",
+                    "seed {seed}: {blow}: after {after:.1} s no other controller leads, and {:?} holds the Lease",
                     world.election.holder
                 );
             }
             assert!(
                 world.hand_overs.len() <= 1,
-                "seed {seed}: {blow}: {:?}",
+                "seed {seed}: {blow}: more than one hand-over, at {:?}",
                 world.hand_overs
             );
         }

@@ -8,34 +8,34 @@ use std::time::Duration;
 
 pub(super) const LEASE: &str = "hostdir-csi";
 pub(super) const STEP: f64 = 0.2;
-/// Lease duration, renew deadline and retry period, as the chart has them.
+/// Lease duration, renew deadline and retry period, as the chart sets them.
 pub(super) const TERM: f64 = 10.0;
 pub(super) const DEADLINE: f64 = 9.0;
 pub(super) const RETRY: f64 = 2.0;
-/// Within this time of some controller being fit a fit one leads: a storm's quiet, a judgement, a hand-over.
+/// When some controller is fit, a fit one leads within this time: the quiet after a storm, a judgement, and a hand-over.
 pub(super) const BOUND: f64 = 330.0;
-/// A holder that has been fit for so long is deposed by nobody.
+/// A holder that has been fit for this long must not be deposed.
 pub(super) const SETTLED: f64 = 30.0;
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Health {
     Well,
-    /// Until then: it holds its sockets open and does nothing.
+    /// Until then it holds its sockets open and does nothing.
     Hung(f64),
-    /// Its kubelet, if there is one, starts it again then.
+    /// Its kubelet, if that is alive, starts it again at this time.
     Dead(f64),
 }
 
 #[derive(Debug)]
 pub(super) struct Machine {
-    /// When its kubelet lives again; now if not later.
+    /// When its kubelet is alive again; a time in the past if it is alive now.
     pub(super) kubelet: f64,
     /// When its Node is registered again.
     pub(super) registered: f64,
-    /// Since when the API server knows what it is now: a dead kubelet is noticed after 50 s.
+    /// When `ready` was last right: the API server notices a dead kubelet after 50 s.
     pub(super) seen: f64,
     pub(super) ready: bool,
-    /// It reaches nobody before then.
+    /// Until then it has no network.
     pub(super) cut_off: f64,
 }
 
@@ -49,7 +49,7 @@ pub(super) struct Sidecar {
     pub(super) next: f64,
 }
 
-/// A controller: what runs, and what the API server says of it.
+/// A controller: what runs, and what the API server says about it.
 pub(super) struct Process {
     pub(super) name: String,
     pub(super) machine: usize,
@@ -61,13 +61,13 @@ pub(super) struct Process {
     pub(super) exists: bool,
     pub(super) ending: bool,
     pub(super) ready: bool,
-    /// Since when its readiness is not what it is said to be.
+    /// Since when `ready` is wrong.
     pub(super) differs: Option<f64>,
-    /// When the Pod goes because its Node is gone.
+    /// When the Pod is deleted because its Node is gone.
     pub(super) collected: Option<f64>,
     pub(super) dog: Watchdog,
     pub(super) next_look: f64,
-    /// A view on its way: when it was asked for, when it arrives.
+    /// A read in progress: when it was sent, when its answer arrives, the view and the version.
     pub(super) reading: Option<(f64, f64, View, u64)>,
     pub(super) next_beat: f64,
     /// How many seconds its clock is ahead.
@@ -94,13 +94,13 @@ pub(super) struct World {
     pub(super) renewals: u64,
     pub(super) version: u64,
     pub(super) beats: Vec<(String, Timestamp)>,
-    /// The API server answers nobody before then, and slowly before then.
+    /// Until `frozen` the API server answers nobody, and until `slow` it answers slowly.
     pub(super) frozen: f64,
     pub(super) slow: f64,
-    /// What it was like at earlier steps, the latest last.
+    /// The views and versions at earlier steps, latest last.
     pub(super) past: Vec<(View, u64)>,
     pub(super) hand_overs: Vec<f64>,
-    /// Since when there is somebody fit, and none such leads.
+    /// Since when some controller is fit but no fit one leads.
     pub(super) missed: Option<f64>,
 }
 
@@ -181,7 +181,7 @@ impl World {
         self.version += 1;
     }
 
-    /// The Deployment makes a Pod for each that is missing, where a kubelet lives.
+    /// Creates missing Pods, as the Deployment does, on machines with a live kubelet.
     pub(super) fn replace_pods(&mut self) {
         let there = self
             .processes
@@ -195,11 +195,11 @@ impl World {
             };
             let taken = |number: &usize| self.processes.iter().any(|one| one.exists && one.machine == *number);
             let (others, free): (Vec<_>, Vec<_>) = (0..self.machines.len()).filter(usable).partition(taken);
-            // As the chart asks for: not two on one node, where that can be had.
+            // As the chart asks: not two on one node, if possible.
             let choice = self.rng.choice(if free.is_empty() { others } else { free });
             let Some(machine) = choice else { return };
             self.names += 1;
-            // Names are not in the order of time.
+            // Names are not sorted by age.
             let name = format!("{:02}-{}", self.rng.u8(..), self.names);
             // An image may have to be pulled.
             let most = if self.now > 0.0 && self.rng.u8(0..4) == 0 {
@@ -241,7 +241,7 @@ impl World {
             self.run_sidecar(process);
             self.run_driver(process);
         }
-        // What is gone and dead, and its heartbeat's Lease with it.
+        // Dead processes without a Pod go, and so do the heartbeat Leases of deleted Pods.
         let dead = |process: &Process| {
             let dead = |health| matches!(health, Health::Dead(_));
             dead(process.driver) && dead(process.sidecar) && !process.exists
@@ -284,7 +284,7 @@ impl World {
             return;
         }
         if !process.exists || process.ending {
-            // It ends the containers of Pods that are gone. One that ends in peace lets go of the Lease.
+            // The kubelet stops the containers of deleted Pods. A healthy sidecar releases the Lease when it stops.
             let released =
                 process.elector.leads && process.sidecar == Health::Well && self.election.holder == process.name;
             process.exists = false;
@@ -321,13 +321,13 @@ impl World {
         }
         let elector = &mut process.elector;
         match process.driver {
-            // It does not notice before it calls the next time, and then it exits.
+            // The sidecar notices only at its next call, and then exits.
             Health::Dead(_) if elector.leads && recall > 0.2 => {}
             Health::Dead(_) if elector.leads => {
                 process.sidecar = Health::Dead(now + 1.0);
                 return;
             }
-            // Without a driver that answers it does not get as far as the election.
+            // Without a driver that answers, the sidecar does not join the election.
             Health::Dead(_) | Health::Hung(_) if elector.seen.is_none() => return,
             _ => {}
         }
@@ -445,16 +445,20 @@ impl World {
             .is_some_and(|since| now - since > SETTLED);
         assert!(
             !settled,
-            "seed {seed}, {now:.1} s: {due:?} was fit, and {name} deposes it"
+            "seed {seed}, {now:.1} s: {name} deposes a holder that was fit: {due:?}"
         );
         self.hold(name);
         self.election.handed_over = Some(due.note(Timestamp::UNIX_EPOCH + Duration::from_secs_f64(now), name));
         self.hand_overs.push(now);
         let recent = self.hand_overs.iter().filter(|at| now - **at < 600.0).count();
-        assert!(recent <= 8, "seed {seed}, {now:.1} s: a storm: {:?}", self.hand_overs);
+        assert!(
+            recent <= 8,
+            "seed {seed}, {now:.1} s: a storm of hand-overs at {:?}",
+            self.hand_overs
+        );
     }
 
-    /// Who is fit, since when, and whether such a one leads.
+    /// Notes which controllers are fit and since when, and checks that a fit one leads in time.
     pub(super) fn check(&mut self) {
         let now = self.now;
         let calm = now >= self.frozen && now >= self.slow;
@@ -480,7 +484,7 @@ impl World {
         let missed = self.missed.map_or(0.0, |since| now - since);
         assert!(
             missed < BOUND,
-            "seed {}, {now:.1} s: for {missed:.1} s somebody was fit and {:?} held the Lease; hand-overs at {:?}",
+            "seed {}, {now:.1} s: for {missed:.1} s some controller was fit but {:?} held the Lease; hand-overs at {:?}",
             self.seed,
             self.election.holder,
             self.hand_overs

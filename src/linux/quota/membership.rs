@@ -1,19 +1,20 @@
-//! Which project each volume is in, by what records and directories say: pure, so that every case can be tried.
+//! Which project each volume is in, according to records and directories: pure functions, so that tests can try every case.
 //!
-//! A volume is in a project when its record and its directory agree on that. The record alone would not do: files are counted
-//! by what they have. Nor would the directory: its owner can change it, to the project of a neighbour, too.
+//! A volume is in a project if its record and its directory agree on it. The record alone is not enough: the kernel counts
+//! files by the project that they have. Neither is the directory: its owner can change its project, even to that of a
+//! neighbour.
 
 use crate::linux::sys::quota::Tag;
 use crate::volume::id::VolumeId;
 use crate::volume::quota::ProjectRange;
 use crate::volume::record::Record;
 
-/// What record and directory of a volume say.
+/// What the record and the directory of a volume say.
 pub(super) struct Tagged {
     pub(super) id: VolumeId,
     /// The project that the record names.
     pub(super) told: Option<u32>,
-    /// Whether a pod has used it, if its record can be read.
+    /// Whether a pod has used the volume, if its record can be read.
     ready: Option<bool>,
     /// The project that the directory has, if there is a directory.
     pub(super) tag: Option<Tag>,
@@ -29,8 +30,8 @@ impl Tagged {
         }
     }
 
-    /// The project that must not be given to another volume: what the record names. If that cannot be read, what the directory
-    /// has.
+    /// The project that must not be given to another volume: the one that the record names or, if the record cannot be read,
+    /// the one that the directory has.
     pub(super) fn project(&self) -> Option<u32> {
         let of_files = self.tag.filter(|_| self.ready.is_none()).map(|tag| tag.project);
         self.told.or(of_files).filter(|project| *project != 0)
@@ -40,15 +41,15 @@ impl Tagged {
 /// Which project a volume is in.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Membership {
-    /// It is this project's only volume.
+    /// It is the only volume of this project.
     Of(u32),
-    /// It is in none of its own, and why.
+    /// It has no project of its own, and why.
     Unenforced(String),
-    /// No pod has used it, or there is nothing of it.
+    /// No pod has used it, or it has no directory.
     Unused,
 }
 
-/// Which project a volume is in. `other` says which other volume a project is said to be of.
+/// Which project a volume is in. `other` returns another volume that has the same project, if there is one.
 pub(super) fn membership(
     volume: &Tagged,
     other: impl Fn(u32, &VolumeId) -> Option<VolumeId>,
@@ -67,9 +68,9 @@ pub(super) fn membership(
             )),
             None if project == told && inherited => Membership::Of(told),
             None => Membership::Unenforced(format!(
-                "its directory is not in project {told} any more, which its record names (was it copied here?); give that \
+                "its directory is not in project {told} any more, which its record names (was it copied here?); put it \
                  back with `chattr -R -f -p {told} DIR; find DIR -type d -exec chattr +P {{}} +`, where DIR is its data \
-                 directory, and start its pods anew"
+                 directory, and restart its pods"
             )),
         },
         None if inherited && range.contains(project) && other(project, id).is_none() => {
@@ -86,7 +87,7 @@ pub(super) fn membership(
 mod tests {
     use super::*;
 
-    /// Where each of the volumes of a pool stands.
+    /// Which project each volume of a pool is in.
     fn sort(volumes: &[Tagged], range: ProjectRange) -> Vec<Membership> {
         let other = |project: u32, id: &VolumeId| {
             let owner = volumes
@@ -115,9 +116,9 @@ mod tests {
     #[test]
     fn record_and_directory_have_to_agree() {
         assert_eq!(alone(Some(100), Some((100, true))), Membership::Of(100));
-        // Given when the range was another one.
+        // Assigned when the range was another one.
         assert_eq!(alone(Some(5), Some((5, true))), Membership::Of(5));
-        // Edited; copied; the project of a directory that the pool lies in; a project that files do not get.
+        // Edited records, copied volumes, the project of a directory above the pool, a project that files do not inherit.
         for (told, tag) in [
             (Some(101), (100, true)),
             (Some(0), (100, true)),

@@ -1,8 +1,8 @@
-//! Quotas: volumes are limited to their sizes by what the filesystem of a pool has for that: [`projects`] on XFS and ext4,
-//! [`qgroups`] on btrfs, nothing elsewhere.
+//! Quotas limit volumes to their sizes: [`projects`] on XFS and ext4, [`qgroups`] on btrfs. Other filesystems have none.
 //!
-//! What there is, is found out when the pool is opened; whether it still works is asked of the kernel each time. Limits follow the records: they are set before a pod can write, and compared when the pool is opened and whenever a
-//! volume is mounted.
+//! The kind of quotas is determined when the pool is opened; the kernel is asked each time whether they still work. Limits
+//! follow the records: they are set before a pod can write, and checked when the pool is opened and whenever a volume is
+//! mounted.
 
 mod membership;
 mod projects;
@@ -26,7 +26,7 @@ use projects::ProjectQuota;
 pub(super) use qgroups::Destroyed;
 use qgroups::Qgroups;
 
-/// What a volume may take at most.
+/// What a volume may use at most.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Limit {
     bytes: Option<Bytes>,
@@ -51,12 +51,12 @@ pub(super) struct Quota {
 enum Kind {
     Projects(ProjectQuota),
     Qgroups(Qgroups),
-    /// Nothing, and why.
+    /// No quotas, and why.
     None(String),
 }
 
 impl Quota {
-    /// What there is on the filesystem of a pool, whose volumes are in `volumes`.
+    /// Finds the quotas on the filesystem of a pool, whose volumes are in `volumes`.
     pub(super) fn find(config: QuotaConfig, volumes: &Dir, mount: &mountinfo::Entry) -> Result<Self, Unusable> {
         let kind = match mount.filesystem.as_str() {
             "btrfs" => Qgroups::find(volumes).map(Kind::Qgroups),
@@ -65,14 +65,14 @@ impl Quota {
         let kind = match (kind, config.policy) {
             (Ok(kind), _) => kind,
             (Err(why), QuotaPolicy::Required) => {
-                return Err(Unusable(format!("quotas are required of it, and {why}")));
+                return Err(Unusable(format!("quotas are required of this pool, and {why}")));
             }
             (Err(why), QuotaPolicy::Auto | QuotaPolicy::Off) => Kind::None(why),
         };
         if config.inodes_per_gib.is_some() && !matches!(kind, Kind::Projects(_)) {
             let why = "only project quotas (XFS, ext4) limit inodes";
             if config.policy == QuotaPolicy::Required {
-                return Err(Unusable(format!("inodesPerGiB is set, and {why}; take it out")));
+                return Err(Unusable(format!("inodesPerGiB is set, and {why}; remove it")));
             }
             warn!(path = %volumes.path().display(), why, "inodesPerGiB has no effect on this pool");
         }
@@ -86,7 +86,7 @@ impl Quota {
     /// Which quotas limit volumes now; or why none do, and what to do about it.
     pub(super) fn enforcement(&self, volumes: &Dir) -> Result<QuotaKind, String> {
         if self.config.policy == QuotaPolicy::Off {
-            return Err("quota is off in its configuration".into());
+            return Err("quota is off in the configuration of this pool".into());
         }
         match &self.kind {
             Kind::Projects(projects) => projects.enforcement(volumes),
@@ -100,8 +100,8 @@ impl Quota {
         self.lock().get(id).cloned()
     }
 
-    /// Makes the directory `name` of a volume in its own, where there is none or an empty one, and limits it. With it comes
-    /// the record to write.
+    /// Makes the directory `name` in the directory of a volume, unless there is an empty one already, and limits it. Also
+    /// returns the record to write.
     pub(super) fn make(&self, volume: &Dir, name: &CStr, record: &Record) -> Result<(Dir, Record), DiskError> {
         let limit = self.limit(record.spec.bytes);
         let mut project = None;
@@ -117,7 +117,7 @@ impl Quota {
                 qgroups.limit(&data, limit)?;
                 data
             }
-            // Asked for before, and gone since.
+            // The pool had quotas when it was opened; they are gone since.
             (_, Err(why)) if self.config.policy == QuotaPolicy::Required => {
                 return Err(DiskError {
                     verb: "make",
@@ -128,7 +128,7 @@ impl Quota {
             }
             (kind, _) => {
                 let data = volume.ensure_child(name)?;
-                // What an attempt with quotas has left must not limit it.
+                // A limit that an earlier attempt with quotas has left must not apply.
                 match kind {
                     Kind::Projects(projects) => projects.leave(&data)?,
                     Kind::Qgroups(qgroups)
@@ -148,25 +148,25 @@ impl Quota {
         Ok((data, record))
     }
 
-    /// Limits a volume, whose directory is `data`, to the size that `record` says.
+    /// Limits a volume, whose directory is `data`, to the size in `record`.
     pub(super) fn resize(&self, data: &Dir, record: &Record) -> Result<(), DiskError> {
         if self.config.policy == QuotaPolicy::Off {
             return Ok(());
         }
         let limit = self.limit(record.spec.bytes);
         let limited = match (&self.kind, record.project) {
-            // Whatever else is the matter with it: its old limit must not go on.
+            // Whatever else is wrong with the volume, its old limit must not stay.
             (Kind::Projects(projects), Some(project)) if projects.is_of(project, &record.id) => {
                 projects.limit(data, project, limit)
             }
             (Kind::Qgroups(qgroups), _) if qgroups::is_subvolume(data)? => qgroups.limit(data, limit),
             _ => Ok(()),
         };
-        // Where quotas are off there is no limit to set; when they are on again, a restart sets it.
+        // If quotas are off, there is no limit to set; when they are on again, a restart sets it.
         limited.or_else(|error| self.enforcement(data).map_or(Ok(()), |_| Err(error)))
     }
 
-    /// What a volume takes, if the filesystem keeps count of it.
+    /// What a volume uses, if the filesystem counts it.
     pub(super) fn usage(&self, data: &Dir, record: &Record) -> Result<Option<Usage>, DiskError> {
         if self.lock().contains_key(&record.id) {
             return Ok(None);
@@ -178,7 +178,7 @@ impl Quota {
         }
     }
 
-    /// Sets the limits of the volumes that were found on the disk, or finds out why there can be none. `data` opens the
+    /// Sets the limits of the volumes that were found on the disk, or notes why they cannot be set. `data` opens the
     /// directory of a volume, if it has one.
     pub(super) fn enforce_all(&self, found: &[PoolVolume], data: impl Fn(&VolumeId) -> Result<Option<Dir>, DiskError>) {
         if let Kind::Projects(projects) = &self.kind {
@@ -194,8 +194,8 @@ impl Quota {
         }
     }
 
-    /// Limits a volume, if its directory is what its record says. If not, it has no limit from now on, and its data stays in
-    /// reach.
+    /// Limits a volume, if its directory matches its record. Otherwise it has no limit from now on, and its data stays
+    /// accessible.
     pub(super) fn enforce(&self, data: &Dir, record: &Record) {
         match self.try_enforce(data, record) {
             Ok(None) => drop(self.lock().remove(&record.id)),
@@ -204,7 +204,7 @@ impl Quota {
         }
     }
 
-    /// Limits a volume. Returns why that is not possible, if it is not.
+    /// Limits a volume. Returns the reason if that is not possible.
     fn try_enforce(&self, data: &Dir, record: &Record) -> Result<Option<String>, DiskError> {
         if !record.ready {
             return Ok(None);
@@ -214,8 +214,8 @@ impl Quota {
             Kind::None(_) => Ok(None),
             Kind::Qgroups(qgroups) if qgroups::is_subvolume(data)? => qgroups.limit(data, limit).map(|()| None),
             Kind::Qgroups(_) => Ok(Some(
-                "its directory is no subvolume of its own: it was made when this pool had no quotas; make a new volume and copy \
-                 its data there"
+                "its directory is not a subvolume of its own: it was made when this pool had no quotas; make a new volume \
+                 and copy its data there"
                     .into(),
             )),
             Kind::Projects(projects) => match projects.membership(data, record)? {
@@ -233,7 +233,7 @@ impl Quota {
         }
     }
 
-    /// Notes that a volume is on its way to the trash.
+    /// Notes that a volume was moved to the trash.
     pub(super) fn forget(&self, id: &VolumeId) {
         self.lock().remove(id);
         if let Kind::Projects(projects) = &self.kind {
@@ -245,7 +245,8 @@ impl Quota {
     pub(super) fn prepare_trash(&self, trash: &Dir) -> Result<(), DiskError> {
         match &self.kind {
             Kind::Projects(_) => ProjectQuota::accept_all(trash),
-            // A tenant may have given files to other projects all the same; not every filesystem knows of any.
+            // Tenants may have put files into projects here, too. Not every filesystem has projects, so errors do not
+            // matter.
             Kind::Qgroups(_) | Kind::None(_) => {
                 let _ = ProjectQuota::accept_all(trash);
                 Ok(())
@@ -253,7 +254,7 @@ impl Quota {
         }
     }
 
-    /// Forgets limits that a crash has left behind, once it is known which projects volumes have.
+    /// Removes limits that a crash has left behind. Call it only when the projects of all volumes are known.
     pub(super) fn sweep(&self, dir: &Dir) {
         match &self.kind {
             Kind::Projects(projects) => projects.sweep(dir),
@@ -269,12 +270,12 @@ impl Quota {
         }
     }
 
-    /// Destroys `name` in a directory in the trash, if it is a subvolume: its files are of a tree of their own, and cannot be
-    /// moved. Subvolumes in it can, and have to be, before it can be destroyed.
+    /// Destroys `name` in a directory in the trash, if it is a subvolume: its files belong to a tree of their own and cannot
+    /// be moved out. Subvolumes in it can be moved, and must be, before it can be destroyed.
     pub(super) fn destroy(&self, dir: &Dir, name: &CStr) -> Result<Destroyed, DiskError> {
         match &self.kind {
             Kind::Projects(_) => Ok(Destroyed::NoSubvolume),
-            // There may be subvolumes of a time when there were quotas, or of tenants.
+            // There may be subvolumes from a time when there were quotas, or made by tenants.
             Kind::None(_) => qgroups::destroy(dir, name, |_| {}),
             Kind::Qgroups(qgroups) => qgroups::destroy(dir, name, |id| qgroups.note_destroyed(id)),
         }
@@ -289,7 +290,7 @@ impl Quota {
         }
     }
 
-    /// The limit that a volume of this size is to have: none if quotas are off.
+    /// The limit for a volume of this size: none if quotas are off.
     fn limit(&self, size: Bytes) -> Limit {
         match self.config.policy {
             QuotaPolicy::Required | QuotaPolicy::Auto => Limit {
@@ -301,7 +302,7 @@ impl Quota {
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<VolumeId, String>> {
-        // Every change is one statement.
+        // A panic leaves no change half done: each is one statement.
         self.unenforced.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -1,8 +1,8 @@
-//! Project quotas of XFS and ext4: every volume is a project of its own, whose files inherit it.
+//! Project quotas of XFS and ext4: every volume has a project of its own, which its files inherit.
 //!
-//! A project is taken in an order in which neither a crash nor another process can leave it to two volumes: the directory
-//! enters it first, then it must be the only file there, then the limit is set; the record comes last. Whoever finds a
-//! project without files may therefore forget its limits. It is given back when the last of its files is erased.
+//! The order in which a volume takes a project keeps a crash or another process from giving it to two volumes: the directory
+//! enters the project, then it must be the only file there, then the limit is set, and the record is written last. So the
+//! limits of a project without files may always be removed. A project is released when the last of its files is erased.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -25,22 +25,22 @@ use crate::volume::size::Bytes;
 pub(super) struct ProjectQuota {
     range: ProjectRange,
     filesystem: String,
-    /// Block of the filesystem, in bytes: limits are whole ones.
+    /// Block size of the filesystem, in bytes: limits are whole blocks.
     block: u64,
     state: Mutex<State>,
 }
 
 #[derive(Default)]
 struct State {
-    /// Those that are said to be of volumes, and of which (more than one only if records are wrong); of none any more, if
-    /// they are below.
+    /// The projects of volumes, and whose they are: several volumes only if records are wrong, none if the project is in
+    /// `erasing`.
     taken: BTreeMap<u32, Vec<VolumeId>>,
-    /// Those of files that are being erased.
+    /// The projects of files that are being erased.
     erasing: BTreeSet<u32>,
 }
 
 impl State {
-    /// Takes a project for a volume, if it is nobody's or its own already.
+    /// Takes a project for a volume, unless it is another's. Returns whether it is now this volume's.
     fn take(&mut self, project: u32, id: &VolumeId) -> bool {
         let owners = self.taken.entry(project).or_insert_with(|| vec![id.clone()]);
         *owners == [id.clone()]
@@ -48,7 +48,7 @@ impl State {
 }
 
 impl ProjectQuota {
-    /// The projects of the filesystem that `volumes` is on; or why there are none, and what to do about it.
+    /// The projects of the filesystem that `volumes` is on, or why there are none and what to do about it.
     pub(super) fn find(range: ProjectRange, volumes: &Dir, filesystem: &str) -> Result<Self, String> {
         let block = fstatvfs(volumes)
             .map_err(|errno| format!("statvfs: {errno}"))?
@@ -67,9 +67,9 @@ impl ProjectQuota {
     pub(super) fn enforcement(&self, volumes: &Dir) -> Result<QuotaKind, String> {
         let off = match sys::project_state(volumes) {
             Ok(state) if state.enforced => return Ok(QuotaKind::Projects),
-            Ok(state) if state.accounted => "it counts what projects take, but does not limit it",
+            Ok(state) if state.accounted => "project quotas count what volumes use, but do not limit it",
             Ok(_) => "project quotas are off",
-            Err(Errno::EPERM) => "hostdir may not ask for quotas (CAP_SYS_ADMIN)",
+            Err(Errno::EPERM) => "hostdir may not read quotas (it needs CAP_SYS_ADMIN)",
             Err(errno) => errno.desc(),
         };
         let cure = match self.filesystem.as_str() {
@@ -97,7 +97,7 @@ impl ProjectQuota {
     ) {
         for PoolVolume { id, record, .. } in found {
             let record = record.as_ref().ok();
-            // Only where there is no record to say so.
+            // The directory counts only if the record cannot be read.
             let tag = || data(id).ok()?.and_then(|data| Self::tag(&data).ok());
             let tag = if record.is_none() { tag() } else { None };
             if let Some(project) = Tagged::new(id, record, tag).project() {
@@ -117,7 +117,7 @@ impl ProjectQuota {
         Ok(membership::membership(&volume, other, self.range))
     }
 
-    /// Whether a project is this volume's and no other's.
+    /// Whether a project belongs to this volume and to no other.
     pub(super) fn is_of(&self, project: u32, id: &VolumeId) -> bool {
         self.lock()
             .taken
@@ -133,7 +133,7 @@ impl ProjectQuota {
     /// Gives an empty directory a project of its own, with a limit.
     pub(super) fn enter(&self, data: &Dir, volume: &VolumeId, limit: Limit) -> Result<u32, DiskError> {
         let before = Self::tag(data)?;
-        // What an attempt that was cut off has left.
+        // An interrupted attempt may have left a project.
         let left = before.inherited && self.range.contains(before.project);
         let first = left.then_some(before.project);
         for id in first.into_iter().chain(self.range.from(random())) {
@@ -156,17 +156,17 @@ impl ProjectQuota {
         })
     }
 
-    /// Takes an empty directory out of the project that an attempt with quotas has left it in.
+    /// Takes an empty directory out of the project that an earlier attempt with quotas has left it in.
     pub(super) fn leave(&self, data: &Dir) -> Result<(), DiskError> {
         let before = Self::tag(data)?;
         if before.inherited && self.range.contains(before.project) {
             self.lock().erasing.insert(before.project);
-            sys::set_tag(data, Tag::default()).map_err(|errno| data.failed_itself("take out of its project", errno))?;
+            sys::set_tag(data, Tag::default()).map_err(|errno| data.failed_itself("remove the project of", errno))?;
         }
         Ok(())
     }
 
-    /// Enters a project, if nobody on this filesystem has it.
+    /// Enters a project, if nothing on this filesystem uses it. Returns whether it did.
     fn try_enter(&self, data: &Dir, before: Tag, id: u32, limit: Limit) -> Result<bool, DiskError> {
         let tag = Tag {
             project: id,
@@ -182,13 +182,14 @@ impl ProjectQuota {
             }
             sys::set_tag(data, tag).map_err(|errno| match errno {
                 Errno::EINVAL | Errno::EOPNOTSUPP if id > u32::from(u16::MAX) => {
-                    let verb = "give a project (XFS without projid32bit has none above 65535: set projectIds) to";
+                    let verb =
+                        "give a project (XFS without projid32bit has no project ids above 65535: set projectIds) to";
                     data.failed_itself(verb, errno)
                 }
                 errno => data.failed_itself("set the project of", errno),
             })?;
         }
-        // Another process may have entered it at the same moment: then one of the two, or both, see it here.
+        // Another process may have entered it at the same moment: then at least one of the two sees that here.
         let found = Self::project(data, id)?;
         if found.inodes != 1 {
             return Ok(false);
@@ -197,12 +198,12 @@ impl ProjectQuota {
         Ok(true)
     }
 
-    /// Limits a project, if it is not limited so already.
+    /// Limits a project, unless it has this limit already.
     pub(super) fn limit(&self, data: &Dir, id: u32, limit: Limit) -> Result<(), DiskError> {
         self.limit_from(data, Self::project(data, id)?, limit)
     }
 
-    /// Limits a project that was just looked at.
+    /// Limits a project that was just read as `found`.
     fn limit_from(&self, data: &Dir, found: Project, limit: Limit) -> Result<(), DiskError> {
         let id = found.id;
         let bytes = limit.bytes.map_or(0, |bytes| self.whole_blocks(bytes));
@@ -214,14 +215,14 @@ impl ProjectQuota {
         sys::limit_project(data, id, bytes, inodes).map_err(|errno| data.failed_itself("limit the project of", errno))
     }
 
-    /// What a project takes; nothing if nobody counts it now.
+    /// What a project uses; `None` if quotas do not count it now.
     pub(super) fn usage(data: &Dir, id: u32) -> Result<Option<Usage>, DiskError> {
         match sys::project(data, id) {
             Ok(found) => Ok(Some(Usage {
                 bytes: Bytes(found.bytes),
                 inodes: Some(found.inodes),
             })),
-            // Switched off since.
+            // Quotas have been switched off.
             Err(Errno::ENOSYS | Errno::ESRCH | Errno::EINVAL) => Ok(None),
             Err(errno) => Err(data.failed_itself("read the quota of", errno)),
         }
@@ -239,8 +240,8 @@ impl ProjectQuota {
         }
     }
 
-    /// Notes that a directory in the trash is being erased: it may be from a time before this process. What a tenant has given
-    /// to the project of a living volume changes nothing.
+    /// Notes that a directory in the trash is being erased: it may be from a time before this process. A directory that a
+    /// tenant has put into the project of a volume changes nothing.
     pub(super) fn note_erasing(&self, trashed: &Dir) {
         match sys::tag(trashed) {
             Ok(Tag { project, .. }) if self.range.contains(project) => {
@@ -251,12 +252,12 @@ impl ProjectQuota {
             }
             Ok(_) => {}
             Err(errno) => {
-                warn!(path = %trashed.path().display(), %errno, "cannot read the project of what is being erased");
+                warn!(path = %trashed.path().display(), %errno, "cannot read the project of a directory that is being erased");
             }
         }
     }
 
-    /// Lets files of all projects be moved into a directory: one that lies in a project itself would take none of another.
+    /// Lets files of all projects be moved into a directory: one that is in a project itself would refuse files of others.
     pub(super) fn accept_all(dir: &Dir) -> Result<(), DiskError> {
         let tag = Self::tag(dir)?;
         if !tag.inherited {
@@ -266,10 +267,10 @@ impl ProjectQuota {
             inherited: false,
             ..tag
         };
-        sys::set_tag(dir, open).map_err(|errno| dir.failed_itself("open to all projects", errno))
+        sys::set_tag(dir, open).map_err(|errno| dir.failed_itself("accept files of all projects in", errno))
     }
 
-    /// Releases the projects whose last file is gone: XFS counts some after the fact. Returns whether some are left.
+    /// Releases the projects whose last file is gone. Returns whether some are left: XFS updates its counts with a delay.
     pub(super) fn release_unused(&self, dir: &Dir) -> bool {
         let erasing: Vec<u32> = self.lock().erasing.iter().copied().collect();
         for id in erasing {
@@ -292,7 +293,7 @@ impl ProjectQuota {
         !self.lock().erasing.is_empty()
     }
 
-    /// Forgets the limits of a project without files; whether it is one.
+    /// Removes the limits of a project without files. Returns whether it has none.
     fn forget_unused(&self, dir: &Dir, id: u32) -> Result<bool, DiskError> {
         let found = Self::project(dir, id)?;
         if (found.inodes, found.bytes) != (0, 0) {
@@ -302,7 +303,7 @@ impl ProjectQuota {
         Ok(true)
     }
 
-    /// Finds projects that a crash has left behind, and forgets their limits.
+    /// Finds projects that a crash has left behind, and removes their limits.
     pub(super) fn sweep(&self, dir: &Dir) {
         let mut next = Some(self.range.first);
         while let Some(id) = next {
@@ -314,7 +315,7 @@ impl ProjectQuota {
             if !self.lock().taken.contains_key(&found.id) {
                 match self.forget_unused(dir, found.id) {
                     Ok(true) => {}
-                    // Of the trash, or of another pool here: looked at again until it is without files.
+                    // It belongs to the trash, or to another pool: check again until it has no files.
                     Ok(false) => drop(self.lock().erasing.insert(found.id)),
                     Err(error) => {
                         warn!(
@@ -334,13 +335,13 @@ impl ProjectQuota {
         Ok(Project { id, ..found })
     }
 
-    /// A size in whole blocks of the filesystem: a volume must be able to hold all that was promised.
+    /// A size in whole blocks of the filesystem: a volume must be able to hold all that is allocated to it.
     fn whole_blocks(&self, size: Bytes) -> u64 {
         size.0.div_ceil(self.block).max(1).saturating_mul(self.block)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        // Every change is one statement, and what a panic leaves behind is taken for in use.
+        // Every change is one statement, and a project that a panic leaves behind counts as in use.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

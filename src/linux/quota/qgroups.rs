@@ -26,12 +26,12 @@ use crate::volume::size::Bytes;
 
 /// Quota groups of one filesystem.
 pub(super) struct Qgroups {
-    /// What the kernel says of them: `/sys/fs/btrfs/<uuid>/qgroups` (Linux 5.9), there while quotas are on.
+    /// Where the kernel shows them: `/sys/fs/btrfs/<uuid>/qgroups` (Linux 5.9). It exists while quotas are on.
     sysfs: PathBuf,
     simple: bool,
-    /// Whether quotas were seen to be off since: then all limits are gone.
+    /// Whether quotas have been seen off since the pool was opened: then all limits are gone.
     lost: AtomicBool,
-    /// Destroyed subvolumes whose groups may be there still.
+    /// Destroyed subvolumes whose groups may still exist.
     destroyed: Mutex<BTreeSet<u64>>,
 }
 
@@ -39,12 +39,12 @@ const OFF: &str = "quotas are off on this btrfs filesystem; run `btrfs quota ena
                    enable`) on it, then restart hostdir on this node";
 
 impl Qgroups {
-    /// The quota groups of the filesystem that `volumes` is on; or why there are none, and what to do about it.
+    /// The quota groups of the filesystem that `volumes` is on, or why there are none and what to do about it.
     pub(super) fn find(volumes: &Dir) -> Result<Self, String> {
         let fsid = sys::fsid(volumes).map_err(|errno| format!("its filesystem has no UUID: {errno}"))?;
         let sysfs = Path::new("/sys/fs/btrfs").join(fsid);
         if !sysfs.is_dir() {
-            return Err("/sys is not mounted, which tells whether btrfs has quotas; mount it".into());
+            return Err("/sys is not mounted, so hostdir cannot see whether btrfs has quotas; mount it".into());
         }
         let sysfs = sysfs.join("qgroups");
         let found = Self {
@@ -65,8 +65,8 @@ impl Qgroups {
                 self.lost.store(true, Ordering::Relaxed);
                 return Err(OFF.into());
             }
-            // That says nothing of the quotas.
-            Err(error) => return Err(format!("cannot look at {}: {error}", self.sysfs.display())),
+            // This error says nothing about the quotas.
+            Err(error) => return Err(format!("cannot stat {}: {error}", self.sysfs.display())),
         }
         if self.lost.load(Ordering::Relaxed) || is_simple(&self.sysfs) != self.simple {
             return Err(
@@ -76,19 +76,19 @@ impl Qgroups {
         if self.simple {
             return Ok(QuotaKind::SimpleQuotas);
         }
-        // The kernel stops to count, for example when a large subvolume is destroyed (`drop_subtree_threshold`).
+        // The kernel stops counting, for example when a large subvolume is destroyed (`drop_subtree_threshold`).
         let inconsistent = fs::read_to_string(self.sysfs.join("inconsistent")).is_ok_and(|text| text.trim() == "1");
         if inconsistent {
             return Err(
-                "btrfs does not know what its quota groups take; run `btrfs quota rescan` on it (simple quotas, of \
-                        Linux 6.7, have no such state)"
+                "the quota groups of this btrfs filesystem are inconsistent; run `btrfs quota rescan` on it (simple \
+                        quotas, since Linux 6.7, have no such state)"
                     .into(),
             );
         }
         Ok(QuotaKind::Qgroups)
     }
 
-    /// Makes what the limit of a new subvolume is set on.
+    /// Makes the quota group that the limit of a new subvolume is set on.
     pub(super) fn enter(&self, data: &Dir) -> Result<(), DiskError> {
         if !self.simple {
             return Ok(());
@@ -100,8 +100,8 @@ impl Qgroups {
             .map_err(|errno| data.failed_itself("make the quota group of", errno))
     }
 
-    /// Limits a subvolume, if it is not limited so already. With simple quotas that is durable with the next commit of the
-    /// filesystem.
+    /// Limits a subvolume, unless it has this limit already. With simple quotas the limit is durable after the next commit
+    /// of the filesystem.
     pub(super) fn limit(&self, data: &Dir, limit: Limit) -> Result<(), DiskError> {
         let subvolume = subvolume(data)?;
         let group = self.group(subvolume);
@@ -110,16 +110,16 @@ impl Qgroups {
             return Ok(());
         }
         if self.read(group, "referenced").is_none() {
-            // It was made when quotas were other ones.
+            // The subvolume was made with quotas of another kind.
             self.enter(data)?;
         }
         sys::limit_qgroup(data, group, wanted).map_err(|errno| data.failed_itself("limit the quota group of", errno))
     }
 
-    /// What a subvolume takes; nothing if nobody counts it now.
+    /// What a subvolume uses; `None` if quotas do not count it now.
     pub(super) fn usage(&self, data: &Dir) -> Result<Option<Usage>, DiskError> {
         let group = self.group(subvolume(data)?);
-        // What is on the disk, and what is on its way there: the former changes when the filesystem commits.
+        // The usage on the disk changes only when the filesystem commits; add what is on its way there.
         let under_way = self.read(group, "rsv_data").unwrap_or_default();
         let usage = |bytes| Usage {
             bytes: Bytes(bytes).plus(Bytes(under_way)),
@@ -133,7 +133,7 @@ impl Qgroups {
         self.lock().insert(subvolume);
     }
 
-    /// Finds groups of hostdir whose subvolume an earlier process has destroyed.
+    /// Finds hostdir's groups whose subvolume an earlier process has destroyed.
     pub(super) fn sweep(&self, dir: &Dir) {
         let prefix = format!("{}_", sys::LEVEL);
         let groups = fs::read_dir(&self.sysfs).into_iter().flatten().flatten();
@@ -143,13 +143,14 @@ impl Qgroups {
         self.lock().extend(gone);
     }
 
-    /// Removes the groups of destroyed subvolumes, which the kernel allows when it has cleaned up behind them (and does itself
-    /// as of Linux 6.12); whether some are left.
+    /// Removes the groups of destroyed subvolumes, which the kernel allows when it has cleaned up after them (Linux 6.12 and
+    /// later remove the groups themselves). Returns whether some are left.
     pub(super) fn release_unused(&self, dir: &Dir) -> bool {
         let destroyed: Vec<u64> = self.lock().iter().copied().collect();
         for id in destroyed {
             let upper = sys::upper(id);
-            // The kernel says EBUSY of what is not cleaned up, ENOENT of what it has removed, and ENOTCONN where quotas are off.
+            // Expected errors: EBUSY before the kernel has cleaned up, ENOENT if it has removed the group, ENOTCONN if
+            // quotas are off.
             if self.read(upper, "referenced").is_some() {
                 let _ = sys::leave_qgroup(dir, id, upper);
                 let _ = sys::remove_qgroup(dir, upper);
@@ -168,7 +169,7 @@ impl Qgroups {
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeSet<u64>> {
-        // Every change is one statement.
+        // A panic leaves no change half done: each is one statement.
         self.destroyed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -196,13 +197,13 @@ impl Qgroups {
     }
 }
 
-/// Makes a subvolume, where there is none or an empty directory.
+/// Makes a subvolume, unless there is one. Replaces an empty directory.
 pub(super) fn ensure_subvolume(dir: &Dir, name: &CStr) -> Result<Dir, DiskError> {
     if let Some(found) = dir.find_child(name)? {
         if is_subvolume(&found)? {
             return Ok(found);
         }
-        // Of an attempt while quotas were off.
+        // An attempt while quotas were off has left an empty directory.
         dir.rmdir(name).map_err(|errno| dir.failed("remove", name, errno))?;
     }
     sys::create_subvolume(dir, name).map_err(|errno| dir.failed("make subvolume", name, errno))?;
@@ -219,22 +220,22 @@ pub(super) fn is_subvolume(dir: &Dir) -> Result<bool, DiskError> {
 /// What became of a directory that may be a subvolume.
 pub(in crate::linux) enum Destroyed {
     NoSubvolume,
-    /// It was one.
+    /// It was a subvolume and is destroyed.
     Gone,
-    /// It is one, with others in it: the directories these are in, and their names. Not all, perhaps.
+    /// It is a subvolume with others in it: the directories these are in, and their names. Possibly not all of them.
     Holds(Vec<(Dir, CString)>),
 }
 
 /// Destroys `name` in `dir`, if it is a subvolume without others in it.
 pub(super) fn destroy(dir: &Dir, name: &CStr, destroyed: impl Fn(u64)) -> Result<Destroyed, DiskError> {
-    // What cannot be opened is none, or something is mounted on it.
+    // If it cannot be opened, it is not a subvolume, or something is mounted on it.
     let Ok(top) = dir.child(name) else {
         return Ok(Destroyed::NoSubvolume);
     };
     let Some(id) = is_subvolume(&top)?.then(|| sys::subvolume_of(&top).ok()).flatten() else {
         return Ok(Destroyed::NoSubvolume);
     };
-    // The kernel would unmount it.
+    // The kernel would unmount what is mounted in the subvolume.
     if mountinfo::read()?
         .iter()
         .any(|entry| entry.mount_point.starts_with(top.path()))
@@ -242,7 +243,7 @@ pub(super) fn destroy(dir: &Dir, name: &CStr, destroyed: impl Fn(u64)) -> Result
         return Err(dir.failed("destroy subvolume", name, Errno::EBUSY));
     }
     let failed = |errno| dir.failed("destroy subvolume", name, errno);
-    // To take a subvolume out of a full one needs room in that, and that it can be written to.
+    // Moving a subvolume out of this one needs free space in it, and that it is writable.
     for group in [id, sys::upper(id)] {
         let _ = sys::limit_qgroup(dir, group, None);
     }
@@ -253,7 +254,7 @@ pub(super) fn destroy(dir: &Dir, name: &CStr, destroyed: impl Fn(u64)) -> Result
             let path = sys::path_in_subvolume(&top, id, nested.directory).map_err(failed)?;
             let within = if path.is_empty() { c"." } else { path.as_c_str() };
             let within = top.child(within)?;
-            // A read-only one cannot be moved.
+            // A read-only subvolume cannot be moved.
             sys::make_writable(within.child(&nested.name)?).map_err(failed)?;
             Ok((within, nested.name))
         });

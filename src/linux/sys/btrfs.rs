@@ -16,7 +16,7 @@ struct VolumeArgs {
     name: [u8; 4088],
 }
 
-/// `struct btrfs_ioctl_vol_args_v2`, as it names a subvolume by its id.
+/// `struct btrfs_ioctl_vol_args_v2`, in the variant that names a subvolume by its id.
 #[repr(C)]
 struct VolumeArgs2 {
     fd: i64,
@@ -107,12 +107,12 @@ mod raw {
     nix::ioctl_read!(fs_info, MAGIC, 31, FsInfo);
     nix::ioctl_write_ptr!(qgroup_assign, MAGIC, 41, QgroupAssign);
     nix::ioctl_write_ptr!(qgroup_create, MAGIC, 42, QgroupCreate);
-    // It only reads; its number says otherwise.
+    // The kernel only reads the structure, although the ioctl number says that it writes.
     nix::ioctl_read!(qgroup_limit, MAGIC, 43, QgroupLimit);
     nix::ioctl_write_ptr!(subvolume_destroy, MAGIC, 63, VolumeArgs2);
 }
 
-/// The UUID of the filesystem, as it is written below /sys/fs/btrfs.
+/// The UUID of the filesystem, in the form used below /sys/fs/btrfs.
 pub(in crate::linux) fn fsid(file: impl AsFd) -> Result<String> {
     let mut info = FsInfo {
         _max_id: 0,
@@ -120,7 +120,7 @@ pub(in crate::linux) fn fsid(file: impl AsFd) -> Result<String> {
         fsid: [0; 16],
         _rest: [0; 124],
     };
-    // SAFETY: the kernel fills the structure, which is of the size that the number of the call says.
+    // SAFETY: the kernel fills the structure, whose size is encoded in the ioctl number.
     unsafe { raw::fs_info(file.as_fd().as_raw_fd(), &raw mut info) }?;
     Ok(uuid::Uuid::from_bytes(info.fsid).hyphenated().to_string())
 }
@@ -135,7 +135,7 @@ pub(in crate::linux) fn path_in_subvolume(file: impl AsFd, subvolume: u64, direc
     let found = look_up(file, subvolume, directory)?;
     let path = CStr::from_bytes_until_nul(&found.name).map_err(|_| Errno::ENAMETOOLONG)?;
     let path = path.to_bytes();
-    // It comes with a slash at its end.
+    // The kernel appends a slash.
     CString::new(path.strip_suffix(b"/").unwrap_or(path)).map_err(|_| Errno::EINVAL)
 }
 
@@ -145,12 +145,12 @@ fn look_up(file: impl AsFd, tree: u64, object: u64) -> Result<InodeLookup> {
         object,
         name: [0; 4080],
     };
-    // SAFETY: the kernel reads and fills the structure, which is of the size that the number of the call says.
+    // SAFETY: the kernel reads and fills the structure, whose size is encoded in the ioctl number.
     unsafe { raw::inode_lookup(file.as_fd().as_raw_fd(), &raw mut lookup) }?;
     Ok(lookup)
 }
 
-/// Lets a subvolume be written to, if its owner has made it read-only.
+/// Makes a subvolume writable, if its owner has made it read-only.
 pub(in crate::linux) fn make_writable(top: impl AsFd) -> Result<()> {
     /// `BTRFS_SUBVOL_RDONLY`
     const READ_ONLY: u64 = 2;
@@ -166,18 +166,19 @@ pub(in crate::linux) fn make_writable(top: impl AsFd) -> Result<()> {
     unsafe { raw::set_subvolume_flags(top, &raw const flags) }.map(drop)
 }
 
-/// Makes a subvolume, an empty directory to begin with.
+/// Makes an empty subvolume.
 pub(in crate::linux) fn create_subvolume(dir: impl AsFd, name: &CStr) -> Result<()> {
     let mut args = VolumeArgs { fd: 0, name: [0; 4088] };
     let bytes = name.to_bytes();
     // The last byte stays NUL.
     let room = args.name.get_mut(..bytes.len()).filter(|_| bytes.len() < 4088);
     room.ok_or(Errno::ENAMETOOLONG)?.copy_from_slice(bytes);
-    // SAFETY: the kernel reads the structure, which is of the size that the number of the call says.
+    // SAFETY: the kernel reads the structure, whose size is encoded in the ioctl number.
     unsafe { raw::subvolume_create(dir.as_fd().as_raw_fd(), &raw const args) }.map(drop)
 }
 
-/// Destroys a subvolume, whatever is in it but for other subvolumes; its space comes back by and by. Linux 5.7.
+/// Destroys a subvolume with everything in it, except that it must contain no other subvolumes. Its space is freed
+/// eventually. Linux 5.7.
 pub(in crate::linux) fn destroy_subvolume(file: impl AsFd, id: u64) -> Result<()> {
     /// `BTRFS_SUBVOL_SPEC_BY_ID`
     const BY_ID: u64 = 1 << 4;
@@ -189,18 +190,18 @@ pub(in crate::linux) fn destroy_subvolume(file: impl AsFd, id: u64) -> Result<()
         subvolume: id,
         _name: [0; 4032],
     };
-    // SAFETY: the kernel reads the structure, which is of the size that the number of the call says.
+    // SAFETY: the kernel reads the structure, whose size is encoded in the ioctl number.
     unsafe { raw::subvolume_destroy(file.as_fd().as_raw_fd(), &raw const args) }.map(drop)
 }
 
-/// A subvolume that lies in another.
+/// A subvolume inside another.
 pub(in crate::linux) struct Nested {
-    /// The inode number of the directory it lies in.
+    /// The inode number of the directory that it is in.
     pub(in crate::linux) directory: u64,
     pub(in crate::linux) name: CString,
 }
 
-/// Subvolumes that lie directly in a subvolume: as many as one call can tell of, so that it is asked again when these are gone.
+/// Subvolumes directly inside a subvolume, as many as one call returns: call it again when these are gone.
 pub(in crate::linux) fn subvolumes_in(file: impl AsFd, id: u64) -> Result<Vec<Nested>> {
     const ROOT_REF: u32 = 156;
     /// `struct btrfs_root_ref`: directory, sequence, length of the name that follows.
@@ -218,13 +219,13 @@ pub(in crate::linux) fn subvolumes_in(file: impl AsFd, id: u64) -> Result<Vec<Ne
     Ok(items.iter().filter_map(|item| nested(item)).collect())
 }
 
-/// Whether there is a subvolume of this id, destroyed or not, that is not cleaned up.
+/// Whether there is a subvolume of this id, even if it is destroyed and not cleaned up yet.
 pub(in crate::linux) fn exists(file: impl AsFd, id: u64) -> Result<bool> {
     const ROOT_ITEM: u32 = 132;
     roots(file, id, ROOT_ITEM).map(|items| !items.is_empty())
 }
 
-/// Items about a subvolume in the tree of all trees, as many as fit in one answer.
+/// Items about a subvolume in the root tree, as many as one call returns.
 fn roots(file: impl AsFd, id: u64, kind: u32) -> Result<Vec<Vec<u8>>> {
     const ROOT_TREE: u64 = 1;
     /// `struct btrfs_ioctl_search_header`: transaction, object, offset, kind, length.
@@ -244,7 +245,7 @@ fn roots(file: impl AsFd, id: u64, kind: u32) -> Result<Vec<Vec<u8>>> {
         _unused64: [0; 4],
         buffer: [0; 3992],
     };
-    // SAFETY: the kernel reads and fills the structure, which is of the size that the number of the call says.
+    // SAFETY: the kernel reads and fills the structure, whose size is encoded in the ioctl number.
     unsafe { raw::tree_search(file.as_fd().as_raw_fd(), &raw mut search) }?;
     let mut rest = search.buffer.as_slice();
     let mut found = Vec::new();
@@ -262,15 +263,15 @@ fn roots(file: impl AsFd, id: u64, kind: u32) -> Result<Vec<Vec<u8>>> {
     Ok(found)
 }
 
-/// The level of the quota groups that are hostdir's ("hd"). Groups of level zero are the subvolumes' own.
+/// The level of hostdir's quota groups ("hd"). Groups of level zero are those of the subvolumes themselves.
 pub(in crate::linux) const LEVEL: u64 = 0x6864;
 
-/// The quota group of hostdir that is named after a subvolume.
+/// hostdir's quota group for a subvolume.
 pub(in crate::linux) fn upper(subvolume: u64) -> u64 {
     (LEVEL << 48) | subvolume
 }
 
-/// Limits what a quota group refers to; nothing is no limit.
+/// Limits the bytes that a quota group references; `None` means no limit.
 pub(in crate::linux) fn limit_qgroup(file: impl AsFd, qgroup: u64, bytes_max: Option<u64>) -> Result<()> {
     /// `BTRFS_QGROUP_LIMIT_MAX_RFER`
     const MAX_REFERENCED: u64 = 1;
@@ -283,11 +284,11 @@ pub(in crate::linux) fn limit_qgroup(file: impl AsFd, qgroup: u64, bytes_max: Op
         _max_exclusive: 0,
         _reserved: [0; 2],
     };
-    // SAFETY: the kernel reads the structure, which is of the size that the number of the call says.
+    // SAFETY: the kernel reads the structure, whose size is encoded in the ioctl number.
     unsafe { raw::qgroup_limit(file.as_fd().as_raw_fd(), &raw mut limit) }.map(drop)
 }
 
-/// Makes a quota group; one that is there will do.
+/// Makes a quota group. Idempotent.
 pub(in crate::linux) fn create_qgroup(file: impl AsFd, qgroup: u64) -> Result<()> {
     match change_qgroup(file, qgroup, 1) {
         Err(Errno::EEXIST) => Ok(()),
@@ -295,7 +296,7 @@ pub(in crate::linux) fn create_qgroup(file: impl AsFd, qgroup: u64) -> Result<()
     }
 }
 
-/// Removes a quota group; one that is not there will do.
+/// Removes a quota group. Idempotent.
 pub(in crate::linux) fn remove_qgroup(file: impl AsFd, qgroup: u64) -> Result<()> {
     match change_qgroup(file, qgroup, 0) {
         Err(Errno::ENOENT) => Ok(()),
@@ -305,11 +306,11 @@ pub(in crate::linux) fn remove_qgroup(file: impl AsFd, qgroup: u64) -> Result<()
 
 fn change_qgroup(file: impl AsFd, qgroup: u64, create: u64) -> Result<()> {
     let args = QgroupCreate { create, qgroup };
-    // SAFETY: the kernel reads the structure, which is of the size that the number of the call says.
+    // SAFETY: the kernel reads the structure, whose size is encoded in the ioctl number.
     unsafe { raw::qgroup_create(file.as_fd().as_raw_fd(), &raw const args) }.map(drop)
 }
 
-/// Makes a quota group a part of another, if it is not one already.
+/// Adds the quota group `from` to the group `to`. Idempotent.
 pub(in crate::linux) fn join_qgroup(file: impl AsFd, from: u64, to: u64) -> Result<()> {
     match assign_qgroup(file, from, to, 1) {
         Err(Errno::EEXIST) => Ok(()),
@@ -317,13 +318,13 @@ pub(in crate::linux) fn join_qgroup(file: impl AsFd, from: u64, to: u64) -> Resu
     }
 }
 
-/// Takes a quota group out of another.
+/// Removes the quota group `from` from the group `to`.
 pub(in crate::linux) fn leave_qgroup(file: impl AsFd, from: u64, to: u64) -> Result<()> {
     assign_qgroup(file, from, to, 0)
 }
 
 fn assign_qgroup(file: impl AsFd, from: u64, to: u64, assign: u64) -> Result<()> {
     let args = QgroupAssign { assign, from, to };
-    // SAFETY: the kernel reads the structure, which is of the size that the number of the call says.
+    // SAFETY: the kernel reads the structure, whose size is encoded in the ioctl number.
     unsafe { raw::qgroup_assign(file.as_fd().as_raw_fd(), &raw const args) }.map(drop)
 }

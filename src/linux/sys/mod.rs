@@ -14,16 +14,16 @@ use nix::{NixPath, Result};
 
 use crate::volume::disk::Inode;
 
-/// What statx(2) says of a file.
+/// What statx(2) returns about a file.
 pub(super) struct Stat {
     pub(super) inode: Inode,
     /// File type bits of `st_mode`, see inode(7).
     kind: u32,
     attributes: u64,
     pub(super) mount_id: u64,
-    /// How many names it has.
+    /// How many hard links it has.
     pub(super) links: u32,
-    /// What it takes on the disk, in bytes.
+    /// What it uses on the disk, in bytes.
     pub(super) bytes: u64,
 }
 
@@ -51,8 +51,8 @@ fn attribute(bit: c_int) -> u64 {
     u64::from(bit.unsigned_abs())
 }
 
-/// statx(2) of `path` below `dir`, of `dir` itself when `path` is empty. Symbolic links are not followed, automounts
-/// not triggered, and a network filesystem is not asked.
+/// statx(2) of `path` below `dir`, or of `dir` itself if `path` is empty. It follows no symbolic links, triggers no
+/// automounts, and asks no server of a network filesystem.
 pub(super) fn statx<P: ?Sized + NixPath>(dir: impl AsFd, path: &P) -> Result<Stat> {
     let flags = libc::AT_SYMLINK_NOFOLLOW | libc::AT_NO_AUTOMOUNT | libc::AT_EMPTY_PATH | libc::AT_STATX_DONT_SYNC;
     let mask = libc::STATX_TYPE | libc::STATX_INO | libc::STATX_MNT_ID | libc::STATX_NLINK | libc::STATX_BLOCKS;
@@ -73,12 +73,12 @@ pub(super) fn statx<P: ?Sized + NixPath>(dir: impl AsFd, path: &P) -> Result<Sta
         attributes: found.stx_attributes,
         mount_id: found.stx_mnt_id,
         links: found.stx_nlink,
-        // st_blocks are of 512 bytes, whatever the filesystem's are (inode(7)).
+        // These blocks have 512 bytes, whatever the block size of the filesystem (inode(7)).
         bytes: found.stx_blocks.saturating_mul(512),
     })
 }
 
-/// A mount that is attached nowhere yet.
+/// A mount that is not attached anywhere yet.
 pub(super) struct DetachedMount(OwnedFd);
 
 impl DetachedMount {
@@ -89,11 +89,11 @@ impl DetachedMount {
         // SAFETY: the path is NUL-terminated and static; the call takes no other pointer.
         let fd = unsafe { libc::syscall(libc::SYS_open_tree, dir, EMPTY.as_ptr(), flags) };
         let fd = raw_fd(Errno::result(fd)?)?;
-        // SAFETY: the kernel has just returned this descriptor, and nobody else knows it.
+        // SAFETY: the kernel has just returned this descriptor, and nobody else uses it.
         Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
     }
 
-    /// Sets and clears `MOUNT_ATTR_*`, and leaves the peer group of its source: mount_setattr(2), Linux 5.12.
+    /// Sets and clears `MOUNT_ATTR_*`, and leaves the peer group of the mount's source: mount_setattr(2), Linux 5.12.
     pub(super) fn set_attributes(&self, set: u64, clear: u64) -> Result<()> {
         let mut attributes = libc::mount_attr {
             attr_set: set,
@@ -115,7 +115,7 @@ impl DetachedMount {
         Errno::result(result).map(drop)
     }
 
-    /// Attaches it at `name` in `dir`; a symbolic link there is not followed: move_mount(2), Linux 5.2.
+    /// Attaches the mount at `name` in `dir`, without following a symbolic link there: move_mount(2), Linux 5.2.
     pub(super) fn attach(self, dir: impl AsFd, name: &CStr) -> Result<()> {
         let dir = dir.as_fd().as_raw_fd();
         let flags = libc::MOVE_MOUNT_F_EMPTY_PATH;

@@ -1,5 +1,5 @@
-//! Project quotas: quotactl_fd(2) in the form of XFS, which ext4 answers too (fs/quota/quota.c translates), and the project of a
-//! file (ioctl_xfs_fsgetxattr(2)).
+//! Project quotas: quotactl_fd(2) with the commands of XFS, which also work on ext4 (fs/quota/quota.c translates them), and
+//! the project of a file (ioctl_xfs_fsgetxattr(2)).
 
 use std::os::fd::{AsFd, AsRawFd};
 
@@ -7,16 +7,16 @@ use libc::{c_long, c_uint};
 use nix::Result;
 use nix::errno::Errno;
 
-/// A number of 512-byte blocks, in which limits and uses are counted (include/uapi/linux/dqblk_xfs.h).
+/// The size of the blocks in which limits and usage are counted (include/uapi/linux/dqblk_xfs.h).
 pub(in crate::linux) const BASIC_BLOCK: u64 = 512;
 
-/// Limits and use of a project.
+/// Limits and usage of a project.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(in crate::linux) struct Project {
     pub(in crate::linux) id: u32,
-    /// Hard limit in bytes; none if zero.
+    /// Hard limit in bytes; zero means no limit.
     pub(in crate::linux) bytes_max: u64,
-    /// Hard limit of inodes; none if zero.
+    /// Hard limit of inodes; zero means no limit.
     pub(in crate::linux) inodes_max: u64,
     pub(in crate::linux) bytes: u64,
     pub(in crate::linux) inodes: u64,
@@ -63,32 +63,32 @@ const LIMITS: u16 = 0b1111;
 const PDQ_ACCT: u16 = 1 << 4;
 const PDQ_ENFD: u16 = 1 << 5;
 
-/// quotactl_fd(2) of a command that reads or writes one structure. Linux 5.14.
+/// quotactl_fd(2) with a command that reads or writes one structure. Linux 5.14.
 fn quotactl<T>(file: impl AsFd, command: u32, id: u32, data: &mut T) -> Result<()> {
     let command: c_uint = (command << 8) | PRJQUOTA;
     let file = file.as_fd().as_raw_fd();
-    // SAFETY: each command here takes a pointer to the structure that its caller gives, which outlives the call.
+    // SAFETY: each command here takes a pointer to the structure that the caller passes, which outlives the call.
     let result: c_long = unsafe { libc::syscall(libc::SYS_quotactl_fd, file, command, id, &raw mut *data) };
     Errno::result(result).map(drop)
 }
 
-/// What the filesystem of a file does about projects.
+/// Whether the filesystem of a file counts and limits what projects use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::linux) struct ProjectState {
-    /// Whether it counts.
+    /// Whether it counts what projects use.
     pub(in crate::linux) accounted: bool,
-    /// Whether it holds writers to limits.
+    /// Whether it enforces the limits of projects.
     pub(in crate::linux) enforced: bool,
 }
 
-/// What the filesystem of a file does about projects.
+/// Whether the filesystem of a file counts and limits what projects use.
 pub(in crate::linux) fn project_state(file: impl AsFd) -> Result<ProjectState> {
     let mut state = QuotaState {
         version: VERSION,
         ..QuotaState::default()
     };
     match quotactl(file, Q_XGETQSTATV, 0, &mut state) {
-        // "No quota running" (quota_getstatev, fs/quota/quota.c), or none that is known here.
+        // No quotas are on (quota_getstatev, fs/quota/quota.c), or the filesystem has none of this kind.
         Err(Errno::ENOSYS | Errno::EINVAL | Errno::EOPNOTSUPP) => {}
         other => other?,
     }
@@ -98,7 +98,7 @@ pub(in crate::linux) fn project_state(file: impl AsFd) -> Result<ProjectState> {
     })
 }
 
-/// Limits and use of a project: zero throughout if it was never used.
+/// Limits and usage of a project: all zero if it was never used.
 pub(in crate::linux) fn project(file: impl AsFd, id: u32) -> Result<Project> {
     let mut found = DiskQuota::default();
     match quotactl(file, Q_XGETQUOTA, id, &mut found) {
@@ -111,7 +111,7 @@ pub(in crate::linux) fn project(file: impl AsFd, id: u32) -> Result<Project> {
     }
 }
 
-/// The first project from `id` on that has limits or use, if there is any.
+/// The first project from `id` on that has limits or usage, if there is any.
 pub(in crate::linux) fn next_project(file: impl AsFd, id: u32) -> Result<Option<Project>> {
     let mut found = DiskQuota::default();
     match quotactl(file, Q_XGETNEXTQUOTA, id, &mut found) {
@@ -120,7 +120,8 @@ pub(in crate::linux) fn next_project(file: impl AsFd, id: u32) -> Result<Option<
     }
 }
 
-/// Limits a project; zero is no limit. The limits are whole 512-byte blocks, rounded down by the kernel to its own.
+/// Limits a project; zero means no limit. Limits are counted in 512-byte blocks, and the kernel rounds them down to its own
+/// blocks.
 pub(in crate::linux) fn limit_project(file: impl AsFd, id: u32, bytes_max: u64, inodes_max: u64) -> Result<()> {
     let blocks = bytes_max / BASIC_BLOCK;
     let mut limits = DiskQuota {
@@ -152,7 +153,8 @@ impl From<DiskQuota> for Project {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(in crate::linux) struct Tag {
     pub(in crate::linux) project: u32,
-    /// Whether what is made in the directory gets its project, and nothing of another can be moved or linked into it.
+    /// Whether new entries of the directory inherit its project, and entries of other projects cannot be moved or linked
+    /// into it.
     pub(in crate::linux) inherited: bool,
 }
 
@@ -179,7 +181,7 @@ mod raw {
 
 fn attributes(file: impl AsFd) -> Result<FsXattr> {
     let mut found = FsXattr::default();
-    // SAFETY: the kernel fills the structure, which is of the size that the number of the call says.
+    // SAFETY: the kernel fills the structure, whose size is encoded in the ioctl number.
     unsafe { raw::fs_get_xattr(file.as_fd().as_raw_fd(), &raw mut found) }?;
     Ok(found)
 }
@@ -193,7 +195,7 @@ pub(in crate::linux) fn tag(file: impl AsFd) -> Result<Tag> {
     })
 }
 
-/// Gives an open directory to a project.
+/// Puts an open directory into a project.
 pub(in crate::linux) fn set_tag(dir: impl AsFd, tag: Tag) -> Result<()> {
     let mut wanted = attributes(&dir)?;
     wanted.project = tag.project;
@@ -202,6 +204,6 @@ pub(in crate::linux) fn set_tag(dir: impl AsFd, tag: Tag) -> Result<()> {
     } else {
         wanted.flags &= !FS_XFLAG_PROJINHERIT;
     }
-    // SAFETY: the kernel reads the structure, which is of the size that the number of the call says.
+    // SAFETY: the kernel reads the structure, whose size is encoded in the ioctl number.
     unsafe { raw::fs_set_xattr(dir.as_fd().as_raw_fd(), &raw const wanted) }.map(drop)
 }

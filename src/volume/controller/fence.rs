@@ -1,20 +1,20 @@
-//! What keeps a controller from acting that must not act any more.
+//! Stops a controller that must not change anything any more.
 
 use std::sync::OnceLock;
 
 use crate::volume::error::Reason;
 
-/// Open until it is closed, for good.
+/// Open at first. Once closed, it stays closed for good.
 #[derive(Debug, Default)]
 pub(crate) struct Fence(OnceLock<String>);
 
 impl Fence {
-    /// Closes it. Why it was closed first is why it stays closed.
+    /// Closes the fence. Only the first reason is kept.
     pub(crate) fn close(&self, why: &str) {
         self.0.get_or_init(|| why.to_owned());
     }
 
-    /// Refuses once it is closed.
+    /// Refuses once the fence is closed.
     pub(super) fn check(&self) -> Result<(), Reason> {
         self.0.get().map_or(Ok(()), |why| Err(Reason::Fenced(why.clone())))
     }

@@ -1,8 +1,9 @@
-//! A controller of elected mode. It records volumes in a [`HostVolumeStore`] that all controllers share; their nodes make them later.
+//! A controller in elected mode. It records volumes in a [`HostVolumeStore`] that all controllers share; the nodes make the
+//! volumes later.
 //!
-//! Correctness does not depend on who leads: a name belongs to whoever records it first, and a record is only deleted by its UID.
-//! Any number of controllers may do so at once. One thing is not exact then: two that allocate the last room of a pool at the same
-//! moment do not see each other's volume, and more than the pool has is allocated, as with overcommit.
+//! Correctness does not depend on who leads: a name belongs to the controller that records it first, and a HostVolume is
+//! only deleted by its UID. Any number of controllers may act at once, with one inaccuracy: two that allocate the last room
+//! of a pool at the same moment do not see each other's volume, and allocate more than the pool has, as with overcommit.
 
 pub(crate) mod cache;
 mod fence;
@@ -24,7 +25,7 @@ use cache::ClusterCache;
 
 pub(crate) use fence::Fence;
 
-/// How long a delete waits for the node: below the 30 s that external-provisioner is told to wait (the chart's `--timeout`).
+/// How long a delete waits for the node: less than the 30 s that external-provisioner waits (the chart's `--timeout`).
 const DELETE_WAIT: Duration = Duration::from_secs(20);
 
 /// After this time a delete is answered with the node's reason, if it has written one. The node tries again every second, so a
@@ -62,10 +63,10 @@ impl Controller {
         self.store.get(id).map_err(about(id))
     }
 
-    /// The node for a new volume; or the volume, if there is one of that name already.
+    /// The node for a new volume, or the existing volume of that name.
     fn choose(&self, id: &VolumeId, request: &CreateRequest) -> Result<Result<NodeName, HostVolume>, Error> {
-        // The cache may be late, so it cannot say whether the name is taken; but where it knows the name, choosing a node would
-        // count the volume twice.
+        // The cache may lag behind, so it cannot prove that the name is free. But if it knows the name, choosing a node
+        // would count the volume twice.
         if self.cache.uid(id).is_some()
             && let Some(there) = self.find(id)?
         {
@@ -81,7 +82,7 @@ impl Controller {
         }
         match self.cache.choose(&request.parameters.pool, bytes, &request.topology) {
             Ok(node) => Ok(Ok(node)),
-            // A final refusal is proof that there is no such volume; an earlier answer may have been lost.
+            // A final error must prove that there is no such volume: an earlier answer may have been lost.
             Err(refusal) => match self.find(id)? {
                 Some(there) => Ok(Err(there)),
                 None => Err(about(id)(refusal)),
@@ -121,7 +122,7 @@ impl Controller {
             None => match self.find(id)? {
                 None => return Ok(()),
                 Some(volume) => {
-                    // A volume that the watch has not shown yet must not pass for deleted.
+                    // A volume that the watch has not shown yet must not count as deleted.
                     self.cache.note(&volume);
                     volume.uid
                 }
@@ -131,8 +132,8 @@ impl Controller {
             self.cache.forget(id, uid);
             return Ok(());
         };
-        // No disk has ever had data of it, so no node has to be waited for. If its node begins to use it at this moment, one of the
-        // two finds that the object has changed.
+        // No disk has ever had its data, so there is no node to wait for. If the node begins to use the volume at this
+        // moment, either the node or this controller finds that the object has changed.
         if volume.phase == Phase::Claimed && self.store.remove_finalizer(&volume).map_err(at(&volume))? {
             self.cache.forget(id, uid);
             return Ok(());
@@ -152,7 +153,7 @@ impl Controller {
             other => other,
         };
         match answer {
-            // The watch may be late, or may have been restarted from an old list: only the store is proof.
+            // The watch may lag behind, or may have been restarted from an old list: only the store is proof.
             Ok(()) => match self.store.get(id)? {
                 Some(found) if found.uid == *uid => Err(Reason::Waiting("it is not deleted yet".into())),
                 Some(_) | None => Ok(()),
@@ -164,8 +165,8 @@ impl Controller {
                 Err(Reason::Waiting(format!("it is not deleted yet; {message}")))
             }
             Err(None) => Err(Reason::Waiting(format!(
-                "it is not deleted yet: hostdir on node {node} has not answered within {} s. It will when it runs; \
-                 if the node is gone for good, delete the Node object",
+                "it is not deleted yet: hostdir on node {node} has not answered within {} s; the delete \
+                 continues when hostdir runs there; if the node is gone for good, delete the Node object",
                 DELETE_WAIT.as_secs()
             ))),
         }
@@ -184,7 +185,7 @@ impl Controller {
             Growth::None => return Ok(has),
             Growth::To(bytes) => bytes,
         };
-        // Not zero where it cannot be told: that would be a final refusal.
+        // Unknown room must not count as zero: that would be a final error.
         let room = has.plus(self.cache.room_of(node, pool)?);
         if wanted > room {
             let pool = pool.clone();
@@ -193,7 +194,7 @@ impl Controller {
         let Some(grown) = self.store.set_capacity(volume, wanted)? else {
             return Err(Reason::Running("this volume".into()));
         };
-        // The same room must not be allocated again before the watch has shown this.
+        // The same room must not be allocated again before the watch shows the new size.
         self.cache.raise(&grown);
         info!(volume.id = %id, node = %node, pool = %pool, size = %wanted, "volume expanded");
         Ok(wanted)
@@ -241,21 +242,21 @@ impl Control for Controller {
 }
 
 impl Health for Controller {
-    /// Not before all lists have been seen: a controller that knows no node would send every pod elsewhere.
+    /// Not ready before all lists have been seen: a controller that knows no node would send every pod elsewhere.
     fn probe(&self, _: bool) -> Result<bool, Error> {
         self.fence.check().map_err(|reason| Error::new(None, None, reason))?;
         Ok(self.cache.is_complete())
     }
 }
 
-/// The volume that is there already, if it is what is asked for.
+/// The existing volume, if it matches the request.
 fn existing(there: HostVolume, request: &CreateRequest) -> Result<Volume, Error> {
     let check = || {
         if there.deleting {
             return Err(Reason::Deleting);
         }
         if there.spec.name != request.name {
-            return Err(Reason::Exists(format!("the other name {:?}", there.spec.name)));
+            return Err(Reason::Exists(format!("another name ({:?})", there.spec.name)));
         }
         to_volume(there.clone()).meets(request)
     };

@@ -1,4 +1,4 @@
-//! Controllers on a store in memory that fails when it is told to.
+//! Controllers on a store in memory that fails on demand.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Mutex;
@@ -15,11 +15,11 @@ use crate::volume::record::PoolId;
 use crate::volume::room::{Limits, Space};
 use crate::volume::size::SizeRange;
 
-/// A store that several controllers share. What they learn of it comes by [`Fixture::watch`].
+/// A store that several controllers share. They learn of changes through [`Fixture::watch`].
 #[derive(Default)]
 struct MemoryStore {
     entries: Mutex<BTreeMap<VolumeId, HostVolume>>,
-    /// Answers get lost: what was asked for happened all the same.
+    /// Answers get lost, but the changes are made anyway.
     loses_answers: AtomicBool,
 }
 
@@ -73,7 +73,7 @@ impl HostVolumeStore for MemoryStore {
         let Some(entry) = entries.get_mut(id) else {
             return self.answer(None);
         };
-        assert_eq!(entry.uid, uid, "another one was deleted");
+        assert_eq!(entry.uid, uid, "another HostVolume was deleted");
         entry.deleting = true;
         entry.version.push('-');
         self.answer(Some(entry.clone()))
@@ -132,7 +132,7 @@ fn request(name: &str, gib: u64, on: &[usize]) -> CreateRequest {
     }
 }
 
-/// A pool of so many GiB.
+/// A pool of `gib` GiB.
 fn pool_of(gib: u64, id: PoolId) -> BTreeMap<PoolName, PoolStatus> {
     let space = Space {
         total: Bytes(gib << 30),
@@ -152,7 +152,7 @@ fn pool_of(gib: u64, id: PoolId) -> BTreeMap<PoolName, PoolStatus> {
 }
 
 impl Fixture {
-    /// Nodes 1, 2 and 3, with as many times 10 GiB.
+    /// Nodes 1, 2 and 3, with 10, 20 and 30 GiB.
     fn new() -> Self {
         Self::beside(Arc::default())
     }
@@ -209,7 +209,7 @@ fn a_volume_goes_where_it_is_asked_for_and_else_where_most_room_is() {
     assert_eq!(fixture.create("a", 1, &[2, 3]).unwrap().node, node(2));
     assert_eq!(fixture.create("b", 1, &[]).unwrap().node, node(3));
     assert_eq!((fixture.room(1), fixture.room(2), fixture.room(3)), (10, 19, 29));
-    // The first choice is full.
+    // The preferred node has too little room.
     assert_eq!(fixture.create("c", 15, &[1, 2]).unwrap().node, node(2));
     let refusal = fixture.create("d", 15, &[1]).unwrap_err();
     assert!(matches!(refusal, Reason::NoNode(_)), "{refusal}");
@@ -290,19 +290,19 @@ fn what_has_data_waits_for_its_node_and_its_name_is_not_given_away() {
     let refusal = fixture.create("a", 1, &[1]).unwrap_err();
     assert!(matches!(refusal, Reason::Deleting), "{refusal}");
     fixture.watch();
-    assert_eq!(fixture.room(1), 9, "its room is free before it is gone");
+    assert_eq!(fixture.room(1), 9, "its room is free before the volume is gone");
     let version = || fixture.store.entries.lock().unwrap()[&id("a")].version.clone();
     let before = version();
     std::thread::scope(|scope| {
         let delete = scope.spawn(|| fixture.delete("a"));
         while version() == before {
-            assert!(!delete.is_finished(), "it does not wait");
+            assert!(!delete.is_finished(), "the delete does not wait for the node");
             std::thread::yield_now();
         }
         let uid = fixture.cache.uid(&id("a")).unwrap();
         fixture.store.entries.lock().unwrap().clear();
         fixture.cache.forget(&id("a"), uid);
-        delete.join().unwrap().expect("its node has removed the finalizer");
+        delete.join().unwrap().expect("the HostVolume is gone");
     });
 }
 
@@ -348,7 +348,7 @@ fn a_pool_that_nobody_has_is_told_from_one_that_is_full() {
     assert_eq!(
         fixture.controller.room(&fast, Some(&unheard)),
         Some(Bytes(0)),
-        "nothing is known of that node yet"
+        "nothing is known about that node yet"
     );
     fixture.cache.node_is_gone(&node(1));
     assert_eq!(fixture.room(1), 0, "the Node is gone");
@@ -421,7 +421,11 @@ fn a_volume_grows_as_far_as_there_is_room_and_never_shrinks() {
     assert_eq!(expand(10, None).unwrap(), Bytes(10 << 30));
     fixture.watch();
     assert_eq!(fixture.room(1), 0);
-    assert_eq!(expand(5, None).unwrap(), Bytes(10 << 30), "it has that already");
+    assert_eq!(
+        expand(5, None).unwrap(),
+        Bytes(10 << 30),
+        "the volume is larger already"
+    );
     let refusal = expand(11, None).unwrap_err();
     assert!(matches!(refusal, Reason::NoRoomToGrow { .. }), "{refusal}");
     let refusal = expand(4, Some(5)).unwrap_err();

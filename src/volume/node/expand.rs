@@ -1,4 +1,4 @@
-//! A volume gets a larger size: NodeExpandVolume.
+//! Gives a volume a larger size: NodeExpandVolume.
 
 use tracing::info;
 use uuid::Uuid;
@@ -9,11 +9,12 @@ use crate::volume::id::VolumeId;
 use crate::volume::size::{Bytes, SizeRange};
 
 impl Node {
-    /// Limits a volume to the size that its HostVolume has now, and returns that; `size` is what the caller knows of it. In local
-    /// mode this also allocates the room.
+    /// Limits a volume to the current capacity of its HostVolume, and returns that; `size` is what the caller expects. In
+    /// local mode this also allocates the room.
     ///
     /// # Errors
-    /// [`Reason::NotAllocated`], [`Reason::NoRoomToGrow`] in local mode, or as of [`Control::get`](crate::volume::Control::get).
+    /// [`Reason::NotAllocated`], [`Reason::NoRoomToGrow`] in local mode, or as for
+    /// [`Control::get`](crate::volume::Control::get).
     pub(crate) fn expand_here(&self, id: &VolumeId, size: SizeRange) -> Result<Bytes, Error> {
         self.try_expand_here(id, size)
             .map_err(|reason| self.error(Some(id), reason))
@@ -25,7 +26,7 @@ impl Node {
         let Some(uid) = record.uid else {
             return self.try_expand(id, size);
         };
-        // Not from the cache, which may be late: this is called as soon as the capacity is raised.
+        // Not from the cache, which may lag behind: this is called as soon as the capacity is raised.
         let assigned = self.assignments.get(id)?.filter(|assigned| assigned.uid == uid);
         let allocated = assigned.ok_or(Reason::NoSuchVolume)?.spec.bytes;
         if size.required > allocated {
@@ -35,7 +36,7 @@ impl Node {
         self.try_grow_to(id, uid, allocated)
     }
 
-    /// Gives a volume of this node the size that its HostVolume has, if that is larger. Returns its size then.
+    /// Grows a volume of this node to the capacity of its HostVolume, if that is larger. Returns the resulting size.
     ///
     /// # Errors
     /// [`Reason::Running`], or the limit or the record cannot be written.

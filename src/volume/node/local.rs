@@ -1,4 +1,4 @@
-//! Local mode: one node's volumes, recorded on its own pools, and whether these are fine.
+//! Local mode: the volumes of one node, recorded on its own pools; and the health of the pools.
 
 use jiff::Timestamp;
 use tracing::{info, warn};
@@ -13,11 +13,11 @@ use crate::volume::record::{Record, VolumeSpec};
 use crate::volume::size::{Bytes, Growth, SizeRange};
 
 impl Health for Node {
-    /// Whether the pools are present, writable and the ones that were opened: at least one of them, or all. One bad disk must
-    /// not stop what depends on this process as a whole.
+    /// Whether the pools are present, writable and still the ones that were opened: with `all` each of them, otherwise at
+    /// least one. One bad disk must not stop everything that depends on this process.
     ///
     /// # Errors
-    /// [`Reason::NotReady`] names each pool that is not.
+    /// [`Reason::NotReady`] names each pool that is not usable.
     fn probe(&self, all: bool) -> Result<bool, Error> {
         let check = |pool: &Pool| pool.get(&self.host).and_then(|open| open.disk.writable());
         let bad: Vec<String> = self
@@ -35,34 +35,35 @@ impl Health for Node {
 
 /// Local mode: this node's volumes, recorded on its own pools.
 impl Control for Node {
-    /// Nothing but the record is put on the disk.
+    /// Writes only the record to the disk.
     ///
     /// # Errors
     /// [`Reason::Exists`] when the name is taken by another volume, [`Reason::NoRoom`], [`Reason::OtherNode`] and
-    /// [`Reason::NoSuchPool`] when another node may have better luck, [`Reason::PoolUnusable`] and
-    /// [`Reason::Running`] when a later call may.
+    /// [`Reason::NoSuchPool`] when another node may succeed, [`Reason::PoolUnusable`] and [`Reason::Running`] when a later
+    /// call may succeed.
     fn create(&self, request: &CreateRequest) -> Result<Volume, Error> {
         let id = VolumeId::for_name(&request.name);
         self.try_create(&id, request)
             .map_err(|reason| self.error(Some(&id), reason))
     }
 
-    /// Takes the volume out of its pool; its data is erased in the background.
+    /// Discards the volume; its data is erased in the background.
     ///
     /// # Errors
-    /// [`Reason::Mounted`] while it is, [`Reason::PoolUnusable`] when the volume may be on a pool that cannot be asked.
+    /// [`Reason::Mounted`] while it is mounted, [`Reason::PoolUnusable`] when the volume may be on a pool that cannot be
+    /// used.
     fn delete(&self, id: &VolumeId) -> Result<(), Error> {
         self.try_delete(id, None).map_err(|reason| self.error(Some(id), reason))
     }
 
     /// # Errors
-    /// [`Reason::NoRoomToGrow`], [`Reason::Shrink`], or as [`Control::get`].
+    /// [`Reason::NoRoomToGrow`], [`Reason::Shrink`], or as for [`Control::get`].
     fn expand(&self, id: &VolumeId, size: SizeRange) -> Result<Bytes, Error> {
         self.try_expand(id, size).map_err(|reason| self.error(Some(id), reason))
     }
 
     /// # Errors
-    /// [`Reason::NoSuchVolume`], or its pool or record cannot be read.
+    /// [`Reason::NoSuchVolume`], or the pool or the record of the volume cannot be read.
     fn get(&self, id: &VolumeId) -> Result<Volume, Error> {
         let get = || {
             let (pool, volume) = self.require(id)?;
@@ -88,7 +89,7 @@ impl Control for Node {
         Ok(volumes)
     }
 
-    /// Whoever keeps the record also sets the limit.
+    /// [`Control::expand`] has already raised the limit.
     fn expands_on_node(&self) -> bool {
         false
     }
@@ -103,7 +104,7 @@ impl Control for Node {
             Ok(pool) => pool.room().map_err(Reason::from),
         };
         Some(room.unwrap_or_else(|why| {
-            warn!(node = %self.name, pool = %pool, %why, "no capacity");
+            warn!(node = %self.name, pool = %pool, %why, "cannot determine the room of the pool; reporting no capacity");
             Bytes(0)
         }))
     }
@@ -162,11 +163,11 @@ impl Node {
         }
     }
 
-    /// The volume that is there already, if it is what is asked for.
+    /// The existing volume, if it matches the request.
     fn existing(&self, pool: &OpenPool, volume: PoolVolume, request: &CreateRequest) -> Result<Volume, Reason> {
         let record = volume.record.map_err(Reason::BrokenRecord)?;
         if record.spec.name != request.name {
-            return Err(Reason::Exists(format!("the other name {:?}", record.spec.name)));
+            return Err(Reason::Exists(format!("another name ({:?})", record.spec.name)));
         }
         let volume = self.volume(record, pool);
         volume.meets(request)?;

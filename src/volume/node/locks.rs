@@ -18,7 +18,7 @@ enum Key {
 #[derive(Default)]
 pub(super) struct VolumeLocks(Mutex<HashSet<Key>>);
 
-/// Held until it is dropped.
+/// A lock that is held until it is dropped.
 pub(super) struct VolumeLock<'a> {
     held_in: &'a VolumeLocks,
     keys: Vec<Key>,
@@ -33,7 +33,7 @@ impl VolumeLocks {
     /// Locks a volume and a target: two volumes must not race for one target either.
     pub(super) fn lock_target(&self, id: &VolumeId, target: &TargetPath) -> Result<VolumeLock<'_>, Reason> {
         self.hold(vec![Key::Volume(id.clone()), Key::Target(target.clone())])
-            .map_err(|()| Reason::Running(format!("this volume or on {target}")))
+            .map_err(|()| Reason::Running(format!("this volume or {target}")))
     }
 
     fn hold(&self, keys: Vec<Key>) -> Result<VolumeLock<'_>, ()> {
@@ -46,7 +46,7 @@ impl VolumeLocks {
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, HashSet<Key>> {
-        // A panic elsewhere cannot leave the set half changed.
+        // A panic elsewhere cannot leave the set half-changed.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -84,6 +84,9 @@ mod tests {
         let target = TargetPath::parse("/t").unwrap();
         let _first = locks.lock_target(&id("a"), &target).unwrap();
         assert!(locks.lock_target(&id("b"), &target).is_err());
-        assert!(locks.lock_volume(&id("b")).is_ok(), "a refused call must hold nothing");
+        assert!(
+            locks.lock_volume(&id("b")).is_ok(),
+            "a refused call left its volume locked"
+        );
     }
 }

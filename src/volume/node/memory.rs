@@ -1,4 +1,4 @@
-//! A machine in memory, for the tests of the verbs: what a real disk cannot be made to do on demand.
+//! A machine in memory, for tests of the verbs. It fails on demand, which a real disk does not.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::PathBuf;
@@ -15,7 +15,7 @@ use crate::volume::record::{PoolId, Record};
 use crate::volume::room::Space;
 use crate::volume::size::Bytes;
 
-/// All disks and mounts; clones are the same machine.
+/// All disks and mounts. Clones share one machine.
 #[derive(Clone, Default)]
 pub(super) struct Memory(Arc<Mutex<State>>);
 
@@ -23,13 +23,14 @@ pub(super) struct Memory(Arc<Mutex<State>>);
 struct State {
     pools: BTreeMap<PoolName, PoolState>,
     mounts: HashMap<TargetPath, Inode>,
-    /// Verbs that fail next, once each, and how.
+    /// Verbs whose next call fails, and how.
     failing: HashMap<&'static str, DiskErrorKind>,
     unreadable_targets: bool,
-    /// Whether volumes are limited, and which are not, and why.
+    /// Whether volumes are limited.
     enforcing: bool,
+    /// Volumes that are not limited, and why.
     unenforced: HashMap<VolumeId, String>,
-    /// What every volume takes, once it is counted.
+    /// What every volume uses; `None` until it is counted.
     usage: Option<Usage>,
 }
 
@@ -53,20 +54,20 @@ impl Default for PoolState {
 
 impl Memory {
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.0.lock().expect("no test panics in here")
+        self.0.lock().expect("no test panics while it holds the lock")
     }
 
-    /// The next call of this verb fails so.
+    /// Makes the next call of this verb fail.
     pub(super) fn fail(&self, verb: &'static str, kind: DiskErrorKind) {
         self.lock().failing.insert(verb, kind);
     }
 
-    /// Takes a pool's disk away, or brings it back.
+    /// Removes a pool's disk, or brings it back.
     pub(super) fn set_absent(&self, pool: &PoolName, absent: bool) {
         self.lock().pools.entry(pool.clone()).or_default().absent = absent;
     }
 
-    /// No longer tells what is mounted anywhere.
+    /// From now on, looking at any target fails.
     pub(super) fn hide_mounts(&self) {
         self.lock().unreadable_targets = true;
     }
@@ -76,17 +77,17 @@ impl Memory {
         self.lock().enforcing = enforcing;
     }
 
-    /// Takes the limit off a volume.
+    /// Removes the limit of a volume.
     pub(super) fn set_unenforced(&self, id: &VolumeId, why: &str) {
         self.lock().unenforced.insert(id.clone(), why.into());
     }
 
-    /// What every volume takes from now on.
+    /// Sets what every volume uses from now on.
     pub(super) fn set_usage(&self, usage: Option<Usage>) {
         self.lock().usage = usage;
     }
 
-    /// A record on a pool that nobody has opened yet.
+    /// Puts a record on a pool that is not open yet.
     pub(super) fn put(&self, pool: &PoolName, record: Record) {
         self.lock()
             .pools
@@ -104,7 +105,7 @@ impl Memory {
             .is_some_and(|pool| pool.volumes.contains_key(id))
     }
 
-    /// Loses the directory of a volume.
+    /// Removes the directory of a volume.
     pub(super) fn lose_directory(&self, pool: &PoolName, id: &VolumeId) {
         self.lock()
             .pools
@@ -129,7 +130,7 @@ fn failed(verb: &'static str, kind: DiskErrorKind) -> DiskError {
         verb,
         path: PathBuf::from("/memory"),
         kind,
-        source: "as the test wants".into(),
+        source: "the test asked for it".into(),
     }
 }
 
@@ -184,7 +185,7 @@ impl MemoryDisk {
     fn change(&self, verb: &'static str, change: impl FnOnce(&mut PoolState)) -> Result<(), DiskError> {
         let mut state = self.memory.lock();
         let attempt = state.attempt(verb);
-        // A change that is not settled has taken effect.
+        // An unsettled change has taken effect.
         if took_effect(&attempt) {
             change(state.pools.entry(self.pool.clone()).or_default());
         }

@@ -1,4 +1,5 @@
-//! A node: its pools, and the verbs on the volumes there. Each verb is whole, and harmless to repeat.
+//! A node: its pools, and the verbs on their volumes. Each verb takes effect as a whole or not at all, and is harmless to
+//! repeat.
 //!
 //! - [`publish`]: mount and unmount; the first publish of a volume makes its directory.
 //! - [`expand`] and [`stats`]: sizes.
@@ -35,7 +36,7 @@ use pool::{OpenPool, Pool};
 pub(crate) use publish::PublishRequest;
 pub(crate) use selftest::SelfTest;
 
-/// The pools of this node and what is done with them. All verbs block; different volumes in parallel.
+/// The pools of this node, and the verbs on them. All verbs block; calls for different volumes run in parallel.
 pub(crate) struct Node {
     name: NodeName,
     host: Arc<dyn Host>,
@@ -56,11 +57,11 @@ pub(crate) struct Inventory {
 pub(crate) struct NodePool {
     pub(crate) name: PoolName,
     pub(crate) status: PoolStatus,
-    /// Nothing if it cannot be used.
+    /// `None` if it cannot be used.
     pub(crate) usage: Option<PoolUsage>,
 }
 
-/// Where a volume is, and which pools could not be asked.
+/// Where a volume is, and which pools could not be searched.
 struct Lookup {
     found: Option<(Arc<OpenPool>, PoolVolume)>,
     unusable: Option<(PoolName, Unusable)>,
@@ -68,7 +69,7 @@ struct Lookup {
 }
 
 impl Node {
-    /// Begins to open the pools. One that cannot be opened, or takes long, is logged and tried again when it is needed.
+    /// Begins to open the pools. A pool that cannot be opened, or takes long, is logged and tried again when it is needed.
     pub(crate) fn new(
         name: NodeName,
         host: Arc<dyn Host>,
@@ -78,7 +79,7 @@ impl Node {
         let pools: Vec<Pool> = pools.into_iter().map(Pool::new).collect();
         for pool in &pools {
             if let Err(why) = pool.get(&host) {
-                tracing::error!(node = %name, pool = %pool.config.name, %why, "cannot use a pool; going on without it");
+                tracing::error!(node = %name, pool = %pool.config.name, %why, "cannot use a pool; continuing without it");
             }
         }
         Self {
@@ -94,11 +95,12 @@ impl Node {
         &self.name
     }
 
-    /// Takes the volume of a HostVolume out of its pool; its data is erased in the background. A volume that was made for
-    /// another HostVolume is not touched. Idempotent.
+    /// Discards the volume of a HostVolume; its data is erased in the background. A volume that was made for another
+    /// HostVolume is not touched. Idempotent.
     ///
     /// # Errors
-    /// [`Reason::Mounted`] while it is, [`Reason::PoolUnusable`] when the volume may be on a pool that cannot be asked.
+    /// [`Reason::Mounted`] while it is mounted, [`Reason::PoolUnusable`] when the volume may be on a pool that cannot be
+    /// used.
     pub(crate) fn delete_of(&self, id: &VolumeId, uid: Uuid) -> Result<(), Error> {
         self.try_delete(id, Some(uid))
             .map_err(|reason| self.error(Some(id), reason))
@@ -143,7 +145,7 @@ impl Node {
         inventory
     }
 
-    /// The pools as they are now.
+    /// The current status of the pools.
     pub(crate) fn pools(&self) -> Vec<NodePool> {
         let of = |pool: &Pool| {
             let status = pool.status(&self.host);
@@ -157,17 +159,17 @@ impl Node {
         self.pools.iter().map(of).collect()
     }
 
-    /// The mounts that may still be mounts of the volume; the others are forgotten. Mounts come and go without us: a reboot, an
-    /// administrator's umount(8).
+    /// The known mounts of the volume that may still exist; the others are forgotten. Mounts also disappear without hostdir:
+    /// by a reboot or an administrator's umount(8).
     fn live_mounts(&self, pool: &OpenPool, volume: PoolVolume) -> Vec<Mount> {
         let PoolVolume { id, mounts, .. } = volume;
         let mut live = Vec::new();
         for mount in mounts {
             match self.host.mounted(&mount.target) {
                 Ok(None) => pool.forget_mount(&id, &mount.target),
-                // Where something else is on top, our mount may be below it.
+                // If something else is on top, our mount may be below it.
                 Ok(Some(_)) => live.push(mount),
-                // What cannot be told is taken for mounted: a refusal is better than a guess.
+                // If in doubt, the volume counts as mounted: a refusal is better than a guess.
                 Err(error) => {
                     warn!(volume.id = %id, node = %self.name, target = %mount.target, error = &error as &dyn std::error::Error,
                         "cannot tell what is mounted");

@@ -18,9 +18,9 @@ use crate::volume::record::{PoolId, Record};
 use crate::volume::room::Space;
 use crate::volume::size::Bytes;
 
-/// A pool of the configuration, open or not. A pool that cannot be opened stays closed and is tried again whenever it
-/// is asked for: the other pools and the mounts of running pods must not suffer from one bad disk. For the same reason
-/// it is opened on a thread of its own: a disk may also hang.
+/// A configured pool, open or not. A pool that cannot be opened stays closed and is tried again whenever it is needed: the
+/// other pools and the mounts of running pods must not suffer from one bad disk. For the same reason it is opened on a
+/// thread of its own: a disk may also hang.
 pub(super) struct Pool {
     pub(super) config: PoolConfig,
     opening: Arc<Opening>,
@@ -32,13 +32,13 @@ struct Opening {
 }
 
 enum State {
-    /// Not open, and why: begun anew by the next call.
+    /// Not open, and why. The next call tries again.
     Closed(Unusable),
     Opening(Instant),
     Open(Arc<OpenPool>),
 }
 
-/// How long a call waits for a pool that is being opened, from when that began. Later calls do not wait at all.
+/// How long after the start of opening a pool a call still waits for it. Later calls do not wait at all.
 const PATIENCE: Duration = Duration::from_secs(1);
 
 impl Pool {
@@ -51,7 +51,7 @@ impl Pool {
         Self { config, opening }
     }
 
-    /// The pool, opened now if it was not before, if it is still the one that was opened.
+    /// Opens the pool unless it is open already, and checks that it is still the one that was opened.
     pub(super) fn get(&self, host: &Arc<dyn Host>) -> Result<Arc<OpenPool>, Unusable> {
         let pool = self.opened(host)?;
         pool.disk.present()?;
@@ -73,7 +73,7 @@ impl Pool {
             };
             if left.is_zero() {
                 return Err(Unusable(format!(
-                    "{} is still being opened; if that goes on, its disk hangs: look at the kernel's log",
+                    "{} is still being opened; if this persists, its disk hangs: check the kernel log",
                     self.config.path.display()
                 )));
             }
@@ -86,7 +86,7 @@ impl Pool {
         }
     }
 
-    /// What the pool is like now.
+    /// The current status of the pool.
     pub(super) fn status(&self, host: &Arc<dyn Host>) -> PoolStatus {
         let look = || {
             let pool = self.get(host)?;
@@ -108,7 +108,7 @@ impl Pool {
         )
     }
 
-    /// The sum of what is allocated to its volumes; zero while it is not open.
+    /// The sum of what is allocated to its volumes; zero while the pool is not open.
     pub(super) fn allocated(&self) -> Bytes {
         match &*self.opening.lock() {
             State::Open(pool) => pool.lock().allocated,
@@ -136,7 +136,7 @@ impl Pool {
 
 impl Opening {
     fn lock(&self) -> MutexGuard<'_, State> {
-        // Every change is one assignment.
+        // A panic leaves no change half done: each is one assignment.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -209,7 +209,7 @@ impl OpenPool {
         self.lock().by_id.values().cloned().collect()
     }
 
-    /// At most `max` records that can be read, from the first after `after`, in the order of their ids.
+    /// At most `max` readable records in the order of their ids, from the first id after `after`.
     pub(super) fn records_after(&self, after: Option<&VolumeId>, max: usize) -> Vec<Record> {
         let start = after.map_or(Bound::Unbounded, Bound::Excluded);
         let volumes = self.lock();
@@ -294,7 +294,7 @@ impl OpenPool {
         Ok(written?)
     }
 
-    /// Allocates room before it is recorded: two callers at once cannot both have the last of it.
+    /// Allocates room before the record is written, so that two concurrent calls cannot both get the last of it.
     fn allocate(&self, bytes: Bytes) -> Result<(), Reason> {
         let space = self.disk.space()?;
         let mut volumes = self.lock();
@@ -310,7 +310,7 @@ impl OpenPool {
         Ok(())
     }
 
-    /// Refuses a volume without a limit, where quotas are required.
+    /// Refuses a volume without a limit if quotas are required.
     pub(super) fn require_limit(&self, id: &VolumeId) -> Result<(), Reason> {
         if self.config.quotas.policy != QuotaPolicy::Required {
             return Ok(());
@@ -322,7 +322,7 @@ impl OpenPool {
         })
     }
 
-    /// How many volumes with data have no limit, where others have (`enforced`) or none has.
+    /// How many volumes with data have no limit; all of them, if the pool's quotas do not work (`enforced` is false).
     fn unenforced(&self, enforced: bool) -> usize {
         let volumes = self.lock();
         let with_data = volumes
@@ -334,7 +334,7 @@ impl OpenPool {
             .count()
     }
 
-    /// Makes the directory of a volume and keeps its new record.
+    /// Makes the directory of a volume and notes its new record.
     pub(super) fn make_directory(&self, record: &Record) -> Result<(), Reason> {
         let record = self.disk.make_directory(record)?;
         if let Some(volume) = self.lock().by_id.get_mut(&record.id) {
@@ -343,7 +343,7 @@ impl OpenPool {
         Ok(())
     }
 
-    /// Takes a volume out of the pool.
+    /// Discards a volume and frees its room.
     pub(super) fn discard(&self, id: &VolumeId) -> Result<(), Reason> {
         let discarded = self.disk.discard(id);
         if took_effect(&discarded) {
@@ -355,7 +355,7 @@ impl OpenPool {
         Ok(discarded?)
     }
 
-    /// Notes that a volume is mounted at a target, asked for in this mode.
+    /// Notes that a volume is mounted at a target with this access mode.
     pub(super) fn note_mount(&self, id: &VolumeId, target: &TargetPath, mode: AccessMode) {
         if let Some(volume) = self.lock().by_id.get_mut(id) {
             volume.mounts.retain(|mount| mount.target != *target);
@@ -374,7 +374,7 @@ impl OpenPool {
     }
 
     fn lock(&self) -> MutexGuard<'_, Volumes> {
-        // Every change is one statement on one map: a panic elsewhere leaves nothing half done.
+        // A panic leaves no change half done: each is one statement on one map.
         self.volumes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -1,7 +1,7 @@
-//! Volumes are mounted and unmounted: NodePublishVolume and NodeUnpublishVolume.
+//! Mounts and unmounts volumes: NodePublishVolume and NodeUnpublishVolume.
 //!
-//! The first publish makes the volume: its record, where another recorded it; the mark `Ready` in the API server; its directory;
-//! and only then the mount. Later publishes need nothing but the disk.
+//! The first publish makes the volume, in this order: its record (in elected mode), the phase `Ready` in the API server, its
+//! directory, the mount. Later publishes need only the disk.
 
 use std::sync::Arc;
 
@@ -18,16 +18,16 @@ use crate::volume::host_volume::HostVolume;
 use crate::volume::id::VolumeId;
 use crate::volume::record::{PoolId, Record};
 
-/// A mount that is asked for.
+/// A requested mount.
 #[derive(Clone, Debug)]
 pub(crate) struct PublishRequest {
     pub(crate) id: VolumeId,
     pub(crate) target: TargetPath,
     pub(crate) mode: AccessMode,
     pub(crate) options: MountOptions,
-    /// The pool the caller believes the volume was made on. Only for messages: callers can be wrong.
+    /// The pool that the caller believes the volume was made on. Only for messages: callers can be wrong.
     pub(crate) made_on: Option<PoolId>,
-    /// The UID of its HostVolume, where the caller was given one.
+    /// The UID of its HostVolume, if the caller knows one.
     pub(crate) uid: Option<Uuid>,
 }
 
@@ -35,8 +35,8 @@ impl Node {
     /// Mounts a volume, making its directory if no pod has ever used it.
     ///
     /// # Errors
-    /// [`Reason::DataMissing`] when it was used before and its directory is gone: never an empty one in its place.
-    /// [`Reason::Exclusive`] and [`Reason::Bind`] when the mount cannot be had.
+    /// [`Reason::DataMissing`] when the volume was used before and its directory is gone: an empty one never replaces it.
+    /// [`Reason::Exclusive`] and [`Reason::Bind`] when the volume cannot be mounted at the target.
     pub(crate) fn publish(&self, request: &PublishRequest) -> Result<(), Error> {
         self.try_publish(request)
             .map_err(|reason| self.error(Some(&request.id), reason))
@@ -64,7 +64,7 @@ impl Node {
         Ok(())
     }
 
-    /// Makes the directory of a volume that no pod has used; checks that of one that was used.
+    /// Makes the directory of a volume that no pod has used; checks the directory of one that was used.
     fn ensure_directory(&self, pool: &OpenPool, record: Record) -> Result<(), Reason> {
         let id = record.id.clone();
         if record.ready {
@@ -86,11 +86,11 @@ impl Node {
         Ok(())
     }
 
-    /// Unmounts a volume from a target and removes the target. It works for volumes and pools that are gone, too: a
+    /// Unmounts a volume from a target and removes the target. It also works for volumes and pools that are gone, because a
     /// pod must be able to end.
     ///
     /// # Errors
-    /// [`Reason::Bind`] when the target holds something that is not proven to be this volume, or is in use.
+    /// [`Reason::Bind`] when the target holds something that is not proven to be this volume, or when it is in use.
     pub(crate) fn unpublish(&self, id: &VolumeId, target: &TargetPath) -> Result<(), Error> {
         self.try_unpublish(id, target)
             .map_err(|reason| self.error(Some(id), reason))
@@ -99,7 +99,8 @@ impl Node {
     fn try_unpublish(&self, id: &VolumeId, target: &TargetPath) -> Result<(), Reason> {
         let _lock = self.locks.lock_target(id, target)?;
         let found = self.look_up(id).ok().and_then(|lookup| lookup.found);
-        // A disk that does not answer must not keep the pod: then the mount table has to prove whose mount it is.
+        // A disk that does not answer must not keep the pod from ending: then the mount table has to prove that the mount is
+        // this volume's.
         let data = found.as_ref().and_then(|(pool, _)| pool.disk.data(id).ok().flatten());
         let unmounted = self
             .host
@@ -114,7 +115,7 @@ impl Node {
         Ok(())
     }
 
-    /// The volume; if no pool has it yet, its record is made from its HostVolume.
+    /// Finds the volume. If no pool has it yet, makes its record from its HostVolume.
     fn find_or_record(&self, request: &PublishRequest) -> Result<(Arc<OpenPool>, PoolVolume), Reason> {
         let PublishRequest { id, made_on, uid, .. } = request;
         let mut lookup = self.look_up(id)?;
@@ -125,7 +126,7 @@ impl Node {
                 let there = record.uid.map_or_else(|| "none".into(), |uid| uid.to_string());
                 return Err(Reason::Predecessor { there, wanted });
             }
-            // It never had data.
+            // The earlier volume never had data.
             pool.discard(id)?;
             lookup.found = None;
         }
@@ -145,7 +146,7 @@ impl Node {
         }
     }
 
-    /// Checks that a HostVolume is of this node, and the one that is asked for.
+    /// Checks that a HostVolume is assigned to this node and is the requested one.
     fn check_assignment(&self, assigned: &HostVolume, uid: Option<Uuid>) -> Result<(), Reason> {
         if assigned.deleting {
             return Err(Reason::Deleting);
@@ -189,7 +190,7 @@ fn refuse_conflicts(mounts: &[Mount], request: &PublishRequest) -> Result<(), Re
     }
     let here = mounts.iter().find(|mount| mount.target == *target);
     if here.and_then(|mount| mount.mode).is_some_and(|noted| noted != *mode) {
-        let why = "it is published there already, in another access mode; unpublish it first";
+        let why = "it is already published there with another access mode; unpublish it first";
         return Err(bind(target, BindError::Conflict(why.into())));
     }
     Ok(())

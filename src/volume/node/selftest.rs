@@ -1,5 +1,5 @@
-//! The volumes of `hostdir selftest` on a node of elected mode. From the record to the mount they are like any other, and they exist
-//! on the node's disk only, without a HostVolume. A node makes no other volumes by itself.
+//! The volumes of `hostdir selftest` on a node in elected mode. From the record to the mount they are like any other volume,
+//! but they exist only on the node's disk, without a HostVolume. A node creates no other volumes on its own.
 
 use std::sync::Arc;
 
@@ -34,7 +34,7 @@ impl Control for SelfTest {
 
     fn delete(&self, id: &VolumeId) -> Result<(), Error> {
         self.only_self_tests(id)?;
-        // One of such a name that a HostVolume speaks of is no self-test's.
+        // A volume with a HostVolume does not belong to a self-test, whatever its name.
         if self.0.get(id).is_ok_and(|volume| volume.uid.is_some()) {
             return Err(self.refuse(Some(id)));
         }

@@ -1,4 +1,4 @@
-//! What a volume takes: NodeGetVolumeStats.
+//! What a volume uses: NodeGetVolumeStats.
 
 use super::Node;
 use crate::volume::access::TargetPath;
@@ -9,12 +9,12 @@ use crate::volume::record::Record;
 use crate::volume::room::Space;
 
 impl Node {
-    /// Size and use of a volume that is mounted at `path`: of the volume, not of the filesystem it shares. Its size is what is
-    /// allocated to it; free is what is left of that, or of the filesystem, if that is less. Inodes are zero where the filesystem
-    /// does not count them.
+    /// Size and usage of the volume that is mounted at `path`, not of the filesystem that it shares. The size is what is
+    /// allocated to the volume; the free space is what is left of that, or of the filesystem, if that is less. Inodes are
+    /// zero where the filesystem does not count them.
     ///
     /// # Errors
-    /// [`Reason::NotMounted`], [`Reason::Waiting`] while its files are being counted, or as of
+    /// [`Reason::NotMounted`], [`Reason::Waiting`] while its files are being counted, or as for
     /// [`Control::get`](crate::volume::Control::get).
     pub(crate) fn stats(&self, id: &VolumeId, path: &str) -> Result<Space, Error> {
         self.try_stats(id, path).map_err(|reason| self.error(Some(id), reason))
@@ -24,7 +24,7 @@ impl Node {
         let (pool, volume) = self.require(id)?;
         let not_mounted = || Reason::NotMounted(path.to_owned());
         let target = TargetPath::parse(path).map_err(|_| not_mounted())?;
-        // Only looked at, nothing is noted: this call does not lock the volume.
+        // This call changes nothing, so it does not lock the volume.
         let there = self.host.mounted(&target).map_err(|_| not_mounted())?;
         let mounted = there.ok_or_else(not_mounted)?;
         let record = volume.record.map_err(Reason::BrokenRecord)?;
@@ -41,7 +41,7 @@ impl Node {
     }
 }
 
-/// What a volume has, takes and can still take.
+/// The size of a volume, what it uses, and what it can still use.
 fn of_volume(record: &Record, usage: Usage, inodes_max: Option<u64>, filesystem: Space) -> Space {
     let counted = usage.inodes.is_some();
     let inodes_used = usage.inodes.unwrap_or_default();

@@ -1,7 +1,7 @@
-//! What a controller knows of the cluster, kept up to date by API watches: nodes, their pools, and the volumes there.
+//! What a controller knows about the cluster, kept up to date by API watches: nodes, their pools, and the volumes there.
 //!
-//! It answers without asking anybody, and may be late. What must be right (whether a name is taken) is asked of the
-//! [`HostVolumeStore`](crate::volume::host_volume::HostVolumeStore).
+//! The cache answers without asking the API server, and may lag behind. What must be exact (whether a name is taken) comes
+//! from the [`HostVolumeStore`](crate::volume::host_volume::HostVolumeStore).
 
 mod state;
 
@@ -33,7 +33,7 @@ pub(crate) struct Counts {
     pub(crate) claimed: usize,
     pub(crate) ready: usize,
     pub(crate) lost: usize,
-    /// Of all these, being deleted.
+    /// How many of all these are being deleted.
     pub(crate) deleting: usize,
 }
 
@@ -143,7 +143,7 @@ impl ClusterCache {
     /// Waits until the HostVolume of this UID is gone, for `limit` at most.
     ///
     /// # Errors
-    /// It is still there; what its node has written about it, if anything.
+    /// The HostVolume still exists; the reason that its node has written, if any.
     pub(super) fn wait_deleted(&self, id: &VolumeId, uid: Uuid, limit: Duration) -> Result<(), Option<StatusReason>> {
         let start = Instant::now();
         let mut state = self.lock();
@@ -163,7 +163,7 @@ impl ClusterCache {
         }
     }
 
-    /// The node for a volume: the first of the preferred ones that can have it, else the one with the most room.
+    /// The node for a volume: the first preferred node that has room for it, else the node with the most room.
     pub(super) fn choose(&self, pool: &PoolName, bytes: Bytes, topology: &Topology) -> Result<NodeName, Reason> {
         let mut state = self.lock();
         state.expire();
@@ -190,8 +190,8 @@ impl ClusterCache {
         }
     }
 
-    /// The largest volume that can be created on a pool of the nodes of this segment; nothing if these nodes have published
-    /// their pools and no node at all has a pool of that name.
+    /// The largest volume that can be created in this pool on the nodes of this segment; `None` if these nodes have
+    /// published their pools and no node at all has a pool of that name.
     pub(super) fn room(&self, pool: &PoolName, segment: Option<&str>) -> Option<Bytes> {
         let mut state = self.lock();
         state.expire();
@@ -207,7 +207,7 @@ impl ClusterCache {
         (known || !published).then_some(most)
     }
 
-    /// The largest volume that can be created on a pool of a node.
+    /// The largest volume that can be created in a pool of a node.
     pub(super) fn room_of(&self, node: &NodeName, pool: &PoolName) -> Result<Bytes, Reason> {
         let mut state = self.lock();
         state.expire();
@@ -215,7 +215,7 @@ impl ClusterCache {
         room.map_err(|why| Reason::Waiting(format!("it cannot grow now: node {node}: {why}")))
     }
 
-    /// Counts that a HostVolume has grown, unless what is known of it is newer.
+    /// Counts the new size of a HostVolume, unless the cache knows a newer state of it.
     pub(super) fn raise(&self, volume: &HostVolume) {
         let mut state = self.lock();
         if let Some(pending) = state.pending.get_mut(&volume.id)
@@ -240,7 +240,7 @@ impl ClusterCache {
         found.all(|other| other == first).then(|| first.clone())
     }
 
-    /// At most `max` volumes, in the order of their ids, from the first after `after`.
+    /// At most `max` volumes in the order of their ids, from the first id after `after`.
     pub(super) fn list(&self, after: Option<&VolumeId>, max: usize) -> Vec<Volume> {
         let state = self.lock();
         let start = after.map_or(Bound::Unbounded, Bound::Excluded);
@@ -259,7 +259,8 @@ impl ClusterCache {
             .collect()
     }
 
-    /// Notes which of the nodes that HostVolumes and HostNodes name do not exist, and since when. The queries below go by that.
+    /// Notes which of the nodes that HostVolumes and HostNodes name do not exist, and since when. The queries below rely on
+    /// this.
     pub(crate) fn note_absent(&self) {
         self.lock().note_absent();
     }
@@ -290,7 +291,7 @@ impl ClusterCache {
             .collect()
     }
 
-    /// Volumes recorded before then that never had data, and are not being deleted.
+    /// Volumes recorded before this time that never had data and are not being deleted.
     pub(crate) fn never_used(&self, before: Timestamp) -> Vec<VolumeId> {
         let state = self.lock();
         let volumes = state.volumes.iter();
@@ -313,7 +314,7 @@ impl ClusterCache {
         counts
     }
 
-    /// For how long this controller has known of the delete that waits longest.
+    /// How long this controller has known about the delete that has waited longest.
     pub(crate) fn oldest_delete(&self) -> Duration {
         let state = self.lock();
         state.deleting.values().map(Instant::elapsed).max().unwrap_or_default()
@@ -333,7 +334,7 @@ impl ClusterCache {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        // It is only a cache: what a panic leaves behind is put right by the next event.
+        // It is only a cache: the next event corrects what a panic leaves behind.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

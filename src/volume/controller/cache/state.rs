@@ -31,11 +31,11 @@ impl PoolKey {
     }
 }
 
-/// What is allocated of a pool.
+/// How much of a pool is allocated.
 struct Allocated {
     place: Arc<PoolKey>,
     bytes: Bytes,
-    /// How many volumes have data on which pool.
+    /// How many volumes have data, by the id of the pool that they were made on.
     made_on: BTreeMap<PoolId, usize>,
 }
 
@@ -52,13 +52,14 @@ pub(super) struct CachedVolume {
     pub(super) created: Timestamp,
 }
 
-/// A HostVolume that was created and has not been shown by the watch yet.
+/// A HostVolume that was created and that the watch has not shown yet.
 pub(super) struct Pending {
     pub(super) cached: CachedVolume,
     pub(super) since: Instant,
 }
 
-/// How long a HostVolume counts that the watch does not show: after that it was deleted before the watch could show it.
+/// How long a HostVolume counts without being shown by the watch. If it takes longer, it was deleted before the watch could
+/// show it.
 const PENDING_MAX: Duration = Duration::from_mins(1);
 
 #[derive(Default)]
@@ -70,7 +71,7 @@ pub(super) struct State {
     pub(super) nodes: BTreeSet<NodeName>,
     /// Volumes that are being deleted, and since when this controller knows it.
     pub(super) deleting: BTreeMap<VolumeId, Instant>,
-    /// Nodes that are named and do not exist, and since when.
+    /// Nodes that are named by objects but do not exist, and since when.
     pub(super) absent: BTreeMap<NodeName, Instant>,
     pub(super) seen: Seen,
 }
@@ -171,18 +172,18 @@ impl State {
             .map_or(pending, |allocated| allocated.bytes.plus(pending))
     }
 
-    /// The largest volume that can be created on a pool, or why there can be none.
+    /// The largest volume that can be created in a pool, or why none can.
     pub(super) fn room(&self, node: &NodeName, pool: &PoolName) -> Result<Bytes, String> {
         let pools = self
             .pools
             .get(node)
-            .ok_or("hostdir has not published its pools; does it run there?")?;
+            .ok_or("hostdir has not published its pools; is it running there?")?;
         let status = pools.get(pool).ok_or_else(|| {
             let known: Vec<&str> = pools.keys().map(PoolName::as_str).collect();
             format!("it has no pool {pool} (it has: {})", known.join(", "))
         })?;
         if !self.nodes.contains(node) {
-            return Err("the Node is not in the cluster any more".into());
+            return Err("the Node is no longer in the cluster".into());
         }
         let space = status
             .space
@@ -193,7 +194,8 @@ impl State {
         let other = made_on.and_then(|ids| ids.keys().find(|id| Some(**id) != status.id));
         if let (Some(other), Some(now)) = (other, status.id) {
             return Err(format!(
-                "pool {pool} is {now} now, and volumes there were made on {other}: bring that disk back, or delete those volumes"
+                "pool {pool} now has id {now}, but volumes there were made on id {other}: bring that disk back, \
+                 or delete those volumes"
             ));
         }
         let allocated = self.allocated_of(&place);
@@ -206,12 +208,12 @@ impl State {
             !self.pools.keys().any(known)
         });
         refusals.extend(
-            unknown.map(|segment| format!("node {segment}: hostdir has not published its pools; does it run there?")),
+            unknown.map(|segment| format!("node {segment}: hostdir has not published its pools; is it running there?")),
         );
         if refusals.is_empty() {
-            refusals.push("no node has published its pools; do hostdir's node pods run?".into());
+            refusals.push("no node has published its pools; are hostdir's node pods running?".into());
         }
-        // A cluster may have a thousand nodes; the first few tell what is the matter.
+        // A cluster may have a thousand nodes; the first few show what is wrong.
         let more = refusals.len().saturating_sub(5);
         refusals.truncate(5);
         let more = if more > 0 {
@@ -230,7 +232,7 @@ impl State {
         self.absent.get(node).is_some_and(|since| since.elapsed() >= grace)
     }
 
-    /// Begins to count for nodes that are named and do not exist.
+    /// Notes since when nodes that are named by objects do not exist.
     pub(super) fn note_absent(&mut self) {
         if !self.seen.is_complete() {
             return;

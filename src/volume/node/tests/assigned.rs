@@ -1,4 +1,4 @@
-//! Volumes of elected mode: recorded by a controller, made by their node.
+//! Volumes in elected mode: recorded by a controller, made by their node.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -65,7 +65,7 @@ impl Assignments for HostVolumes {
     }
 }
 
-/// A node in elected mode, and a way to publish a host_volume of it at `/t`.
+/// A node in elected mode, and a way to publish a HostVolume of it at `/t`.
 struct Assigned {
     host_volumes: Arc<HostVolumes>,
     fixture: Fixture,
@@ -104,7 +104,7 @@ fn a_volume_is_made_and_marked_when_a_pod_first_uses_it() {
     let marked = node.host_volumes.get_cached(&id("a")).unwrap().unwrap();
     assert_eq!(marked.phase, Phase::Ready);
     node.unpublish("a");
-    // From here on the disk will do: the assignments need not answer.
+    // From here on the disk is enough: the assignments need not answer.
     node.host_volumes.0.lock().unwrap().clear();
     node.publish("a", host_volume.uid).unwrap();
 }
@@ -129,7 +129,7 @@ fn a_crash_between_mark_and_directory_is_made_good() {
     assert_eq!(
         node.host_volumes.get_cached(&id("a")).unwrap().unwrap().phase,
         Phase::Ready,
-        "marked before there is a directory"
+        "the directory was made before the mark"
     );
     let node = node.restarted();
     node.publish("a", host_volume.uid).unwrap();
@@ -151,7 +151,7 @@ fn a_volume_that_was_ready_elsewhere_is_never_made_anew() {
     let refusal = node.publish("a", host_volume.uid).unwrap_err();
     assert!(
         matches!(refusal, Reason::PoolUnusable { .. }),
-        "it may be there: {refusal}"
+        "the data may be on the absent pool: {refusal}"
     );
 }
 
@@ -165,7 +165,10 @@ fn the_data_of_an_earlier_volume_is_neither_mounted_nor_deleted() {
     let refusal = node.publish("a", second.uid).unwrap_err();
     assert!(matches!(refusal, Reason::Predecessor { .. }), "{refusal}");
     node.fixture.node.delete_of(&id("a"), second.uid).unwrap();
-    assert!(node.fixture.memory.has(&pool("default"), &id("a")), "not asked for");
+    assert!(
+        node.fixture.memory.has(&pool("default"), &id("a")),
+        "the data of the earlier volume was deleted"
+    );
     node.fixture.node.delete_of(&id("a"), first.uid).unwrap();
     assert!(!node.fixture.memory.has(&pool("default"), &id("a")));
     node.publish("a", second.uid).unwrap();
@@ -215,12 +218,12 @@ fn a_node_limits_a_volume_to_what_is_allocated_and_no_more() {
     assigned
         .host_volumes
         .change("a", |host_volume| host_volume.spec.bytes = Bytes(3 << 30));
-    // Whoever asks for less has an old idea of what is allocated.
+    // A caller that asks for less has an outdated size.
     assert_eq!(node.expand_here(&id("a"), at_least(2)).unwrap(), Bytes(3 << 30));
     assert_eq!(node.get(&id("a")).unwrap().bytes, Bytes(3 << 30));
     let allocated = node.pools()[0].usage.as_ref().unwrap().allocated;
     assert_eq!(allocated, Bytes(3 << 30));
-    // Another volume of that name is not this one.
+    // A HostVolume with another UID is another volume.
     assert!(node.grow_to(&id("a"), Uuid::new_v4(), Bytes(9 << 30)).is_err());
     assert_eq!(
         node.grow_to(&id("a"), host_volume.uid, Bytes(1 << 30)).unwrap(),

@@ -1,4 +1,4 @@
-//! The verbs on a machine in memory that fails when it is told to.
+//! The verbs on a machine in memory that fails on demand.
 
 mod assigned;
 mod sizes;
@@ -274,6 +274,6 @@ fn errors_say_which_volume_and_which_node() {
     assert_eq!(
         error,
         "volume a on node node-a: 100 GiB do not fit in pool default, which has room for 10 GiB; \
-         delete volumes there, ask for less, or let the pod go to another node"
+         delete volumes there, request less, or schedule the pod to another node"
     );
 }

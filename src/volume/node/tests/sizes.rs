@@ -17,7 +17,7 @@ fn a_volume_grows_as_far_as_there_is_room_or_not_at_all() {
     };
     fixture.memory.fail("resize", DiskErrorKind::Failed);
     expand(6).unwrap_err();
-    assert_eq!(fixture.room(), 6, "what failed counts");
+    assert_eq!(fixture.room(), 6, "a failed expansion counts");
     assert_eq!(expand(6).unwrap(), Bytes(6 << 30));
     assert_eq!(fixture.room(), 4);
     assert_eq!(expand(5).unwrap(), Bytes(6 << 30));
@@ -30,7 +30,7 @@ fn a_volume_grows_as_far_as_there_is_room_or_not_at_all() {
     assert_eq!(fixture.node.get(&id("a")).unwrap().bytes, Bytes(6 << 30));
 }
 
-/// A node with one pool of which quotas are required.
+/// A node with one pool that requires quotas.
 fn required(memory: &Memory) -> Node {
     let config = PoolConfig {
         name: pool("default"),
@@ -56,12 +56,12 @@ fn where_quotas_are_required_nothing_is_mounted_without() {
     assert!(matches!(*mount("/t").unwrap_err().reason, Reason::Unenforced { .. }));
     memory.enforce(true);
     mount("/t").unwrap();
-    // One that others do not share its fate with.
-    memory.set_unenforced(&id("a"), "it was made without");
+    // Quotas work, but this volume has no limit.
+    memory.set_unenforced(&id("a"), "it was made without quotas");
     let refusal = mount("/u").unwrap_err().to_string();
-    assert!(refusal.contains("it was made without"), "{refusal}");
+    assert!(refusal.contains("it was made without quotas"), "{refusal}");
     assert_eq!(node.pools()[0].status.unenforced, 1);
-    // What runs, ends.
+    // A running pod can still end, and its volume can be deleted.
     node.unpublish(&id("a"), &target("/t")).unwrap();
     node.delete(&id("a")).unwrap();
     assert_eq!(node.pools()[0].status.unenforced, 0);
@@ -84,7 +84,7 @@ fn statistics_are_those_of_the_volume() {
         (stats.total, stats.used, stats.available),
         (Bytes(2 << 30), Bytes(1 << 30), Bytes(1 << 30))
     );
-    // Without a limit it may take more than is allocated to it.
+    // Without a limit, a volume may use more than is allocated to it.
     usage.bytes = Bytes(3 << 30);
     memory.set_usage(Some(usage));
     let stats = node.stats(&id("a"), "/t").unwrap();
