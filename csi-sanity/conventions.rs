@@ -1,4 +1,5 @@
-//! Conventions that no lint knows: who may know whom, what the READMEs say, and that what is generated is current.
+//! Conventions that no lint checks: which module may use which, what the READMEs must say, and that generated files are
+//! current.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -26,12 +27,12 @@ fn sources(dir: &str) -> Vec<PathBuf> {
             }
         }
     }
-    assert!(!found.is_empty(), "nothing is in {dir}");
+    assert!(!found.is_empty(), "{dir} has no Rust files");
     found
 }
 
-/// The code of a file, without comments, with the paths of grouped imports spelled out: `use crate::{a::b, c}` has `crate::a::b`
-/// and `crate::c` in it.
+/// The code of a file without comments, and with the paths of grouped imports spelled out: `use crate::{a::b, c}` adds
+/// `crate::a::b` and `crate::c`.
 fn code_in(text: &str) -> String {
     let lines = text.lines().map(|line| line.split("//").next().unwrap_or_default());
     let code = lines.collect::<Vec<_>>().join("\n");
@@ -76,7 +77,7 @@ fn names(code: &str, word: &str) -> bool {
 }
 
 #[test]
-fn grouped_imports_hide_nothing() {
+fn grouped_imports_are_spelled_out() {
     let text = "// nix\nuse crate::{config, csi::{Endpoint, probe::Question}};\nuse tokio::time;";
     let code = code_in(text);
     for word in ["crate::csi", "crate::config", "crate::csi::probe", "tokio"] {
@@ -102,7 +103,7 @@ fn dependencies_point_to_the_core_and_the_edges_never_meet() {
     let rules: [(&str, &[&str]); 6] = [
         ("src/volume", core),
         ("src/leader", core),
-        // What it decides depends on what it is told, and on no clock.
+        // Its decisions depend on their arguments only, not on a clock.
         ("src/leader", &["Instant", "SystemTime", "crate::volume"]),
         (
             "src/csi",
@@ -149,7 +150,7 @@ fn dependencies_point_to_the_core_and_the_edges_never_meet() {
             for word in forbidden {
                 assert!(
                     !names(&source, word),
-                    "{} names {word}, which {dir} must not know",
+                    "{} uses {word}, which {dir} must not use",
                     path.display()
                 );
             }
@@ -157,7 +158,7 @@ fn dependencies_point_to_the_core_and_the_edges_never_meet() {
     }
 }
 
-/// There nobody would run it: their harness is ours.
+/// Our own harness does not run a `#[test]`.
 #[test]
 fn tests_of_the_lab_say_what_they_need() {
     for dir in [
@@ -170,7 +171,7 @@ fn tests_of_the_lab_say_what_they_need() {
             let text = fs::read_to_string(&path).expect("read a source");
             assert!(
                 !text.contains("#[test]"),
-                "{} has a #[test]: write #[needs()]",
+                "{} has a #[test], which nothing runs: write #[needs()]",
                 path.display()
             );
         }
@@ -195,12 +196,12 @@ fn the_readmes_have_the_commands_that_ci_and_people_run() {
     let words = readme.split_whitespace().count();
     assert!(
         words <= 1200,
-        "README has {words} words; what is not for everybody belongs elsewhere"
+        "README.md has {words} words, more than 1200: move what few people need to another file"
     );
     let test = "cargo test --locked";
     assert!(
         readme.contains(test) && read(".ci/run").contains(test),
-        "README and .ci/run run other tests"
+        "README.md and .ci/run do not both contain `{test}`"
     );
     for (file, command) in [
         ("README.md", "cargo prove"),
@@ -208,7 +209,7 @@ fn the_readmes_have_the_commands_that_ci_and_people_run() {
         ("csi-sanity/README.md", "cargo test --lib"),
         ("csi-sanity/README.md", "cargo prove prepare"),
     ] {
-        assert!(read(file).contains(command), "{file} does not name {command}");
+        assert!(read(file).contains(command), "{file} does not contain `{command}`");
     }
 }
 
@@ -216,7 +217,7 @@ fn the_readmes_have_the_commands_that_ci_and_people_run() {
 fn links_between_the_readmes_lead_somewhere() {
     for file in ["README.md", "deploy/README.md", "csi-sanity/README.md"] {
         let text = read(file);
-        let dir = Path::new(file).parent().expect("a file is in a directory");
+        let dir = Path::new(file).parent().expect("a file has a directory");
         for link in text
             .split("](")
             .skip(1)
@@ -232,19 +233,19 @@ fn links_between_the_readmes_lead_somewhere() {
             let mut anchors = headings.map(|line| anchor(line.trim_start_matches('#').trim()));
             assert!(
                 heading.is_empty() || anchors.any(|anchor| anchor == heading),
-                "{file} links to {link}"
+                "{file} links to {link}, which does not exist"
             );
         }
     }
 }
 
-/// What a heading is called in a link: lower case, without punctuation, with dashes for spaces.
+/// The anchor of a heading, as GitHub makes it: lower case, without punctuation, dashes for spaces.
 fn anchor(heading: &str) -> String {
     let kept = heading.chars().filter(|c| c.is_alphanumeric() || " -".contains(*c));
     kept.collect::<String>().to_lowercase().replace(' ', "-")
 }
 
-/// What a StorageClass may say, and what a pool's entry in the configuration may: as the schema of the chart has both.
+/// The parameters of a StorageClass and the keys of a pool's configuration, as the chart's schema lists them.
 #[test]
 fn every_parameter_and_every_key_of_a_pool_is_explained() {
     let readme = read("deploy/README.md");
@@ -252,19 +253,22 @@ fn every_parameter_and_every_key_of_a_pool_is_explained() {
     let keys = |pointer: &str| -> Vec<String> {
         let object = schema.pointer(pointer).and_then(serde_json::Value::as_object);
         let keys = object
-            .unwrap_or_else(|| panic!("{pointer} is not in the schema"))
+            .unwrap_or_else(|| panic!("{pointer} is not in values.schema.json"))
             .keys();
         keys.cloned().collect()
     };
     for key in keys("/properties/storageClasses/items/properties/parameters/properties") {
         assert!(
             readme.contains(&format!("`{key}`")),
-            "the parameter {key} is not explained"
+            "deploy/README.md does not explain the parameter {key}"
         );
     }
     for key in keys("/properties/pools/items/properties") {
         let line = |line: &str| line.trim_start_matches([' ', '-']).starts_with(&format!("{key}:"));
-        assert!(readme.lines().any(line), "{key} of a pool is not shown");
+        assert!(
+            readme.lines().any(line),
+            "deploy/README.md does not show the key {key} of a pool"
+        );
     }
 }
 
@@ -273,11 +277,15 @@ fn every_flag_has_its_help() {
     use clap::CommandFactory as _;
     let command = hostdir::config::Cli::command();
     for command in command.get_subcommands() {
-        assert!(command.get_about().is_some(), "hostdir {}: no help", command.get_name());
+        assert!(
+            command.get_about().is_some(),
+            "hostdir {}: no help text",
+            command.get_name()
+        );
         for flag in command.get_arguments() {
             assert!(
                 flag.get_help().is_some(),
-                "hostdir {} {}: no help",
+                "hostdir {} {}: no help text",
                 command.get_name(),
                 flag.get_id()
             );
@@ -298,13 +306,14 @@ fn the_definitions_in_the_chart_are_those_of_the_binary() {
     }
     assert!(
         read(path) == printed,
-        "{path} is not what `hostdir crds` prints; write it anew with HOSTDIR_RENDER=1"
+        "{path} differs from what `hostdir crds` prints; set HOSTDIR_RENDER=1 to write it again"
     );
 }
 
-/// What a ghost would need: a token that is bound to no Pod, a name that is not its own, the right to delete a Lease.
+/// With a token that is bound to no Pod, another Pod's host name, or the right to delete a Lease, a ghost could go on
+/// leading.
 #[test]
-fn the_manifests_give_no_ghost_what_it_needs() {
+fn the_manifests_grant_no_unbound_token_and_no_delete_of_leases() {
     let manifests = read("deploy/hostdir.yaml");
     for word in ["service-account-token", "hostNetwork: true"] {
         assert!(!manifests.contains(word), "{word} is in deploy/hostdir.yaml");
@@ -322,11 +331,14 @@ fn the_manifests_give_no_ghost_what_it_needs() {
         count += 1;
         for verb in list(&rule["verbs"]) {
             let known = ["get", "list", "watch", "create", "update", "patch"].contains(&verb.as_str());
-            assert!(known, "{verb} of Leases is allowed: {rule}");
+            assert!(known, "a Role allows {verb} on Leases: {rule}");
         }
     }
-    assert!(count > 0, "no rule is about Leases");
-    assert!(manifests.contains("name: hostdir-leases"), "no policy for Leases");
+    assert!(count > 0, "deploy/hostdir.yaml has no rule about Leases");
+    assert!(
+        manifests.contains("name: hostdir-leases"),
+        "deploy/hostdir.yaml has no policy for Leases"
+    );
 }
 
 fn list(value: &serde_json::Value) -> Vec<String> {
@@ -347,6 +359,6 @@ fn the_proto_file_is_the_one_of_the_specification() {
     let digest = digest.map(|byte| format!("{byte:02x}")).concat();
     assert!(
         pin.contains("v1.13.0") && pin.contains(&digest),
-        "csi.proto was changed: {digest}"
+        "proto/csi.proto was changed: its SHA-256 is {digest}"
     );
 }

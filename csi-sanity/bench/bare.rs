@@ -1,4 +1,4 @@
-//! What has to be done for a volume, done by bare system calls: no socket, no checks, no records of what exists.
+//! The work for a volume, done by bare system calls: no socket, no checks, no allocation.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -12,7 +12,7 @@ use nix::sys::stat::{Mode, fchmod};
 use nix::sys::statvfs::fstatvfs;
 use nix::unistd::{Gid, Uid, fchown};
 
-/// As long as a record of hostdir's.
+/// As long as a record of hostdir.
 const RECORD: [u8; 420] = [b'x'; 420];
 
 /// A pool without a driver.
@@ -35,7 +35,7 @@ impl Bare {
         }
     }
 
-    /// The life of one volume, and how long each step took.
+    /// Takes one volume through its life. Returns the time of each step.
     pub(crate) fn cycle(&self, name: &str) -> [Duration; 4] {
         let steps: [fn(&Self, &str) -> std::io::Result<()>; 4] =
             [Self::create, Self::publish, Self::unpublish, Self::delete];
@@ -87,12 +87,12 @@ impl Bare {
         self.volumes.sync_all()
     }
 
-    /// What statistics and capacity need.
+    /// The system call behind NodeGetVolumeStats and GetCapacity.
     pub(crate) fn space(&self) {
         fstatvfs(&self.volumes).expect("statvfs");
     }
 
-    /// What tells that a pool can be written to.
+    /// The system calls behind Probe, which tests that the pool is writable.
     pub(crate) fn probe(&self) {
         let path = self.dir.join("probe");
         File::create(&path)
@@ -100,7 +100,7 @@ impl Bare {
             .expect("make and remove a file");
     }
 
-    /// hostdir does this in the background; here it is not counted either.
+    /// Erases a volume. Not measured, because hostdir erases in the background.
     fn erase(&self, name: &str) {
         let trash = self.dir.join("trash").join(name);
         fs::remove_file(trash.join("volume.json")).expect("remove the record");
@@ -116,7 +116,7 @@ pub(crate) fn write(path: &Path) -> std::io::Result<()> {
     file.sync_all()
 }
 
-/// The calls of a bind mount: open_tree(2), mount_setattr(2), move_mount(2).
+/// Makes a bind mount by open_tree(2), mount_setattr(2) and move_mount(2).
 #[expect(unsafe_code, reason = "system calls without a safe wrapper")]
 fn bind(data: &File, target: &File) -> nix::Result<()> {
     let empty = c"";
@@ -124,7 +124,7 @@ fn bind(data: &File, target: &File) -> nix::Result<()> {
     // SAFETY: the path is NUL-terminated and static.
     let tree = unsafe { libc::syscall(libc::SYS_open_tree, data.as_raw_fd(), empty.as_ptr(), flags) };
     let tree = i32::try_from(Errno::result(tree)?).expect("a descriptor");
-    // SAFETY: the kernel has just returned it.
+    // SAFETY: the kernel has just returned the descriptor.
     let tree = unsafe { OwnedFd::from_raw_fd(tree) };
     let attributes = libc::mount_attr {
         attr_set: 0,

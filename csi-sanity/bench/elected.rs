@@ -1,8 +1,8 @@
 //! `cargo bench --bench elected`: a controller and a node agent on a real API server, with simulated nodes.
 //!
-//! A thousand HostNodes, a hundred thousand HostVolumes: how long a controller takes to know them, what it costs in memory,
-//! how fast it answers; then 500 claims through the real external-provisioner and controller manager. It needs root and
-//! the programs of the cluster tests. Prints a table.
+//! An idle node agent with 1,000 volumes; 500 claims through the real external-provisioner and controller manager; and a
+//! controller with 1,000 HostNodes and 100,000 HostVolumes: its start, memory and response times. Needs root and the
+//! programs of the cluster tests. Prints a table.
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -26,12 +26,12 @@ const CALLS: usize = 1_000;
 const CAPACITY_CALLS: usize = 20_000;
 const CLAIMS: u32 = 500;
 const AGENT_VOLUMES: usize = 1_000;
-/// How long the idle agent is watched.
+/// How long the idle node agent is measured.
 const IDLE: Duration = Duration::from_mins(2);
 
 fn main() -> anyhow::Result<()> {
     if !nix::unistd::geteuid().is_root() {
-        println!("SKIPPED: the benchmark needs root, to make a cluster");
+        println!("SKIPPED: the benchmark needs root to make a cluster");
         return Ok(());
     }
     hostdir_lab::harness::set_hostdir(env!("CARGO_BIN_EXE_hostdir"));
@@ -75,7 +75,7 @@ fn volume(name: &str, node: usize) -> HostVolume {
     volume
 }
 
-/// Makes things, many at a time.
+/// Makes `count` objects, 64 at a time.
 async fn make<F: Future<Output = anyhow::Result<()>>>(count: usize, one: impl Fn(usize) -> F) -> anyhow::Result<()> {
     let mut made = futures::stream::iter((0..count).map(one)).buffer_unordered(64);
     while let Some(result) = made.next().await {
@@ -84,7 +84,7 @@ async fn make<F: Future<Output = anyhow::Result<()>>>(count: usize, one: impl Fn
     Ok(())
 }
 
-/// Simulated nodes: a Node, and a HostNode with one pool of 1 TiB.
+/// Makes simulated nodes: a Node, and a HostNode with one pool of 1 TiB.
 async fn nodes(client: &Client, count: usize) -> anyhow::Result<()> {
     let (nodes, host_nodes): (Api<Node>, Api<HostNode>) = (Api::all(client.clone()), Api::all(client.clone()));
     make(count, |number| {
@@ -112,7 +112,7 @@ async fn nodes(client: &Client, count: usize) -> anyhow::Result<()> {
     .await
 }
 
-/// A process that is killed at the end.
+/// A process that is killed on drop.
 struct Process(Child);
 
 impl Drop for Process {
@@ -140,7 +140,7 @@ impl Process {
         Self::start(env!("CARGO_BIN_EXE_hostdir"), &cluster.kubeconfig, &args)
     }
 
-    /// Resident memory, now and at most, in MiB.
+    /// Current and peak resident memory, in MiB.
     fn memory(&self) -> anyhow::Result<(f64, f64)> {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.0.id()))?;
         let field = |name: &str| {
@@ -152,7 +152,7 @@ impl Process {
     }
 }
 
-/// A connection to a driver that has said that it is ready.
+/// Connects to a driver, and waits until it is ready.
 async fn connect(socket: &Path) -> Csi {
     loop {
         if let Ok(csi) = Csi::connect(socket).await
@@ -186,7 +186,7 @@ fn create_request(name: &str, node: usize) -> CreateVolumeRequest {
     }
 }
 
-/// A controller that has to know everything.
+/// Measures a controller with many nodes and volumes.
 async fn crowd(cluster: &Cluster, client: &Client, scratch: &Path) -> anyhow::Result<()> {
     let volumes: Api<HostVolume> = Api::all(client.clone());
     let start = Instant::now();
@@ -210,7 +210,7 @@ async fn crowd(cluster: &Cluster, client: &Client, scratch: &Path) -> anyhow::Re
     let csi = connect(&socket).await;
     println!("controller ready            {:>10.1} s", start.elapsed().as_secs_f64());
     let (now, most) = controller.memory()?;
-    println!("resident memory             {now:>10.1} MiB (at most {most:.1})");
+    println!("resident memory             {now:>10.1} MiB (peak {most:.1})");
 
     let mut times = Vec::new();
     for number in 0..CAPACITY_CALLS {
@@ -251,11 +251,11 @@ async fn crowd(cluster: &Cluster, client: &Client, scratch: &Path) -> anyhow::Re
     let (p50, p99) = percentiles(times);
     println!("DeleteVolume, never used    {p50:>10.2} ms p50, {p99:.2} ms p99");
     let (now, most) = controller.memory()?;
-    println!("resident memory at the end  {now:>10.1} MiB (at most {most:.1})");
+    println!("resident memory at the end  {now:>10.1} MiB (peak {most:.1})");
     Ok(())
 }
 
-/// Claims that are bound at once, through the real provisioner and controller manager.
+/// Measures how fast claims with immediate binding are bound, through the real provisioner and controller manager.
 async fn claims(cluster: &Cluster, client: &Client, scratch: &Path) -> anyhow::Result<()> {
     nodes(client, 3).await?;
     for number in 0..3 {
@@ -365,7 +365,7 @@ fn bind(cluster: &Cluster, what: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A node agent with many claims that has nothing to do.
+/// Measures an idle node agent with many volumes.
 async fn agent(cluster: &Cluster, client: &Client, scratch: &Path) -> anyhow::Result<()> {
     let volumes: Api<HostVolume> = Api::all(client.clone());
     make(AGENT_VOLUMES, |number| {
@@ -390,7 +390,7 @@ async fn agent(cluster: &Cluster, client: &Client, scratch: &Path) -> anyhow::Re
     let asked = requests(cluster)? - before;
     let (now, most) = agent.memory()?;
     println!(
-        "node agent, {AGENT_VOLUMES} HostVolumes: {now:.1} MiB resident (at most {most:.1}), {:.1} requests to the API server per minute",
+        "node agent, {AGENT_VOLUMES} HostVolumes: {now:.1} MiB resident (peak {most:.1}), {:.1} requests to the API server per minute",
         asked / IDLE.as_secs_f64() * 60.0
     );
     drop(agent);
@@ -401,7 +401,7 @@ async fn agent(cluster: &Cluster, client: &Client, scratch: &Path) -> anyhow::Re
     Ok(())
 }
 
-/// Requests that the API server has answered about objects of ours.
+/// The number of requests about HostNodes and HostVolumes that the API server has answered.
 fn requests(cluster: &Cluster) -> anyhow::Result<f64> {
     let metrics = cluster.kubectl.run(&["get", "--raw", "/metrics"])?;
     let ours = metrics

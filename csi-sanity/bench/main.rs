@@ -1,7 +1,7 @@
-//! `cargo bench`: what hostdir costs, over its socket, beside the same system calls made bare.
+//! `cargo bench --bench local`: compares calls to hostdir over its socket with the same system calls made bare.
 //!
-//! Both sides work on the same filesystem in the same mount namespace, cycle by cycle in turn, so that a machine that slows
-//! down slows both. Both sync what hostdir syncs. It needs root, and prints one table.
+//! Both sides work on the same filesystem in the same mount namespace. Their cycles alternate, so that a machine that slows
+//! down slows both. Both sync what hostdir syncs. Needs root, and prints one table.
 
 mod bare;
 mod rpc;
@@ -20,14 +20,14 @@ use bare::Bare;
 use rpc::Served;
 use table::{Samples, Table, percentiles};
 
-/// Cycles of one caller, on each side.
+/// Cycles of a single caller, on each side.
 const CYCLES: usize = 500;
-/// Callers at once, and the cycles of each.
+/// Concurrent callers, and the cycles of each.
 const CALLERS: usize = 16;
 const CYCLES_EACH: usize = 100;
-/// Volumes that are published all the while, in the second half.
+/// Volumes that stay published during the second half.
 const CROWD: usize = 5_000;
-/// Volumes for the figure of memory.
+/// Volumes for the first memory measurement.
 const FEW: usize = 1_000;
 /// Files of the volume that is deleted.
 const FILES: usize = 1_000_000;
@@ -42,7 +42,7 @@ const STEPS: [&str; 4] = [
 
 fn main() {
     if !nix::unistd::geteuid().is_root() {
-        println!("SKIPPED: the benchmark needs root, to mount");
+        println!("SKIPPED: the benchmark needs root to mount");
         return;
     }
     hostdir_lab::harness::set_hostdir(env!("CARGO_BIN_EXE_hostdir"));
@@ -105,7 +105,7 @@ impl Bench {
     }
 }
 
-/// How long a volume of many files takes to go, and others beside it.
+/// Measures the delete of a volume with many files, and the calls for other volumes while it is erased.
 fn delete_many_files(served: &Served, table: &mut Table) {
     let target = served.make("million");
     let dir = fs::File::open(&target).expect("open the volume");
@@ -131,7 +131,7 @@ fn delete_many_files(served: &Served, table: &mut Table) {
     );
 }
 
-/// The life of a volume, by one caller and by many, and the calls that change nothing.
+/// Measures the life of a volume, with one caller and with many, and the calls that change nothing.
 fn measure(bare: &Bare, served: &Served, crowd: bool, table: &mut Table) {
     let (mut of_bare, mut of_served) = (Samples::default(), Samples::default());
     for number in 0..CYCLES {
@@ -158,7 +158,7 @@ fn measure(bare: &Bare, served: &Served, crowd: bool, table: &mut Table) {
     );
 }
 
-/// Cycles a second, made by threads.
+/// Cycles per second, made by concurrent threads.
 fn rate_of_many(cycles: impl Fn(usize) + Sync) -> f64 {
     let start = Instant::now();
     std::thread::scope(|scope| {
@@ -179,7 +179,7 @@ fn millis(time: Duration) -> String {
     format!("{:.1} ms", time.as_secs_f64() * 1000.0)
 }
 
-/// Where the volume of this name is mounted.
+/// The mount point of a volume.
 fn target(dir: &Path, name: &str) -> PathBuf {
     dir.join("pods").join(name)
 }

@@ -11,14 +11,14 @@ use hostdir_lab::{Client, Csi, Driver, Mount, Process, wait_until};
 use super::bare::Bare;
 use super::{per_second, target};
 
-/// A driver that serves, and a connection to it.
+/// A running driver, and a connection to it.
 pub(crate) struct Served {
     dir: PathBuf,
     process: Process,
     client: Client,
 }
 
-/// What makes calls.
+/// Makes calls to a driver.
 #[derive(Clone)]
 struct Caller {
     csi: Csi,
@@ -31,7 +31,7 @@ impl Served {
         Self::start_with(dir, "overcommit: 1")
     }
 
-    /// The same, with settings of its pool, in YAML.
+    /// Like [`Served::start`], with settings of the pool in YAML.
     pub(crate) fn start_with(dir: &Path, settings: &str) -> Self {
         fs::create_dir_all(dir.join("pods")).expect("make a directory");
         let (config, pool) = (dir.join("config.yaml"), dir.join("pool"));
@@ -57,12 +57,12 @@ impl Served {
         self.process.kill();
     }
 
-    /// The life of one volume, and how long each step took.
+    /// Takes one volume through its life. Returns the time of each step.
     pub(crate) fn cycle(&self, name: &str) -> [Duration; 4] {
         self.client.block_on(self.caller().cycle(name))
     }
 
-    /// Cycles a second, made by callers that share a connection, as a sidecar's workers do.
+    /// Cycles per second, made by concurrent callers that share a connection, as a sidecar's workers do.
     pub(crate) fn rate_of_many(&self, callers: usize, cycles: usize) -> f64 {
         let start = Instant::now();
         self.client.block_on(async {
@@ -83,7 +83,7 @@ impl Served {
         per_second(callers * cycles, start.elapsed())
     }
 
-    /// The calls that change nothing, each with its bare counterpart, if it has one: name, bare times, times.
+    /// Measures the calls that change nothing. Returns for each: name, times of the bare counterpart (if it has one), times.
     pub(crate) fn reads(&self, bare: &Bare, count: usize) -> [(&'static str, Vec<Duration>, Vec<Duration>); 4] {
         let path = self.make("read");
         let mut all =
@@ -110,7 +110,7 @@ impl Served {
         all
     }
 
-    /// Makes and mounts a volume; where.
+    /// Creates and publishes a volume. Returns its mount point.
     pub(crate) fn make(&self, name: &str) -> PathBuf {
         self.client.block_on(async {
             self.caller().create(name).await;
@@ -119,17 +119,16 @@ impl Served {
         target(&self.dir, name)
     }
 
-    /// Statistics of the volume `read`, mounted there.
+    /// Calls NodeGetVolumeStats for the volume `read`, mounted at `path`.
     pub(crate) fn stats(&self, path: &Path) {
         self.client.block_on(self.caller().read(0, path));
     }
 
-    /// The name of the driver, which it has at hand.
+    /// Calls GetPluginInfo, for which the driver does no work.
     pub(crate) fn info(&self) {
         self.client.block_on(self.client.csi().info()).expect("GetPluginInfo");
     }
 
-    /// Lets a volume grow.
     pub(crate) fn expand(&self, name: &str, bytes: i64) {
         self.client.expand(name, bytes).expect("ControllerExpandVolume");
     }
@@ -142,21 +141,21 @@ impl Served {
         self.client.block_on(self.caller().delete(name));
     }
 
-    /// Makes and mounts volumes until there are so many.
+    /// Creates and publishes volumes until there are `count`.
     pub(crate) fn fill(&self, count: usize) {
         for number in self.count()..count {
             self.make(&format!("crowd-{number}"));
         }
     }
 
-    /// Unmounts the volumes of [`Served::fill`].
+    /// Unpublishes the volumes of [`Served::fill`].
     pub(crate) fn unpublish_all(&self, count: usize) {
         for number in 0..count {
             self.unpublish(&format!("crowd-{number}"));
         }
     }
 
-    /// Waits until nothing that was deleted is left on the disk.
+    /// Waits until all deleted volumes are erased.
     pub(crate) fn wait_for_eraser(&self) {
         let trash = self.dir.join("pool/trash");
         wait_until("the trash is empty", || {
@@ -176,7 +175,7 @@ impl Served {
         let line = status
             .lines()
             .find_map(|line| line.strip_prefix("VmRSS:"))
-            .expect("a figure of memory");
+            .expect("VmRSS in the status");
         let kib: f64 = line.trim().trim_end_matches(" kB").parse().expect("a number");
         kib / 1024.0
     }

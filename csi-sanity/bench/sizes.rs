@@ -1,5 +1,5 @@
-//! What quotas cost, on btrfs on a loop device: the first publish with them and without, statistics of one volume among few and
-//! among many, and the growth of one beside the bare calls for that.
+//! The cost of quotas, on btrfs on a loop device: the first publish with and without quotas, statistics of one volume among
+//! few and among many, and ControllerExpandVolume compared with the bare calls.
 
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
@@ -15,10 +15,10 @@ use super::rpc::Served;
 use super::table::{Samples, Table, percentiles};
 use super::{CROWD, CYCLES, target};
 
-/// Size of the disk, sparse.
+/// Size of the sparse disk image.
 const DISK: u64 = 20 << 30;
 
-/// Measures, where there is btrfs.
+/// Runs the measurements if btrfs with quotas is available.
 pub(crate) fn run(dir: &Path, table: &mut Table) {
     let image = dir.join("btrfs.img");
     File::create(&image)
@@ -39,9 +39,9 @@ pub(crate) fn run(dir: &Path, table: &mut Table) {
     if commands.iter().all(done) {
         measure(&disk, table);
     } else {
-        table.fact("quotas", "SKIPPED: no btrfs with quotas here");
+        table.fact("quotas", "SKIPPED: this machine has no btrfs with quotas");
     }
-    // A directory with a mount below is not removed; what could not be mounted is none.
+    // The scratch directory cannot be removed while a disk is mounted in it. Fails if the mount failed.
     let _ = umount2(&disk, MntFlags::MNT_DETACH);
 }
 
@@ -61,7 +61,7 @@ fn measure(disk: &Path, table: &mut Table) {
     limited.unpublish_all(CROWD);
 }
 
-/// The life of volumes, with quotas and without, in turn.
+/// Measures the first NodePublishVolume, with and without quotas in turn.
 fn first_publish(limited: &Served, unlimited: &Served, table: &mut Table) {
     let (mut with, mut without) = (Samples::default(), Samples::default());
     for number in 0..CYCLES / 2 {
@@ -78,7 +78,7 @@ fn first_publish(limited: &Served, unlimited: &Served, table: &mut Table) {
     );
 }
 
-/// Statistics of one volume, and a call that does next to nothing, in turn: what any answer over the socket costs.
+/// Measures NodeGetVolumeStats of one volume, in turn with GetPluginInfo, which shows the cost of any call over the socket.
 fn statistics(served: &Served, table: &mut Table) {
     let path = served.make("read");
     let (mut of_stats, mut of_info) = (Vec::new(), Vec::new());
@@ -97,13 +97,12 @@ fn statistics(served: &Served, table: &mut Table) {
     served.delete("read");
     let ((stats, stats_p99), (info, info_p99)) = (percentiles(&of_stats), percentiles(&of_info));
     table.fact(
-        &format!("NodeGetVolumeStats on btrfs, {count} volumes, p50 (p99), it / GetPluginInfo"),
+        &format!("NodeGetVolumeStats / GetPluginInfo on btrfs, {count} volumes, p50 (p99)"),
         &format!("{stats:.0} ({stats_p99:.0}) / {info:.0} ({info_p99:.0}) us"),
     );
 }
 
-/// Waits until what was deleted before is gone, and the filesystem has written and freed all that: it would take the processor
-/// from what is measured.
+/// Waits until earlier deletes are erased and btrfs has freed their space: both would take CPU time during the measurement.
 fn settle(served: &Served, path: &Path) {
     served.wait_for_eraser();
     btrfs(["subvolume", "sync"], path);
@@ -120,7 +119,7 @@ fn btrfs(command: [&str; 2], path: &Path) {
     );
 }
 
-/// ControllerExpandVolume, and a limit and a record written by hand, in turn, of one volume each.
+/// Measures ControllerExpandVolume, in turn with bare calls that set a limit and write a record.
 fn growth(served: &Served, dir: &Path, table: &mut Table) {
     served.make("growing");
     let subvolume = dir.join("subvolume");
@@ -152,10 +151,10 @@ fn growth(served: &Served, dir: &Path, table: &mut Table) {
     served.delete("growing");
 }
 
-/// `BTRFS_IOC_QGROUP_LIMIT` of the subvolume's own group (zero stands for it).
+/// `BTRFS_IOC_QGROUP_LIMIT` for the subvolume's own quota group, which is group 0 in the call.
 #[expect(unsafe_code, reason = "system calls without a safe wrapper")]
 fn limit(subvolume: &File, bytes: u64) -> nix::Result<()> {
-    // struct btrfs_ioctl_qgroup_limit_args: group, flags (BTRFS_QGROUP_LIMIT_MAX_RFER), maximum, and what is not asked for.
+    // struct btrfs_ioctl_qgroup_limit_args: group, flags (BTRFS_QGROUP_LIMIT_MAX_RFER), maximum, and three unused fields.
     let arguments: [u64; 6] = [0, 1, bytes, 0, 0, 0];
     let number = nix::request_code_read!(0x94, 43, size_of::<[u64; 6]>());
     // SAFETY: the kernel reads a structure of this size, which outlives the call.

@@ -1,4 +1,4 @@
-//! Figures, and the table they are printed in.
+//! The measurements, and the table in which they are printed.
 
 use std::fmt;
 use std::time::Duration;
@@ -19,7 +19,7 @@ impl Samples {
         &self.0[step]
     }
 
-    /// Cycles a second, had they been made one after the other.
+    /// Cycles per second of a single caller.
     pub(crate) fn rate(&self) -> f64 {
         let time: Duration = self.0.iter().flatten().sum();
         super::per_second(self.0[0].len(), time)
@@ -34,7 +34,7 @@ pub(crate) fn percentiles(times: &[Duration]) -> (f64, f64) {
     (at(50), at(99))
 }
 
-/// The table: first with the pool empty, then beside a crowd of volumes.
+/// The table: first an empty pool, then a pool with a crowd of volumes.
 #[derive(Default)]
 pub(crate) struct Table {
     alone: Vec<Row>,
@@ -42,11 +42,11 @@ pub(crate) struct Table {
     facts: Vec<String>,
 }
 
-/// A call or a rate.
+/// The row of a call or a rate.
 struct Row {
     name: String,
     unit: &'static str,
-    /// What is typical, and the p99 where there is one.
+    /// The median or the rate, and the p99 if there is one.
     bare: Option<(f64, Option<f64>)>,
     served: (f64, Option<f64>),
 }
@@ -56,7 +56,7 @@ impl Table {
         if crowd { &mut self.crowd } else { &mut self.alone }
     }
 
-    /// Times of a call, and of its bare counterpart if it has one.
+    /// Adds the times of a call, and of its bare counterpart if it has one.
     pub(crate) fn times(&mut self, crowd: bool, name: &str, bare: &[Duration], served: &[Duration]) {
         let of = |times| {
             let (p50, p99) = percentiles(times);
@@ -71,7 +71,7 @@ impl Table {
         });
     }
 
-    /// Whole cycles a second.
+    /// Adds a rate: whole cycles per second.
     pub(crate) fn rate(&mut self, crowd: bool, callers: &str, bare: f64, served: f64) {
         let (name, bare) = (format!("cycles, {callers}"), Some((bare, None)));
         self.column(crowd).push(Row {
@@ -82,7 +82,7 @@ impl Table {
         });
     }
 
-    /// A figure of its own.
+    /// Adds a single result below the table.
     pub(crate) fn fact(&mut self, what: &str, figure: &str) {
         self.facts.push(format!("{what:<60} {figure}"));
     }

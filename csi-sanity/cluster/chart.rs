@@ -1,4 +1,4 @@
-//! The chart in a cluster: a real API server takes it, and its service accounts have no rights to spare.
+//! The chart in a cluster: a real API server accepts the plain manifests, and the service account has no superfluous rights.
 
 use hostdir_lab::cluster::NAMESPACE;
 use hostdir_lab::prove::root;
@@ -8,7 +8,7 @@ use crate::mode::Mode;
 use crate::objects::pod;
 use hostdir_lab::needs;
 
-/// What the manifests say at their top, done in place of the chart.
+/// Installs hostdir by the commands at the top of deploy/hostdir.yaml instead of by Helm.
 #[needs(Root, Go, Cluster)]
 fn the_plain_manifests_install_hostdir() {
     let lab = lab(Mode::Elected, "manifests", "hostdir installed from the plain manifests");
@@ -44,7 +44,7 @@ fn the_plain_manifests_install_hostdir() {
 }
 
 #[needs(Root, Go, Cluster)]
-fn the_sidecar_may_do_what_it_needs_and_no_more() {
+fn the_sidecar_has_only_the_rights_it_needs() {
     let lab = lab(Mode::Local, "rbac", "least privilege of the service account");
     let account = format!("system:serviceaccount:{NAMESPACE}:hostdir-local");
     let may = |args: &[&str]| {
@@ -65,6 +65,6 @@ fn the_sidecar_may_do_what_it_needs_and_no_more() {
         &["impersonate", "users"],
         &["delete", "csistoragecapacities", "-n", "default"],
     ] {
-        assert!(!may(forbidden), "it may {}", forbidden.join(" "));
+        assert!(!may(forbidden), "the service account may {}", forbidden.join(" "));
     }
 }

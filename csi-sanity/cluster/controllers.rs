@@ -1,4 +1,4 @@
-//! Many controllers at once, and controllers that are killed.
+//! Several controllers that act at once, and controllers that are killed.
 
 use crate::lab::{Lab, PATIENCE, lab, report};
 use crate::mode::Mode;
@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 fn many_claims_while_controllers_are_killed() {
     let title = "100 claims while controllers are killed one by one";
     let lab = lab(Mode::Elected, "killed", title);
-    // Long enough for both, the making and the deleting, and then it has to end well.
+    // 80 s of kills cover both creates and deletes. Then everything must succeed.
     let (killed, start) = (Mutex::new(BTreeSet::new()), Instant::now());
     many(&lab, 100, None, || {
         let controllers = lab.controllers();
@@ -39,7 +39,7 @@ fn many_claims_while_controllers_are_killed() {
             "--grace-period=0",
             "--force",
         ];
-        // It may be gone already: then it is not counted.
+        // A pod that is already gone does not count as killed.
         if lab.kubectl().run(&args).is_ok() {
             killed
                 .lock()
@@ -54,7 +54,7 @@ fn many_claims_while_controllers_are_killed() {
     lab.install(&[]);
 }
 
-/// Three controllers that all act at once, with drivers that are stopped most of the time, while this is held.
+/// Three controllers without leader election, so that all act at once, until this is dropped.
 struct UncoordinatedControllers<'a> {
     lab: &'a Lab,
     args: Value,
@@ -114,7 +114,7 @@ impl Drop for UncoordinatedControllers<'_> {
 }
 
 #[needs(Root, Go, Cluster)]
-fn three_leaders_at_once_do_no_harm() {
+fn three_leaders_at_once_lose_and_double_no_volume() {
     let lab = lab(
         Mode::Elected,
         "uncoordinated",
@@ -148,13 +148,13 @@ fn three_leaders_at_once_do_no_harm() {
                 .map(|name| claim_of(name, "1Mi", "at-once", "ReadWriteOnce"))
                 .collect();
             lab.apply(&claims);
-            // Some are bound by then, some are just being made, some are not begun.
+            // By then some are bound, some are being created, and some are not started.
             std::thread::sleep(Duration::from_secs(2));
             let mut args = vec!["delete", "pvc", "-n", &lab.namespace, "--wait=false"];
             args.extend(some.iter().map(String::as_str));
             lab.kubectl().run(&args).unwrap();
         }
-        lab.wait("the short-lived are gone", || {
+        lab.wait("the short-lived claims are gone", || {
             Ok(lab.kubectl().list(&["pvc", "-n", &lab.namespace])?.len() == 1)
         });
     });
@@ -163,13 +163,13 @@ fn three_leaders_at_once_do_no_harm() {
         metrics.contains(r#"hostdir_csi_call_duration_seconds_count{method="CreateVolume",code="Ok"}"#)
     };
     let acted = lab.controllers().iter().filter(|controller| made(controller)).count();
-    assert!(acted > 1, "only {acted} of three acted");
+    assert!(acted > 1, "only {acted} of three controllers created volumes");
     drop(uncoordinated);
-    lab.wait("only the living is left", || {
+    lab.wait("only the HostVolume of the claim live is left", || {
         let left = lab.kubectl().list(&["hostvolumes"])?;
         Ok(left.len() == 1 && left[0]["metadata"]["name"] == live.as_str())
     });
-    lab.wait("only its PersistentVolume is left", || {
+    lab.wait("only the PersistentVolume of the claim live is left", || {
         Ok(lab.kubectl().list(&["pv"])?.len() == 1)
     });
     assert_eq!(lab.exec("live", "cat /data/file").unwrap(), "alive\n");

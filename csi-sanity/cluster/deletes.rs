@@ -1,4 +1,4 @@
-//! Deletes that wait for nodes, and volumes that nobody used.
+//! Deletes that wait for nodes, and HostVolumes that were never used.
 
 use crate::lab::{Lab, PATIENCE, lab, report};
 use crate::mode::Mode;
@@ -16,12 +16,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 #[needs(Root, Go, Cluster)]
-fn deletes_wait_for_nodes_that_are_off_and_not_for_those_that_are_gone() {
-    let mut lab = lab(
-        Mode::Elected,
-        "vanished",
-        "5. a node is off, and then gone, and then back",
-    );
+fn deletes_wait_for_a_node_that_is_off_but_not_for_a_deleted_one() {
+    let mut lab = lab(Mode::Elected, "vanished", "5. a node is off, then deleted, then back");
     let names = ["off", "gone", "kept"];
     for name in names {
         lab.apply(&[lab.claim(name, "10Mi"), on_node(pod(name, name), "node-1")]);
@@ -37,14 +33,14 @@ fn deletes_wait_for_nodes_that_are_off_and_not_for_those_that_are_gone() {
     lab.kubectl()
         .run(&["delete", "pvc", "off", "-n", &lab.namespace, "--wait=false"])
         .unwrap();
-    lab.wait("the delete waits and says for whom", || {
+    lab.wait("the delete waits, and an Event names the node", || {
         Ok(lab
             .kubectl()
             .run(&["describe", "pv", &off])?
             .contains("hostdir on node node-1 has not answered"))
     });
     lab.power_on(0).unwrap();
-    lab.wait("the delete lands", || {
+    lab.wait("the delete is done", || {
         Ok(lab.kubectl().list(&["hostvolumes"])?.len() == 2 && !lab.is_on_node(0, &off))
     });
 
@@ -54,30 +50,30 @@ fn deletes_wait_for_nodes_that_are_off_and_not_for_those_that_are_gone() {
     lab.kubectl()
         .run(&["delete", "pvc", "gone", "-n", &lab.namespace, "--wait=false"])
         .unwrap();
-    lab.wait("the delete of a node that is gone lands", || {
+    lab.wait("the delete of a volume on a deleted node is done", || {
         Ok(lab.kubectl().is_gone(&["pv", &gone])? && lab.kubectl().is_gone(&["hostvolume", &gone])?)
     });
     report(&format!(
-        "gone {:.0?} after the Node, with a grace of 10 s",
+        "the volume is gone {:.0?} after its Node, with a grace period of 10 s",
         start.elapsed()
     ));
     assert!(
         lab.kubectl().get(&["hostvolume", &kept]).is_ok(),
-        "nobody asked for this one to be deleted"
+        "a HostVolume whose claim was not deleted is gone"
     );
     let events = lab.kubectl().run(&["events", "-A"]).unwrap();
-    assert!(events.contains("NodeGone"), "nobody was told");
+    assert!(events.contains("NodeGone"), "there is no Event NodeGone: {events}");
 
     lab.power_on(0).unwrap();
-    // A kubelet whose Node is gone takes its time to register it again.
+    // A kubelet whose Node is gone takes a while to register it again.
     lab.wait("the node is back", || {
         Ok(lab.kubectl().get(&["node", "node-1"]).is_ok())
     });
-    // By then it tries to register plugins once in two minutes only.
+    // By then the kubelet retries to register plugins only every two minutes.
     lab.nodes[0].kill_kubelet().unwrap();
     lab.nodes[0].start_kubelet().unwrap();
     lab.wait_ready(3).unwrap();
-    lab.wait("what is left is listed", || {
+    lab.wait("the HostNode lists the orphan", || {
         let node = lab.kubectl().get(&["hostnode", "node-1"])?;
         Ok(node["status"]["orphans"] == json!([{"id": gone, "pool": "default"}]))
     });
@@ -87,12 +83,12 @@ fn deletes_wait_for_nodes_that_are_off_and_not_for_those_that_are_gone() {
     lab.running("kept");
     assert_eq!(lab.exec("kept", "cat /data/file").unwrap(), "kept\n");
 
-    // An administrator takes the orphan away, as deploy/README.md says.
+    // An administrator removes the orphan, as deploy/README.md says.
     lab.nodes[0]
         .sh(&format!("rm -r {}/volumes/{gone}", lab.mode.pool()))
         .unwrap();
     lab.kill_driver(0);
-    lab.wait("nothing is listed any more", || {
+    lab.wait("the HostNode lists no orphan", || {
         let node = lab.kubectl().get(&["hostnode", "node-1"])?;
         Ok(node["status"]["orphans"] == json!([]))
     });
@@ -102,8 +98,8 @@ fn deletes_wait_for_nodes_that_are_off_and_not_for_those_that_are_gone() {
 }
 
 #[needs(Root, Go, Cluster)]
-fn a_claim_that_nobody_ever_used_is_swept_and_others_are_not() {
-    let lab = lab(Mode::Elected, "swept", "what nobody ever used is swept");
+fn a_hostvolume_without_a_claim_is_swept_and_a_bound_one_is_not() {
+    let lab = lab(Mode::Elected, "swept", "a HostVolume without a claim is swept");
     let mut now = class(Mode::Elected.driver(), "unused", &json!({}), "Delete", &[]);
     now["volumeBindingMode"] = "Immediate".into();
     lab.apply(&[now, claim_of("unused", "1Mi", "unused", "ReadWriteOnce")]);
@@ -111,7 +107,7 @@ fn a_claim_that_nobody_ever_used_is_swept_and_others_are_not() {
         Ok(lab.get("pvc", "unused")?["status"]["phase"] == "Bound")
     });
     let bound = lab.volume_of("unused");
-    // What a leader leaves behind that dies between making a volume and saying so.
+    // The HostVolume that a leader leaves behind if it dies between creating it and answering.
     let left = |name: &str| {
         json!({
             "apiVersion": "hostdir.csi/v1alpha1",
@@ -125,13 +121,13 @@ fn a_claim_that_nobody_ever_used_is_swept_and_others_are_not() {
         })
     };
     lab.kubectl().apply(&left("pvc-left-behind").to_string()).unwrap();
-    lab.wait("what was left behind is swept", || {
+    lab.wait("the HostVolume that was left behind is swept", || {
         lab.kubectl().is_gone(&["hostvolume", "pvc-left-behind"])
     });
-    // The claim that is bound is as old by now.
+    // By now the HostVolume of the bound claim is as old.
     assert!(
         lab.kubectl().get(&["hostvolume", &bound]).is_ok(),
-        "a bound claim was swept"
+        "the HostVolume of a bound claim was swept"
     );
     lab.delete("pvc", "unused");
     lab.kubectl().run(&["delete", "storageclass", "unused"]).unwrap();

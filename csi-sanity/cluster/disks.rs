@@ -15,7 +15,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-/// A pool `disk` on nodes 2 and 3, on disks that can be pulled: directories of the machine, mounted as disks would be.
+/// A pool `disk` on nodes 2 and 3, on disks that can be removed: directories of this machine, bind-mounted on the nodes.
 struct Disks<'a>(&'a Lab);
 
 impl Disks<'_> {
@@ -33,7 +33,7 @@ impl Disks<'_> {
         self.sh(node, "umount -l /mnt/disk");
     }
 
-    /// hostdir takes note of other disks when it starts.
+    /// Restarts the drivers: a pool on another disk is opened only at start.
     fn restart(&self) {
         self.0.kill_driver(1);
         self.0.kill_driver(2);
@@ -69,11 +69,11 @@ impl Drop for Disks<'_> {
 }
 
 #[needs(Root, Go, Cluster)]
-fn a_disk_that_is_another_is_never_taken_for_the_one_it_was() {
+fn a_swapped_or_new_disk_is_never_mistaken_for_the_old_one() {
     let lab = lab(
         Mode::Elected,
         "disks",
-        "6. disks swapped, missing and fresh: right or refused",
+        "6. disks swapped, missing and new: mounted rightly or refused",
     );
     let disks = Disks(&lab);
     disks.sh(0, &format!("rm -rf {}", lab.shared_dir().display()));
@@ -105,7 +105,7 @@ fn a_disk_that_is_another_is_never_taken_for_the_one_it_was() {
     lab.nothing_is_left();
 }
 
-/// Node 2 has the disk of node 3, and the other way round.
+/// Nodes 2 and 3 have swapped their disks.
 fn swapped(disks: &Disks<'_>, a: &str, b: &str) {
     let lab = disks.0;
     disks.pull(1);
@@ -120,14 +120,14 @@ fn swapped(disks: &Disks<'_>, a: &str, b: &str) {
         lab.described("pod", name, is);
         lab.described("pvc", name, "VolumeLost");
     }
-    // A volume for the wrong disk is refused, too: there are volumes of the other one.
+    // No new volume is made on the wrong disk either, since volumes of the right one are missing.
     lab.apply(&[Disks::claim("more")]);
     disks.start("more", "node-2");
     lab.described("pod", "more", "did not have enough free storage");
 }
 
-/// The disk of node 2 is not mounted at boot, and its pool is not told to require a mount: an empty directory, in which
-/// hostdir makes a new pool.
+/// The disk of node 2 is not mounted at boot, and its pool is configured without `requireMount`: hostdir makes a new pool
+/// in an empty directory.
 fn missing(disks: &Disks<'_>, a: &str) {
     let lab = disks.0;
     disks.pull(1);
@@ -149,7 +149,7 @@ fn missing(disks: &Disks<'_>, a: &str) {
     lab.running("more");
 }
 
-/// A fresh disk in place of a broken one: its volumes are given up, and new ones are made.
+/// A new disk replaces a broken one: the volumes on the broken disk are deleted, and new ones are made.
 fn fresh(disks: &Disks<'_>, a: &str) {
     let lab = disks.0;
     lab.delete("pod", "two");

@@ -1,4 +1,5 @@
-//! What only elected mode promises: any number of leaders, nodes that vanish, disks that are not what they were.
+//! What only elected mode promises: controllers apart from volumes, restarts without an API server, both modes in one
+//! cluster.
 
 use crate::lab::{Lab, PATIENCE, lab, report};
 use crate::mode::Mode;
@@ -15,7 +16,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-/// Another node than that of the leader, by number.
+/// A node without the leader: its number and name.
 pub(super) fn node_without_leader(lab: &Lab) -> (usize, String) {
     let mut leader = None;
     lab.wait("somebody leads", || {
@@ -28,16 +29,16 @@ pub(super) fn node_without_leader(lab: &Lab) -> (usize, String) {
 }
 
 #[needs(Root, Go, Cluster)]
-fn controllers_touch_no_host_and_volumes_are_where_pods_are() {
+fn controllers_have_no_host_access_and_volumes_are_made_where_pods_run() {
     let lab = lab(
         Mode::Elected,
         "apart",
-        "1. the leader is on another node and touches no host",
+        "1. the leader is on another node and has no host access",
     );
     for controller in lab.controllers() {
         let spec = &controller["spec"];
         assert_eq!(spec["securityContext"]["runAsNonRoot"], true);
-        assert!(spec["hostNetwork"].is_null(), "on the host's network");
+        assert!(spec["hostNetwork"].is_null(), "a controller uses the host's network");
         for volume in spec["volumes"].as_array().unwrap() {
             assert!(volume["hostPath"].is_null(), "a controller has a host path: {volume}");
         }
@@ -77,7 +78,7 @@ fn pods_and_drivers_restart_without_an_api_server() {
     let driver = lab.driver_processes(0);
     lab.stop_api_server().unwrap();
     let start = Instant::now();
-    // The pod's container and the driver both die; the kubelet starts both again, and the volume is where it was.
+    // Kills the pod's container and the driver. The kubelet restarts both, and the volume stays mounted.
     lab.kill_driver(0);
     let script = "for p in /proc/[0-9]*; do
         case \"$(tr '\\0' ' ' < $p/cmdline 2>/dev/null)\" in
@@ -93,7 +94,7 @@ fn pods_and_drivers_restart_without_an_api_server() {
     let now = lab.driver_processes(0);
     assert!(
         !now.is_empty() && now != driver,
-        "the driver was not started again: {driver}{now}"
+        "the driver was not restarted: {driver}{now}"
     );
     lab.start_api_server().unwrap();
     let start = Instant::now();
@@ -106,7 +107,7 @@ fn pods_and_drivers_restart_without_an_api_server() {
         start.elapsed()
     ));
     assert_eq!(lab.exec("pod", "cat /data/file").unwrap(), "precious\n");
-    // Work resumes by itself.
+    // New claims work again.
     lab.apply(&[lab.claim("next", "10Mi"), pod("next", "next")]);
     lab.running("next");
     report(&format!(
@@ -124,7 +125,7 @@ fn pods_and_drivers_restart_without_an_api_server() {
 }
 
 #[needs(Root, Go, Cluster)]
-fn both_modes_live_in_one_cluster() {
+fn both_modes_run_in_one_cluster() {
     let lab = lab(Mode::Elected, "both", "7. one pod with a volume of each mode");
     let mut both = on_node(pod("both", "mine"), "node-2");
     let other = json!({"name": "other", "persistentVolumeClaim": {"claimName": "other"}});
@@ -149,7 +150,7 @@ fn both_modes_live_in_one_cluster() {
     lab.delete("pvc", "mine");
     lab.delete("pvc", "other");
     lab.nothing_is_left();
-    lab.wait("the local one is gone, too", || {
+    lab.wait("the volume in the local pool is gone, too", || {
         Ok(lab.nodes[1]
             .sh(&format!("ls {}/volumes", Mode::Local.pool()))?
             .is_empty())

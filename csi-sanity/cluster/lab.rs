@@ -1,4 +1,4 @@
-//! The one cluster that all tests share, and what they ask of it.
+//! The cluster that all tests share, and helpers for it.
 
 use std::fmt::Write as _;
 use std::io::Write as _;
@@ -13,13 +13,13 @@ use serde_json::Value;
 
 use crate::mode::Mode;
 
-/// How long anything may take that is waited for: pods start in seconds, but these machines are shared.
+/// The limit of all waits: pods start in seconds, but test machines are shared.
 pub(crate) const PATIENCE: Duration = Duration::from_mins(3);
 
-/// The cluster, while a test has it, with a namespace for that test.
+/// The cluster, locked for one test, with a namespace for that test.
 pub(crate) struct Lab {
     cluster: MutexGuard<'static, Cluster>,
-    /// The namespace, named as the test.
+    /// The test's namespace.
     pub(crate) namespace: String,
     pub(crate) mode: Mode,
     title: String,
@@ -40,14 +40,14 @@ impl std::ops::DerefMut for Lab {
     }
 }
 
-/// The cluster, for a test of this name.
+/// Locks the cluster for a test. Starts it for the first test.
 pub(crate) fn lab(mode: Mode, name: &str, title: &str) -> Lab {
     static CLUSTER: OnceLock<Result<Mutex<Cluster>, String>> = OnceLock::new();
     let (namespace, title) = (format!("{}-{name}", mode.name()), format!("{}: {title}", mode.name()));
     let cluster = CLUSTER.get_or_init(|| up().map(Mutex::new).map_err(|error| format!("{error:#}")));
     let cluster = match cluster {
         Ok(cluster) => cluster.lock().unwrap_or_else(PoisonError::into_inner),
-        Err(why) => panic!("there is no cluster: {why}"),
+        Err(why) => panic!("the cluster did not start: {why}"),
     };
     cluster
         .kubectl
@@ -62,7 +62,8 @@ pub(crate) fn lab(mode: Mode, name: &str, title: &str) -> Lab {
     }
 }
 
-/// Three nodes. The first has the machine's disk, the others little room: filesystems of 1 GiB.
+/// Starts three nodes with hostdir in both modes. The pools of the first are on the machine's disk, those of the others on
+/// filesystems of 1 GiB.
 fn up() -> Result<Cluster> {
     let cluster = Cluster::up(3)?;
     for mode in [Mode::Local, Mode::Elected] {
@@ -77,13 +78,13 @@ fn up() -> Result<Cluster> {
     Ok(cluster)
 }
 
-/// Says how long something took, past the test harness.
+/// Prints a line to standard error directly, so that the test harness does not capture it.
 pub(crate) fn report(what: &str) {
     std::io::stderr().write_all(format!("    {what}\n").as_bytes()).unwrap();
 }
 
 impl Lab {
-    /// Installs hostdir anew, with settings beside those that all tests have.
+    /// Upgrades hostdir, with settings besides those of all tests.
     pub(crate) fn install(&self, settings: &[&str]) {
         let settings = [self.mode.settings(), settings].concat();
         self.cluster.install(self.mode.release(), &settings).unwrap();
@@ -104,14 +105,14 @@ impl Lab {
         self.kubectl().apply(&text).unwrap();
     }
 
-    /// Waits until something is so.
+    /// Waits until `condition` holds.
     pub(crate) fn wait(&self, what: &str, condition: impl FnMut() -> Result<bool>) {
         if let Err(error) = self.kubectl().wait(PATIENCE, what, condition) {
             panic!("{error:#}\n{}", self.diagnosis());
         }
     }
 
-    /// What Kubernetes says of the test's pods and claims: of a failure often nothing but the message is kept.
+    /// What Kubernetes shows about the test's pods and claims: often only the message of a failure is kept.
     fn diagnosis(&self) -> String {
         let namespace = self.namespace.as_str();
         let questions: [&[&str]; 3] = [
@@ -136,23 +137,23 @@ impl Lab {
         lines[lines.len().saturating_sub(60)..].join("\n")
     }
 
-    /// An object of the test's namespace.
+    /// Gets an object in the test's namespace.
     pub(crate) fn get(&self, kind: &str, name: &str) -> Result<Value> {
         self.kubectl().get(&[kind, name, "-n", &self.namespace])
     }
 
-    /// Deletes an object of the test's namespace, and waits until it is gone.
+    /// Deletes an object in the test's namespace, and waits until it is gone.
     pub(crate) fn delete(&self, kind: &str, name: &str) {
         let args = ["delete", kind, name, "-n", &self.namespace, "--wait", "--timeout=180s"];
         self.kubectl().run(&args).unwrap();
     }
 
-    /// Deletes all pods and claims of the test's namespace, and waits until they are gone.
+    /// Deletes all pods and claims in the test's namespace, and waits until they are gone.
     pub(crate) fn delete_all(&self, patience: Duration) {
         let namespace = self.namespace.as_str();
         let args = ["delete", "pods,pvc", "--all", "-n", namespace, "--wait=false"];
         self.kubectl().run(&args).unwrap();
-        // kubectl would wait for one after the other, five in a second.
+        // kubectl would wait for one object after the other, five per second.
         self.kubectl()
             .wait(patience, "all pods and claims are gone", || {
                 Ok(self.kubectl().list(&["pods,pvc", "-n", namespace])?.is_empty())
@@ -160,7 +161,7 @@ impl Lab {
             .unwrap();
     }
 
-    /// Waits until a pod runs and is ready; the node it is on.
+    /// Waits until a pod is ready. Returns its node.
     pub(crate) fn running(&self, pod: &str) -> String {
         let mut node = String::new();
         self.wait(&format!("pod {pod} is ready"), || {
@@ -180,25 +181,25 @@ impl Lab {
             .run(&["exec", "-n", &self.namespace, pod, "--", "sh", "-ec", script])
     }
 
-    /// What `kubectl describe` shows.
+    /// The output of `kubectl describe`.
     pub(crate) fn describe(&self, kind: &str, name: &str) -> Result<String> {
         self.kubectl().run(&["describe", kind, name, "-n", &self.namespace])
     }
 
-    /// Waits until `kubectl describe` shows something.
+    /// Waits until the output of `kubectl describe` contains `text`.
     pub(crate) fn described(&self, kind: &str, name: &str, text: &str) {
         self.wait(&format!("kubectl describe {kind} {name} shows {text:?}"), || {
             Ok(self.describe(kind, name)?.contains(text))
         });
     }
 
-    /// The volume of a claim: its id is the name of its PersistentVolume.
+    /// The volume id of a claim, which is the name of its PersistentVolume.
     pub(crate) fn volume_of(&self, claim: &str) -> String {
         let claim = self.get("pvc", claim).unwrap();
         claim["spec"]["volumeName"].as_str().unwrap().to_owned()
     }
 
-    /// The names in a directory of a pool, node by node.
+    /// The names in a directory of the pools on all nodes.
     pub(crate) fn in_pools(&self, dir: &str) -> Vec<String> {
         let list = |node: &hostdir_lab::Node| node.sh(&format!("ls {}/{dir}", self.mode.pool())).unwrap();
         let names: Vec<String> = self.nodes.iter().map(list).collect();
@@ -209,7 +210,7 @@ impl Lab {
             .collect()
     }
 
-    /// Mounts of hostdir's volumes below the kubelets, on all nodes.
+    /// The number of CSI mounts of the kubelets on all nodes.
     pub(crate) fn mounts(&self) -> usize {
         let count = |node: &hostdir_lab::Node| {
             node.sh("grep -c ' /var/lib/kubelet/pods/.*kubernetes.io~csi' /proc/self/mountinfo || :")
@@ -221,7 +222,7 @@ impl Lab {
             .sum()
     }
 
-    /// What a node publishes that it can promise of a StorageClass, in bytes.
+    /// The capacity that is published for a StorageClass on a node, in bytes.
     pub(crate) fn capacity(&self, class: &str, node: &str) -> Result<u64> {
         let objects = self.kubectl().list(&["csistoragecapacities", "-n", NAMESPACE])?;
         let here = |object: &&Value| {
@@ -231,7 +232,7 @@ impl Lab {
         let object = objects
             .iter()
             .find(here)
-            .ok_or_else(|| anyhow::anyhow!("nothing published by {node} for {class}"))?;
+            .ok_or_else(|| anyhow::anyhow!("no CSIStorageCapacity for StorageClass {class} on node {node}"))?;
         let quantity = object["capacity"].as_str().unwrap_or("0");
         let digits = quantity.trim_end_matches(|c: char| !c.is_ascii_digit());
         let unit = match &quantity[digits.len()..] {
@@ -244,7 +245,7 @@ impl Lab {
         Ok(digits.parse::<u64>()? * unit)
     }
 
-    /// Waits until no volume, mount or trash is left anywhere.
+    /// Waits until no volume, mount or trash is left on any node.
     pub(crate) fn nothing_is_left(&self) {
         self.wait("no PersistentVolume is left", || {
             Ok(self.kubectl().list(&["pv"])?.is_empty())
@@ -253,7 +254,9 @@ impl Lab {
             Ok(self.kubectl().list(&["hostvolumes"])?.is_empty())
         });
         for dir in ["volumes", "trash"] {
-            self.wait(&format!("no {dir} are left"), || Ok(self.in_pools(dir).is_empty()));
+            self.wait(&format!("the directory {dir} of every pool is empty"), || {
+                Ok(self.in_pools(dir).is_empty())
+            });
         }
         self.wait("no mount is left", || Ok(self.mounts() == 0));
     }
@@ -263,7 +266,7 @@ impl Lab {
         crate::objects::claim_of(name, size, self.mode.release(), "ReadWriteOnce")
     }
 
-    /// The pod of hostdir on a node.
+    /// The pod of hostdir's driver on a node.
     pub(crate) fn driver_on(&self, node: &str) -> Value {
         let labels = format!(
             "app.kubernetes.io/instance={},app.kubernetes.io/component=node",
@@ -274,7 +277,7 @@ impl Lab {
         self.kubectl().list(&args).unwrap().swap_remove(0)
     }
 
-    /// How often the driver on a node has been started again.
+    /// How often the driver on a node was restarted.
     pub(crate) fn restarts_of_driver(&self, node: &str) -> u64 {
         let pod = self.driver_on(node);
         let statuses = pod["status"]["containerStatuses"]
@@ -301,7 +304,7 @@ impl Lab {
         self.kubectl().list(&["pods", "-n", NAMESPACE, "-l", &labels]).unwrap()
     }
 
-    /// The name of the pod that leads, and its node; nothing if nobody does.
+    /// The name of the leader's pod, and its node; `None` if no pod leads.
     pub(crate) fn leader(&self) -> Option<(String, String)> {
         let lease = self.kubectl().get(&["lease", "hostdir-csi", "-n", NAMESPACE]).ok()?;
         let holder = lease["spec"]["holderIdentity"].as_str()?.to_owned();
@@ -311,14 +314,14 @@ impl Lab {
         Some((holder, node))
     }
 
-    /// What a pod of hostdir answers over HTTP.
+    /// Gets a path from a pod of hostdir over HTTP.
     pub(crate) fn http(&self, pod: &Value, path: &str) -> Result<String> {
         let name = pod["metadata"]["name"].as_str().unwrap();
         let path = format!("/api/v1/namespaces/{NAMESPACE}/pods/{name}:9808/proxy/{path}");
         self.kubectl().run(&["get", "--raw", &path])
     }
 
-    /// Deletes pods whose node may not answer.
+    /// Deletes all pods in the test's namespace without waiting for their nodes.
     pub(crate) fn force_delete_pods(&self) {
         let args = [
             "delete",
@@ -332,23 +335,23 @@ impl Lab {
         self.kubectl().run(&args).unwrap();
     }
 
-    /// The directory of a volume, on a node.
+    /// Whether the directory of a volume exists on a node.
     pub(crate) fn is_on_node(&self, node: usize, volume: &str) -> bool {
         let script = format!("if test -d {}/volumes/{volume}; then echo yes; fi", self.mode.pool());
         !self.nodes[node].sh(&script).unwrap().is_empty()
     }
 
-    /// A file of a volume, from its node's root.
+    /// The path of a volume's file on its node.
     pub(crate) fn on_disk(&self, volume: &str, file: &str) -> String {
         format!("{}/volumes/{volume}/data/{file}", self.mode.pool())
     }
 
-    /// Kills the driver of a node with -9, as the kubelet's host sees it.
+    /// Kills the driver on a node by SIGKILL.
     pub(crate) fn kill_driver(&self, node: usize) {
         self.signal_drivers(node, self.mode.command(), "KILL");
     }
 
-    /// A client of the driver on a node, over its socket there, as soon as that answers.
+    /// Waits until the driver on a node answers on its socket. Returns a client.
     pub(crate) fn driver_client(&self, node: usize) -> Client {
         let socket = format!("var/lib/kubelet/plugins/{}/csi.sock", self.mode.driver());
         let socket = self.nodes[node].root().unwrap().join(socket);
@@ -357,22 +360,22 @@ impl Lab {
             client = Client::connect(&socket).ok();
             Ok(client.is_some())
         });
-        client.expect("waited for")
+        client.expect("the wait has set it")
     }
 
-    /// Sends a signal to the processes of hostdir on a node that run this command.
+    /// Sends a signal to the `hostdir <command>` processes on a node.
     pub(crate) fn signal_drivers(&self, node: usize, command: &str, signal: &str) {
         self.for_drivers(node, command, &format!("kill -{signal} ${{p#/proc/}} || :"));
     }
 
-    /// The processes of the driver on a node, by their directories in /proc.
+    /// The directories in /proc of the driver's processes on a node.
     pub(crate) fn driver_processes(&self, node: usize) -> String {
         self.for_drivers(node, self.mode.command(), "echo $p")
     }
 
-    /// Runs a shell command for each process of hostdir on a node that runs this command (`$p` is its directory in /proc).
+    /// Runs a shell command for each `hostdir <command>` process on a node; `$p` is its directory in /proc.
     fn for_drivers(&self, node: usize, command: &str, action: &str) -> String {
-        // The command line tells them from the probes of the kubelet.
+        // The command line distinguishes them from the kubelet's probes.
         let script = format!(
             "for p in /proc/[0-9]*; do
                 case \"$(tr '\\0' ' ' < $p/cmdline 2>/dev/null)\" in
@@ -400,14 +403,14 @@ impl Drop for Lab {
             let _ = std::fs::create_dir_all(&logs);
             let _ = std::fs::write(logs.join("state"), state.unwrap_or_else(|error| format!("{error:#}")));
             let _ = self.cluster.keep_logs(&logs);
-            // What the test has changed of hostdir's settings is not the next one's.
+            // Resets hostdir's settings for the next test.
             if let Err(error) = self.cluster.install(self.mode.release(), self.mode.settings()) {
                 report(&format!("{error:#}"));
             }
         } else {
             report(&format!("{:<75} {:>5.1} s", self.title, time.as_secs_f64()));
         }
-        // Nobody has to wait for what a test has left empty.
+        // After a success the namespace is empty, so there is no need to wait.
         let wait = format!("--wait={}", std::thread::panicking());
         let args = ["delete", "namespace", &self.namespace, &wait, "--timeout=120s"];
         if let Err(error) = self.kubectl().run(&args) {
@@ -416,7 +419,7 @@ impl Drop for Lab {
     }
 }
 
-/// Lets a frozen API server go on.
+/// Unfreezes the API server on drop.
 pub(crate) struct Thaw<'a>(pub(crate) &'a Cluster);
 
 impl Drop for Thaw<'_> {

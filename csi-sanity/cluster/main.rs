@@ -1,7 +1,7 @@
-//! hostdir where it is used: a real cluster of three nodes, hostdir installed by its chart, real pods.
+//! Tests in a real cluster of three nodes: hostdir installed by its chart, and real pods.
 //!
-//! All tests share one cluster, one after the other. What is learnt of a failure is kept below the target directory.
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+//! All tests share one cluster and run one after the other. The logs of a failed test are kept below the target directory.
+#![expect(clippy::unwrap_used, reason = "a panic fails the test")]
 
 mod chart;
 mod controllers;

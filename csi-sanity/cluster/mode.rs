@@ -1,6 +1,6 @@
 //! The two modes of hostdir, as the tests install them.
 
-/// The two ways to run hostdir. Both are installed in the one cluster, under two names.
+/// A mode of hostdir. Both modes are installed in one cluster, under two names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mode {
     Local,
@@ -15,7 +15,7 @@ impl Mode {
         }
     }
 
-    /// The Helm release, and its StorageClass.
+    /// The name of the Helm release and of its StorageClass.
     pub(crate) fn release(self) -> &'static str {
         match self {
             Self::Local => "hostdir-local",
@@ -31,7 +31,7 @@ impl Mode {
         }
     }
 
-    /// A node's pool, from the node's root.
+    /// The path of the pool on every node.
     pub(crate) fn pool(self) -> &'static str {
         match self {
             Self::Local => "/var/lib/hostdir-local",
@@ -39,7 +39,7 @@ impl Mode {
         }
     }
 
-    /// What a driver on a node is called to run.
+    /// The subcommand of `hostdir` that runs on nodes.
     pub(crate) fn command(self) -> &'static str {
         match self {
             Self::Local => "local",
@@ -47,7 +47,7 @@ impl Mode {
         }
     }
 
-    /// What the chart is told beside its defaults.
+    /// The chart's settings that differ from the defaults.
     pub(crate) fn settings(self) -> &'static [&'static str] {
         match self {
             Self::Local => &[
@@ -56,13 +56,13 @@ impl Mode {
                 r#"pools=[{"name":"default","path":"/var/lib/hostdir-local"}]"#,
                 r#"storageClasses=[{"name":"hostdir-local"}]"#,
             ],
-            // Not for tests to wait five minutes.
+            // Short, so that tests need not wait five minutes.
             Self::Elected => &["controller.nodeGrace=10", "controller.unusedAge=15"],
         }
     }
 }
 
-/// Makes a test of a scenario for each mode.
+/// Makes two tests of each scenario, one per mode.
 macro_rules! in_both_modes {
     ($($scenario:ident),* $(,)?) => {
         mod local {

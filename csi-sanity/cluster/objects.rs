@@ -1,9 +1,9 @@
-//! The objects that users write.
+//! Kubernetes objects as users write them.
 
 use hostdir_lab::cluster::BUSYBOX_IMAGE;
 use serde_json::{Value, json};
 
-/// A claim of a class and an access mode.
+/// A claim with a StorageClass and an access mode.
 pub(crate) fn claim_of(name: &str, size: &str, class: &str, mode: &str) -> Value {
     json!({
         "apiVersion": "v1",
@@ -31,7 +31,7 @@ pub(crate) fn class(driver: &str, name: &str, parameters: &Value, reclaim: &str,
     })
 }
 
-/// A pod that stays until it is deleted, with a claim at `/data`.
+/// A pod that runs until it is deleted, with a claim mounted at `/data`.
 pub(crate) fn pod(name: &str, claim: &str) -> Value {
     json!({
         "apiVersion": "v1",
@@ -48,7 +48,7 @@ fn pod_spec(volume: &Value) -> Value {
         "containers": [{
             "name": "main",
             "image": BUSYBOX_IMAGE,
-            // Ends at once when it is told to.
+            // Ends at once on SIGTERM.
             "args": ["-c", "trap 'exit 0' TERM; while :; do sleep 3600 & wait; done"],
             "volumeMounts": [{"name": "data", "mountPath": "/data"}],
         }],
@@ -56,25 +56,25 @@ fn pod_spec(volume: &Value) -> Value {
     })
 }
 
-/// A pod on a certain node.
+/// The pod, restricted to a node.
 pub(crate) fn on_node(mut pod: Value, node: &str) -> Value {
     pod["spec"]["nodeSelector"] = json!({"kubernetes.io/hostname": node});
     pod
 }
 
-/// A pod with another field in its spec.
+/// The pod with a field of its spec set.
 pub(crate) fn with(mut pod: Value, field: &str, value: Value) -> Value {
     pod["spec"][field] = value;
     pod
 }
 
-/// A pod whose mount of the claim has another field.
+/// The pod with a field of its volume mount set.
 pub(crate) fn with_mount(mut pod: Value, field: &str, value: Value) -> Value {
     pod["spec"]["containers"][0]["volumeMounts"][0][field] = value;
     pod
 }
 
-/// A StatefulSet of so many pods, one a node, each with a volume.
+/// A StatefulSet of `replicas` pods, at most one per node, each with a volume.
 pub(crate) fn stateful_set(name: &str, replicas: usize, claim: &Value) -> Value {
     let labels = json!({"app": name});
     let apart = json!([{"labelSelector": {"matchLabels": labels}, "topologyKey": "kubernetes.io/hostname"}]);

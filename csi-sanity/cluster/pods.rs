@@ -1,4 +1,4 @@
-//! What pods may expect of their volumes.
+//! What pods can rely on: persistent data, access modes, mount options, reclaim policies.
 
 use serde_json::json;
 
@@ -7,14 +7,18 @@ use crate::mode::{Mode, in_both_modes};
 use crate::objects::{claim_of, class, on_node, pod, stateful_set, with, with_mount};
 
 in_both_modes![
-    data_outlives_pods_drivers_kubelets_and_power,
+    data_survives_pods_drivers_kubelets_and_power_cuts,
     the_pods_of_a_stateful_set_return_to_their_nodes,
-    pods_share_write_read_and_exclude,
-    deleted_is_gone_and_retained_is_kept,
+    pods_share_volumes_as_access_modes_and_mount_options_say,
+    delete_frees_the_space_and_retain_keeps_the_data,
 ];
 
-fn data_outlives_pods_drivers_kubelets_and_power(mode: Mode) {
-    let mut lab = lab(mode, "data-stays", "1. data outlives pod, driver, kubelet, power cut");
+fn data_survives_pods_drivers_kubelets_and_power_cuts(mode: Mode) {
+    let mut lab = lab(
+        mode,
+        "data-stays",
+        "1. data survives a new pod, driver, kubelet, power cut",
+    );
     lab.apply(&[lab.claim("data", "10Mi"), on_node(pod("pod", "data"), "node-1")]);
     lab.running("pod");
     lab.exec("pod", "echo precious > /data/file").unwrap();
@@ -61,18 +65,18 @@ fn data_outlives_pods_drivers_kubelets_and_power(mode: Mode) {
 }
 
 fn check_mounted(lab: &crate::lab::Lab) {
-    assert_eq!(lab.mounts(), 1, "the mount went with the kubelet");
+    assert_eq!(lab.mounts(), 1, "the volume is not mounted without the kubelet");
 }
 
 fn the_pods_of_a_stateful_set_return_to_their_nodes(mode: Mode) {
     let lab = lab(
         mode,
         "stateful",
-        "2. StatefulSet: one volume a node, pods return to theirs",
+        "2. StatefulSet: one volume per node, pods return to theirs",
     );
     lab.apply(&[stateful_set("set", 3, &lab.claim("data", "10Mi"))]);
     let name = |number: usize| format!("set-{number}");
-    // The data comes by the name of the claim template; the pods mount it at /data.
+    // The claim template is named `data`, like the volume that the pods mount at /data.
     let nodes: Vec<String> = (0..3).map(|number| lab.running(&name(number))).collect();
     let mut sorted = nodes.clone();
     sorted.sort_unstable();
@@ -90,13 +94,13 @@ fn the_pods_of_a_stateful_set_return_to_their_nodes(mode: Mode) {
         );
     }
     lab.delete("statefulset", "set");
-    lab.wait("the claims go with the set", || {
+    lab.wait("the claims are deleted with the StatefulSet", || {
         Ok(lab.kubectl().list(&["pvc", "-n", &lab.namespace])?.is_empty())
     });
     lab.nothing_is_left();
 }
 
-fn pods_share_write_read_and_exclude(mode: Mode) {
+fn pods_share_volumes_as_access_modes_and_mount_options_say(mode: Mode) {
     let lab = lab(
         mode,
         "sharing",
@@ -116,7 +120,7 @@ fn pods_share_write_read_and_exclude(mode: Mode) {
     )
     .unwrap();
 
-    // Two more pods on the node share the volume, one of them a part of it.
+    // Two more pods on the node share the volume: one read-only, one a subPath of it.
     lab.apply(&[reader, sub]);
     lab.running("reader");
     assert_eq!(lab.exec("reader", "cat /data/file").unwrap(), "mine\n");
@@ -159,7 +163,7 @@ fn pods_share_write_read_and_exclude(mode: Mode) {
     for option in ["nosuid", "nodev", "noexec", "noatime"] {
         assert!(mounts.contains(option), "{option} is not in {mounts}");
     }
-    // runc mounts the volume anew in the container, and keeps of these noatime only.
+    // runc mounts the volume again in the container, and keeps only noatime of these options.
     assert!(
         lab.exec("options", "mount")
             .unwrap()
@@ -171,7 +175,7 @@ fn pods_share_write_read_and_exclude(mode: Mode) {
     lab.nothing_is_left();
 }
 
-fn deleted_is_gone_and_retained_is_kept(mode: Mode) {
+fn delete_frees_the_space_and_retain_keeps_the_data(mode: Mode) {
     let lab = lab(mode, "reclaim", "4. Delete frees the space, Retain keeps the data");
     lab.wait("capacity is published", || {
         Ok(lab.capacity(mode.release(), "node-1")? > 0)
@@ -185,12 +189,12 @@ fn deleted_is_gone_and_retained_is_kept(mode: Mode) {
     lab.delete("pod", "pod");
     lab.delete("pvc", "data");
     lab.nothing_is_left();
-    // Others use the disk, too: what comes back is what was claimed, give or take.
+    // The disk has other users, too, so the capacity comes back only approximately.
     lab.wait("the capacity is back", || {
         Ok(lab.capacity(mode.release(), "node-1")? + (1 << 30) > before)
     });
 
-    // Retain: the data stays, and a claim made for the volume has it again, as deploy/README.md says.
+    // Retain: the data stays, and a new claim for the volume gets it back, as deploy/README.md says.
     lab.apply(&[class(lab.mode.driver(), "kept", &json!({}), "Retain", &[])]);
     lab.apply(&[
         claim_of("kept", "10Mi", "kept", "ReadWriteOnce"),

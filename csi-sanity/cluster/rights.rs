@@ -1,4 +1,4 @@
-//! Who may do what: tokens of nodes, controllers and others, tried against the real policies.
+//! Who may do what: tokens of nodes and controllers, tried against the real roles and admission policies.
 
 use crate::lab::{Lab, PATIENCE, lab, report};
 use crate::mode::Mode;
@@ -24,7 +24,7 @@ pub(crate) fn token(lab: &Lab, account: &str, pod: Option<&str>) -> String {
     lab.kubectl().run(&args).unwrap().trim().to_owned()
 }
 
-/// Runs kubectl with a token and nothing else.
+/// Runs kubectl with a token as its only credentials.
 fn with_token(lab: &Lab, token: &str, args: &[&str]) -> anyhow::Result<String> {
     let token = format!("--token={token}");
     let who = [
@@ -36,7 +36,7 @@ fn with_token(lab: &Lab, token: &str, args: &[&str]) -> anyhow::Result<String> {
     lab.kubectl().run(&[&who[..], args].concat())
 }
 
-/// A client with a token: kubectl reads what it changes, and for that nodes have no right.
+/// A client with a token. kubectl cannot be used for nodes: it reads an object before it patches it, which nodes may not.
 pub(crate) struct Holder {
     client: kube::Client,
     runtime: tokio::runtime::Runtime,
@@ -86,7 +86,7 @@ impl Holder {
 }
 
 #[needs(Root, Go, Cluster)]
-fn nobody_may_do_what_is_not_theirs_to_do() {
+fn nodes_and_controllers_have_only_the_rights_they_need() {
     let lab = lab(Mode::Elected, "privileges", "least privilege of controllers and nodes");
     lab.join_network().unwrap();
     for (name, node) in [("one", "node-1"), ("two", "node-2")] {
@@ -101,10 +101,10 @@ fn nobody_may_do_what_is_not_theirs_to_do() {
     let unbound = Holder::of(token(&lab, "hostdir-node", None));
     let said = |message: Value| json!({"status": {"message": message}});
     node.patch_volume(&own, true, &said("tried".into()))
-        .expect("its own volume");
+        .expect("a node may change the status of its own volume");
     node.patch_volume(&own, true, &said(Value::Null)).unwrap();
     node.patch_node("node-1", &json!({"status": {"version": "0.1.0"}}))
-        .expect("its own HostNode");
+        .expect("a node may change its own HostNode");
     let finalizers = json!({"metadata": {"finalizers": null}});
     let more = json!({"spec": {"capacity": "1Ti"}});
     for (what, refused) in [
@@ -119,7 +119,7 @@ fn nobody_may_do_what_is_not_theirs_to_do() {
         ),
         ("the spec of a volume", node.patch_volume(&own, false, &more)),
         (
-            "without a node",
+            "with an unbound token",
             unbound.patch_volume(&own, true, &said("tried".into())),
         ),
     ] {
@@ -164,7 +164,7 @@ fn nobody_may_do_what_is_not_theirs_to_do() {
         let error = with_token(&lab, token, forbidden).expect_err(&forbidden.join(" "));
         assert!(format!("{error:#}").contains("orbidden"), "{forbidden:?}: {error:#}");
     }
-    // What never changes cannot be changed by anybody.
+    // Not even an administrator can change an immutable field.
     let administrator = lab.kubectl().run(&[
         "patch",
         "hostvolume",
@@ -174,7 +174,7 @@ fn nobody_may_do_what_is_not_theirs_to_do() {
         r#"{"spec":{"node":"node-3"}}"#,
     ]);
     assert!(format!("{:#}", administrator.unwrap_err()).contains("never change"));
-    // And all data is not deleted by a slip.
+    // Nobody can delete the definition, and with it all volumes, by accident.
     let slip = lab
         .kubectl()
         .run(&["delete", "crd", "hostvolumes.hostdir.csi", "--dry-run=server"]);
@@ -187,14 +187,14 @@ fn nobody_may_do_what_is_not_theirs_to_do() {
 }
 
 #[needs(Root, Go, Cluster)]
-fn everybody_can_be_watched() {
+fn health_and_metrics_are_served_over_http() {
     let lab = lab(Mode::Elected, "watched", "health and metrics over HTTP");
     lab.apply(&[lab.claim("data", "10Mi"), on_node(pod("pod", "data"), "node-2")]);
     lab.running("pod");
     for controller in lab.controllers() {
         assert_eq!(lab.http(&controller, "healthz").unwrap(), "ok\n");
         assert_eq!(lab.http(&controller, "readyz").unwrap(), "ok\n");
-        lab.wait("the controller counts the volume", || {
+        lab.wait("the controller's metrics count the volume", || {
             let metrics = lab.http(&controller, "metrics")?;
             Ok(metrics.contains("hostdir_volumes{phase=\"Ready\"} 1")
                 && metrics.contains("hostdir_pool_promised_bytes{node=\"node-2\",pool=\"default\"} 10485760"))

@@ -10,7 +10,7 @@ use serde_json::json;
 use crate::lab::lab;
 use crate::mode::Mode;
 
-/// A node that no kubelet runs on.
+/// A Node without a kubelet.
 const NODE: &str = "sanity";
 
 #[needs(Root, Go, Cluster)]
@@ -18,7 +18,7 @@ fn csi_sanity_passes_in_elected_mode() {
     let title = "csi-sanity passes against a controller and a node";
     let lab = lab(Mode::Elected, "sanity", title);
     lab.join_network().unwrap();
-    // What is mounted here goes with this thread.
+    // Mounts made here end with this thread.
     unshare(CloneFlags::CLONE_NEWNS).unwrap();
     let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
     mount(None::<&str>, "/", None::<&str>, private, None::<&str>).unwrap();
@@ -27,7 +27,7 @@ fn csi_sanity_passes_in_elected_mode() {
     lab.kubectl().apply(&node.to_string()).unwrap();
     let path = |name: &str| scratch.path().join(name);
     let pool = path("pool").display().to_string();
-    // csi-sanity asks for 10 GiB at a time, whatever disk it runs on.
+    // csi-sanity asks for 10 GiB at a time, however small the disk is.
     let config = format!("pools: [{{name: default, path: {pool}, overcommit: 1000}}]\n");
     fs::write(path("config.yaml"), config).unwrap();
 

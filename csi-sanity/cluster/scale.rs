@@ -1,4 +1,4 @@
-//! Many claims and pods at once, and a driver that dies all the while.
+//! Many claims and pods at once, while the driver works or is killed every second.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,11 +16,12 @@ in_both_modes![
     many_claims_while_the_driver_is_killed_every_second,
 ];
 
-/// How long the driver is killed. Then it has to end well; while it is killed, the kubelet tries to unmount with ever more time
-/// between two attempts (up to two minutes), and finds a living driver only by luck.
+/// How long the driver is killed every second. The kubelet retries unmounts with back-off, up to two minutes, so under
+/// constant kills it reaches a running driver only by luck.
 const KILLING: Duration = Duration::from_secs(45);
 
-/// So many claims with pods, on one node or wherever: all bound and running, none doubled; all deleted: nothing left.
+/// Makes `count` claims with pods, on `node` or anywhere, and runs `meanwhile` every second. Checks that all claims are
+/// bound and all pods run, with one volume each, and that nothing is left after the deletes.
 pub(crate) fn many(lab: &Lab, count: usize, node: Option<&str>, meanwhile: impl Fn() + Sync) {
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
@@ -75,7 +76,7 @@ pub(crate) fn many(lab: &Lab, count: usize, node: Option<&str>, meanwhile: impl 
     });
 }
 
-/// A claim, a PersistentVolume, a directory, a mount: as many of each.
+/// Checks that there are `count` PersistentVolumes, directories and mounts.
 fn check_one_to_one(lab: &Lab, count: usize) {
     let names = |kind: &str| -> BTreeSet<String> {
         let objects = lab.kubectl().list(&[kind]).unwrap();

@@ -1,4 +1,4 @@
-//! A claim is as large as it says, and grows while its pod runs.
+//! The size of a claim is enforced, and a claim grows while its pod runs.
 
 use serde_json::{Value, json};
 
@@ -7,7 +7,7 @@ use crate::mode::Mode;
 use crate::objects::{claim_of, on_node, pod};
 use hostdir_lab::needs;
 
-/// A pool on a disk of its own with quotas, on the first node; the other nodes have no such disk.
+/// A pool `sized` with quotas, on a disk that only the first node has.
 const POOLS: &str = r#"pools=[
     {"name":"default","path":"/var/lib/hostdir"},
     {"name":"sized","path":"/var/lib/sized/disk","requireMount":true,"quota":"required"}]"#;
@@ -17,11 +17,11 @@ const MIB: u64 = 1 << 20;
 
 #[needs(Root, Go, Cluster, Btrfs)]
 fn a_claim_is_as_large_as_it_says_and_grows_while_its_pod_runs() {
-    let title = "a claim is as large as it says, and grows while its pod runs";
+    let title = "the size of a claim is enforced, and a claim grows while its pod runs";
     let lab = lab(Mode::Elected, "sizes", title);
     let disk = Disk::mount(&lab);
     lab.install(&[POOLS, CLASSES]);
-    lab.wait("the node says how it holds volumes to their sizes", || {
+    lab.wait("the HostNode shows that the pool has quotas", || {
         Ok(pool_status(&lab)?["quota"] == "quota groups")
     });
 
@@ -36,7 +36,7 @@ fn a_claim_is_as_large_as_it_says_and_grows_while_its_pod_runs() {
     let written = size(&lab, "first");
     assert!(
         (62 * MIB..=64 * MIB).contains(&written),
-        "{written} bytes of 64 MiB were written"
+        "{written} bytes could be written into a volume of 64 MiB"
     );
 
     resize(&lab, "128Mi");
@@ -45,9 +45,9 @@ fn a_claim_is_as_large_as_it_says_and_grows_while_its_pod_runs() {
     assert_eq!(size(&lab, "second"), 50 * MIB);
     let full = lab.exec("pod", &write("third", 50)).unwrap_err();
     assert!(format!("{full:#}").contains("quota"), "{full:#}");
-    assert_eq!(container, self::container(&lab), "the pod was started anew");
+    assert_eq!(container, self::container(&lab), "the container was restarted");
 
-    lab.wait("the kubelet shows the figures of the volume", || {
+    lab.wait("the kubelet reports the statistics of the volume", || {
         let stats = lab
             .kubectl()
             .run(&["get", "--raw", "/api/v1/nodes/node-1/proxy/stats/summary"])?;
@@ -65,17 +65,17 @@ fn a_claim_is_as_large_as_it_says_and_grows_while_its_pod_runs() {
         }))
     });
 
-    // Beyond what there is, it is refused in figures; back to what there is, all is well again.
+    // A size beyond the room is refused with the room in the message. A smaller size then succeeds.
     resize(&lab, "100Gi");
     lab.described("pvc", "data", "has room for");
     resize(&lab, "160Mi");
     lab.wait("the claim has grown", || Ok(capacity(&lab)? == "160Mi"));
 
-    // While no pod uses it.
+    // The claim grows while no pod uses it.
     lab.delete("pod", "pod");
     resize(&lab, "192Mi");
     let record = format!("cat {}/volumes/{}/volume.json", disk.path, lab.volume_of("data"));
-    lab.wait("the node has taken the new size in", || {
+    lab.wait("the node has recorded the new size", || {
         let record: Value = serde_json::from_str(&lab.nodes[0].sh(&record)?)?;
         Ok(record["bytes"] == 192 * MIB)
     });
@@ -103,7 +103,7 @@ struct Disk<'a> {
 impl<'a> Disk<'a> {
     fn mount(lab: &'a Lab) -> Self {
         let path = "/var/lib/sized/disk";
-        // The loop device goes with the mount, and the file with both.
+        // Unmounting releases the loop device, and with it the deleted image file.
         let script = format!(
             "truncate -s 1G /var/lib/sized.img
              mkfs.btrfs -q /var/lib/sized.img

@@ -1,4 +1,4 @@
-//! What cannot be, what is upgraded, what is taken away, and what people are told.
+//! Failures and upgrades: no room, wrong settings, missing disks, no network, and what Events say about them.
 
 use hostdir_lab::cluster::NAMESPACE;
 use hostdir_lab::needs;
@@ -11,17 +11,13 @@ use crate::objects::{claim_of, class, on_node, pod};
 in_both_modes![
     pods_go_where_there_is_room_and_wait_where_there_is_none,
     upgrades_and_uninstalls_leave_pods_alone,
-    wrong_storage_classes_are_named,
+    events_name_what_is_wrong_with_a_storage_class,
     a_self_test_passes_on_a_node,
-    a_pod_goes_on_while_the_network_is_cut_and_the_api_server_hangs,
+    a_pod_keeps_its_volume_while_the_network_is_cut_and_the_api_server_hangs,
 ];
 
 fn pods_go_where_there_is_room_and_wait_where_there_is_none(mode: Mode) {
-    let lab = lab(
-        mode,
-        "room",
-        "7. a pod goes where there is room, and is told where there is none",
-    );
+    let lab = lab(mode, "room", "7. a pod goes where there is room; without room it waits");
     for node in ["node-1", "node-2", "node-3"] {
         lab.wait("capacity is published", || Ok(lab.capacity(mode.release(), node)? > 0));
     }
@@ -51,12 +47,12 @@ fn upgrades_and_uninstalls_leave_pods_alone(mode: Mode) {
     let id = mount_id(&lab);
     let watch = MountWatch::start(&lab, &volume);
     lab.install(&["logLevel=\"debug\""]);
-    assert_eq!(mount_id(&lab), id, "the volume was mounted anew");
+    assert_eq!(mount_id(&lab), id, "the volume was remounted");
     watch.check();
 
     lab.helm(&["uninstall", mode.release(), "--namespace", NAMESPACE, "--wait"])
         .unwrap();
-    assert_eq!(mount_id(&lab), id, "the volume was mounted anew");
+    assert_eq!(mount_id(&lab), id, "the volume was remounted");
     watch.check();
     drop(watch);
     lab.exec("pod", "echo still here > /data/file").unwrap();
@@ -71,17 +67,20 @@ fn upgrades_and_uninstalls_leave_pods_alone(mode: Mode) {
     lab.nothing_is_left();
 }
 
-/// The mount of the one volume there is, as the kernel of its node numbers it.
+/// The mount id of the only CSI mount on the first node.
 fn mount_id(lab: &Lab) -> String {
     let id = lab.nodes[0]
         .sh("grep ' /var/lib/kubelet/pods/.*kubernetes.io~csi' /proc/self/mountinfo | cut -d' ' -f1")
         .unwrap();
-    assert!(id.trim().parse::<u64>().is_ok(), "not one mount: {id:?}");
+    assert!(
+        id.trim().parse::<u64>().is_ok(),
+        "there is not exactly one mount: {id:?}"
+    );
     id
 }
 
-/// Looks at the kubelet's mount of a volume on the first node all the time, and notes when it is not there. A container would not
-/// notice: its mounts are its own.
+/// Checks the kubelet's mount of a volume on the first node every 20 ms, and records when it is missing. A container would
+/// not notice, because it has its own mounts.
 struct MountWatch<'a> {
     lab: &'a Lab,
     seen: std::cell::Cell<usize>,
@@ -105,13 +104,13 @@ impl<'a> MountWatch<'a> {
         Self { lab, seen: 0.into() }
     }
 
-    /// The mount was there all the time since the last check, and it was looked at.
+    /// Checks that the mount was never missing since the last check, and that the watch runs.
     fn check(&self) {
         let looks = || self.count("looks");
         self.lab
-            .wait("the mount is looked at", || Ok(looks() > self.seen.get() + 10));
+            .wait("the mount watch runs", || Ok(looks() > self.seen.get() + 10));
         self.seen.set(looks());
-        assert_eq!(self.count("gone"), 0, "the mount was gone");
+        assert_eq!(self.count("gone"), 0, "the mount was missing for a moment");
     }
 
     fn count(&self, file: &str) -> usize {
@@ -126,11 +125,11 @@ impl Drop for MountWatch<'_> {
     }
 }
 
-fn wrong_storage_classes_are_named(mode: Mode) {
+fn events_name_what_is_wrong_with_a_storage_class(mode: Mode) {
     let lab = lab(
         mode,
         "causes",
-        "kubectl describe names what is wrong with a StorageClass",
+        "kubectl describe says what is wrong with a StorageClass",
     );
     lab.apply(&[
         class(lab.mode.driver(), "typo", &json!({"poool": "default"}), "Delete", &[]),
@@ -164,14 +163,14 @@ fn a_self_test_passes_on_a_node(mode: Mode) {
 }
 
 #[needs(Root, Go, Cluster)]
-fn a_disk_that_is_not_mounted_any_more_is_named() {
+fn events_name_a_disk_that_is_no_longer_mounted() {
     let mode = Mode::Elected;
     let mut lab = lab(
         mode,
         "no-disk",
-        "kubectl describe names a disk that is not mounted any more",
+        "kubectl describe names a disk that is no longer mounted",
     );
-    // The disk of a pool is gone when a pod comes back for its volume.
+    // A pod comes back for its volume, but the pool's disk is not mounted.
     let pools = json!([
         {"name": "default", "path": mode.pool()},
         {"name": "disk", "path": "/mnt/disk/hostdir", "requireMount": true},
@@ -188,12 +187,12 @@ fn a_disk_that_is_not_mounted_any_more_is_named() {
     lab.running("disk");
     lab.exec("disk", "echo kept > /data/file").unwrap();
     lab.delete("pod", "disk");
-    // Nothing mounts the disk at boot.
+    // The disk is not mounted at boot.
     lab.nodes[0].cut_power().unwrap();
     lab.power_on(0).unwrap();
     lab.apply(&[on_node(pod("disk", "disk"), "node-1")]);
     lab.described("pod", "disk", "pool disk cannot be used: /mnt/disk/hostdir");
-    // hostdir's own pod on the node says so, too, to whoever asks.
+    // `hostdir probe --ready` in hostdir's own pod says so, too.
     let asked = ["probe", "--ready", "--endpoint=unix:///csi/csi.sock"];
     let pod = format!("pod/{}", lab.driver_on("node-1")["metadata"]["name"].as_str().unwrap());
     let exec = ["exec", "-n", NAMESPACE, &pod, "-c", "hostdir", "--", "/hostdir"];
@@ -202,14 +201,14 @@ fn a_disk_that_is_not_mounted_any_more_is_named() {
         format!("{said:#}").contains("not ready: pool disk: /mnt/disk/hostdir"),
         "{said:#}"
     );
-    lab.wait("after half a minute its HostVolume is Lost", || {
+    lab.wait("the HostVolume is Lost, after half a minute", || {
         let volume = lab.kubectl().get(&["hostvolume", &lab.volume_of("disk")])?;
         Ok(volume["status"]["phase"] == "Lost")
     });
     lab.kubectl()
         .run(&["delete", "pods", "--all", "-n", &lab.namespace, "--wait"])
         .unwrap();
-    // The disk is lost for good: the pool is taken out of the configuration, and the volume goes with its claim.
+    // The disk is lost forever: without the pool in the configuration, the volume is deleted with its claim.
     lab.install(&[]);
     lab.kubectl()
         .run(&["delete", "pvc", "--all", "-n", &lab.namespace, "--wait"])
@@ -218,8 +217,8 @@ fn a_disk_that_is_not_mounted_any_more_is_named() {
     lab.nothing_is_left();
 }
 
-fn a_pod_goes_on_while_the_network_is_cut_and_the_api_server_hangs(mode: Mode) {
-    let lab = lab(mode, "cut-off", "a pod goes on without network and API server");
+fn a_pod_keeps_its_volume_while_the_network_is_cut_and_the_api_server_hangs(mode: Mode) {
+    let lab = lab(mode, "cut-off", "a pod keeps its volume without network and API server");
     lab.apply(&[lab.claim("data", "10Mi"), on_node(pod("pod", "data"), "node-1")]);
     lab.running("pod");
     let volume = lab.volume_of("data");
@@ -235,7 +234,7 @@ fn a_pod_goes_on_while_the_network_is_cut_and_the_api_server_hangs(mode: Mode) {
     lab.freeze_api_server(true).unwrap();
     let thaw = Thaw(&lab);
     assert!(!answers(), "the API server is not frozen");
-    // The driver needs no API server: started anew, it mounts and unmounts a volume that is there.
+    // Without the API server, a restarted driver mounts and unmounts a volume that is ready.
     lab.kill_driver(0);
     let client = lab.driver_client(0);
     let pods = "/var/lib/kubelet/pods/*/volumes/kubernetes.io~csi";
@@ -255,7 +254,7 @@ fn a_pod_goes_on_while_the_network_is_cut_and_the_api_server_hangs(mode: Mode) {
     lab.wait("the API server answers again", || Ok(answers()));
 
     lab.stop_api_server().unwrap();
-    lab.wait("the API server is gone", || Ok(!answers()));
+    lab.wait("the API server is stopped", || Ok(!answers()));
     assert_eq!(mount_id(&lab), id);
     lab.start_api_server().unwrap();
     lab.wait("the API server answers again", || Ok(answers()));

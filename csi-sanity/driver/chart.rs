@@ -1,4 +1,4 @@
-//! The chart, rendered: it lints, it refuses wrong values by name, and the plain manifests are its own.
+//! The rendered chart: it lints, names the values that it refuses, and equals the plain manifests.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -8,7 +8,7 @@ use hostdir_lab::cluster::{CHART, NAMESPACE};
 use hostdir_lab::needs;
 use hostdir_lab::prove::{root, upstream};
 
-/// Runs Helm without a cluster: what it prints, and whether it succeeded.
+/// Runs Helm without a cluster. Returns its output, and whether it succeeded.
 fn helm(args: &[&str]) -> (String, bool) {
     static HELM: LazyLock<PathBuf> = LazyLock::new(|| upstream::helm().unwrap());
     let output = Command::new(&*HELM).args(args).current_dir(root()).output().unwrap();
@@ -17,7 +17,7 @@ fn helm(args: &[&str]) -> (String, bool) {
 }
 
 #[needs(Go)]
-fn the_chart_lints_and_refuses_wrong_values_by_name() {
+fn the_chart_lints_and_refuses_wrong_values_naming_them() {
     let (text, sound) = helm(&["lint", "--strict", CHART]);
     assert!(sound, "{text}");
     for (setting, word) in [
@@ -53,7 +53,7 @@ fn the_chart_lints_and_refuses_wrong_values_by_name() {
     let disks = r#"pools=[{"name":"default","path":"/mnt/a","requireMount":true},{"name":"b","path":"/mnt/b","requireMount":true}]"#;
     let (text, sound) = helm(&["template", CHART, "--set-json", disks]);
     assert!(sound && text.matches("mountPath: /mnt\n").count() == 1, "{text}");
-    // As YAML has it, without quotes.
+    // Without quotes, YAML reads `off` as false.
     let off = r#"pools=[{"name":"default","path":"/a","quota":false,"inodesPerGiB":1000000}]"#;
     let (text, sound) = helm(&["template", CHART, "--set-json", off]);
     assert!(
@@ -62,7 +62,10 @@ fn the_chart_lints_and_refuses_wrong_values_by_name() {
     );
     let digest = format!("image.digest=\"sha256:{}\"", "0".repeat(64));
     let (text, _) = helm(&["template", CHART, "--set-json", &digest]);
-    assert!(text.contains("image: hostdir@sha256:000"), "a digest does not count");
+    assert!(
+        text.contains("image: hostdir@sha256:000"),
+        "the image has no digest: {text}"
+    );
 }
 
 #[needs(Go)]
@@ -89,6 +92,6 @@ fn the_plain_manifests_are_those_of_the_chart() {
     let found = std::fs::read_to_string(&path).unwrap_or_default();
     assert!(
         found == wanted,
-        "deploy/hostdir.yaml is not what the chart renders; write it anew with HOSTDIR_RENDER=1"
+        "deploy/hostdir.yaml differs from what the chart renders; set HOSTDIR_RENDER=1 to write it again"
     );
 }

@@ -1,4 +1,4 @@
-//! The process dies before each of its system calls in turn, and is started again.
+//! Kills the driver before each of its system calls in turn, and starts it again.
 
 use hostdir_lab::needs;
 use hostdir_lab::scene::{Call, Scene};

@@ -1,4 +1,4 @@
-//! What is answered for is durable: the order of system calls, and syncs that fail.
+//! Answered calls are durable: the order of system calls, and syncs that fail.
 
 use hostdir_lab::faults::{Fault, Step};
 use hostdir_lab::scene::start;
@@ -8,26 +8,29 @@ use nix::errno::Errno;
 use tonic::Code;
 
 #[needs(Root)]
-fn a_sync_that_failed_is_made_good_before_the_next_answer() {
+fn a_failed_sync_is_repeated_before_the_next_answer() {
     let scratch = Scratch::new();
     let driver = Driver::new(&scratch)
         .pool("default", &scratch.path("pool"))
         .with_faults();
     let (process, client) = start(&driver);
     client.create("pvc-0").unwrap();
-    // The third sync is that of the directory into which the volume was renamed.
+    // The third sync is of `volumes/`, into which the volume was renamed.
     process.faults().arm(Step::Named("fsync", 2), Fault::Fail(Errno::EIO));
     assert_eq!(client.create("pvc-1").unwrap_err().code(), Code::Unavailable);
     process.faults().arm(Step::Never, Fault::Die);
     client.create("pvc-1").unwrap();
     let steps = process.faults().disarm();
-    assert!(steps.contains(&"fsync"), "answered without a sync: {steps:?}");
+    assert!(
+        steps.contains(&"fsync"),
+        "CreateVolume was answered without a sync: {steps:?}"
+    );
     assert_eq!(names(scratch.path("pool/volumes")), ["pvc-0", "pvc-1"]);
     assert!(client.capacity("default") > 0);
 }
 
 #[needs(Root)]
-fn steps_come_in_the_order_that_a_power_cut_demands() {
+fn system_calls_come_in_an_order_that_survives_power_cuts() {
     let scratch = Scratch::new();
     let driver = Driver::new(&scratch)
         .pool("default", &scratch.path("pool"))
@@ -48,15 +51,15 @@ fn steps_come_in_the_order_that_a_power_cut_demands() {
             "move_mount",
         ];
         let steps = process.faults().disarm();
-        // The only use of openat: to read the mount table, which grows with the node's pods.
+        // The driver uses openat only to read the mount table, which grows with the node's pods.
         assert!(!steps.contains(&"openat"), "a call reads the mount table: {steps:?}");
         steps.into_iter().filter(|step| kept.contains(step)).collect()
     };
-    // The record, the directory it is in; the rename, the directory that it is renamed into.
+    // Syncs the record and its directory; after the rename, syncs `volumes/`.
     let create = changes(&|| drop(client.create("pvc-1").unwrap()));
     assert_eq!(create, ["mkdirat", "write", "fsync", "fsync", "renameat2", "fsync"]);
-    // The directory and its name before the record that speaks of it; the record before the mount, which has its options before
-    // anybody sees it.
+    // Syncs `data/` and its parent before the record says `ready`, and the record before the mount. The mount gets its
+    // options before it is attached.
     let publish = changes(&|| client.publish("pvc-1", &scratch.path("t")).unwrap());
     assert_eq!(
         publish,
@@ -76,13 +79,13 @@ fn steps_come_in_the_order_that_a_power_cut_demands() {
         ]
     );
     client.unpublish("pvc-1", &scratch.path("t")).unwrap();
-    // Where it is gone to, and where it is gone from; what the eraser does later is not asked here.
+    // Syncs `trash/`, then `volumes/`. The eraser's calls follow later.
     let delete = changes(&|| client.delete("pvc-1").unwrap());
     assert_eq!(delete[..3], ["renameat2", "fsync", "fsync"]);
 }
 
 #[needs(Root)]
-fn what_a_restart_finds_is_made_durable_before_it_is_answered_for() {
+fn a_volume_found_at_start_is_synced_before_it_is_reported() {
     let scratch = Scratch::new();
     let driver = Driver::new(&scratch)
         .pool("default", &scratch.path("pool"))
@@ -97,6 +100,6 @@ fn what_a_restart_finds_is_made_durable_before_it_is_answered_for() {
     let steps = process.faults().disarm();
     assert!(
         steps.contains(&"syncfs"),
-        "answered for what was never synced: {steps:?}"
+        "CreateVolume was answered for a volume that was never synced: {steps:?}"
     );
 }

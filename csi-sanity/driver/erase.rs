@@ -1,4 +1,4 @@
-//! What tenants leave behind is erased, and nothing else.
+//! The eraser removes everything in a deleted volume, and nothing else.
 
 use super::place::Place;
 use hostdir_lab::scratch::{mounts_below, names};
@@ -12,7 +12,7 @@ use std::os::unix::net::UnixListener;
 use std::process::Command;
 
 #[needs(Root)]
-fn whatever_a_tenant_plants_is_erased_and_leads_nowhere() {
+fn the_eraser_removes_special_files_and_follows_no_links() {
     let place = Place::new();
     place.used_volume("pvc-1");
     let data = place.data("pvc-1");
@@ -77,7 +77,7 @@ fn a_tree_of_4000_levels_is_erased() {
 }
 
 #[needs(Root)]
-fn a_million_files_are_erased_while_others_are_served() {
+fn a_million_files_are_erased_while_other_volumes_are_served() {
     let place = Place::new();
     place.used_volume("pvc-1");
     let dir = fs::File::open(place.data("pvc-1")).unwrap();
@@ -95,9 +95,9 @@ fn a_million_files_are_erased_while_others_are_served() {
     place.client.delete("pvc-1").unwrap();
     assert!(
         !names(place.scratch.path("pool/trash")).is_empty(),
-        "the delete waited for the eraser"
+        "DeleteVolume waited for the eraser"
     );
-    // Another volume lives its whole life meanwhile, also one of the same name.
+    // Meanwhile other volumes are created, used and deleted, one of them under the same name.
     for id in ["pvc-1", "pvc-2"] {
         place.used_volume(id);
         place.client.delete(id).unwrap();
@@ -141,7 +141,7 @@ fn immutable_files_are_erased() {
 }
 
 #[needs(Root)]
-fn what_is_mounted_in_a_deleted_volume_is_not_erased() {
+fn mounts_inside_a_deleted_volume_are_not_erased() {
     let place = Place::new();
     place.used_volume("pvc-1");
     let data = place.data("pvc-1");
@@ -166,7 +166,7 @@ fn what_is_mounted_in_a_deleted_volume_is_not_erased() {
     place.client.delete("pvc-1").unwrap();
     place.process.wait_for_log("something is mounted on it");
     place.check_outside();
-    // All the rest is gone, and so are these as soon as nothing is mounted there.
+    // Everything else is erased; the mount points are erased once they are unmounted.
     for mount_point in mounts_below(&place.scratch.path("pool")) {
         umount2(&mount_point, MntFlags::empty()).unwrap();
     }

@@ -1,11 +1,11 @@
-//! Each system call of the driver fails in turn.
+//! Makes each system call of the driver fail in turn.
 
 use hostdir_lab::needs;
 use hostdir_lab::scene::{Call, Scene};
 use hostdir_lab::steps::fails_at_every_step;
 use nix::errno::Errno;
 
-/// All calls, one error.
+/// Makes every step of all CSI calls fail with one error.
 fn every_call_fails_with(errno: Errno) {
     let scene = Scene::new();
     for call in Call::ALL {

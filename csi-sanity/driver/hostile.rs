@@ -1,4 +1,4 @@
-//! Hostile and broken input: a clear error, and nothing outside the pool is touched.
+//! Hostile and broken input gets a clear error, and nothing outside the pool is touched.
 
 use super::place::Place;
 use hostdir::csi::proto::ValidateVolumeCapabilitiesRequest;
@@ -124,10 +124,10 @@ fn hostile_targets_are_refused() {
         (format!("/{}", "a/".repeat(3000)), Code::InvalidArgument, "longer"),
         (in_pods("link/a"), Code::InvalidArgument, "symbolic link"),
         (in_pods("missing/a"), Code::InvalidArgument, "does not exist"),
-        (in_pods("file/a"), Code::InvalidArgument, "no directory"),
-        (in_pods("link"), Code::FailedPrecondition, "no directory"),
-        (in_pods("dangling"), Code::FailedPrecondition, "no directory"),
-        (in_pods("file"), Code::FailedPrecondition, "no directory"),
+        (in_pods("file/a"), Code::InvalidArgument, "not a directory"),
+        (in_pods("link"), Code::FailedPrecondition, "not a directory"),
+        (in_pods("dangling"), Code::FailedPrecondition, "not a directory"),
+        (in_pods("file"), Code::FailedPrecondition, "not a directory"),
         (in_pods("neighbour"), Code::FailedPrecondition, "files in it"),
     ];
     for (target, code, word) in cases {
@@ -169,7 +169,7 @@ fn a_foreign_mount_at_the_target_is_left_alone() {
     assert_eq!(fs::read_to_string(target.join("file")).unwrap(), "foreign");
     umount2(&target, MntFlags::empty()).unwrap();
 
-    // Another volume of ours is as foreign.
+    // A mount of another hostdir volume is left alone, too.
     place.client.publish("pvc-2", &target).unwrap();
     assert_eq!(
         place.client.publish("pvc-1", &target).unwrap_err().code(),
@@ -178,18 +178,18 @@ fn a_foreign_mount_at_the_target_is_left_alone() {
     place
         .client
         .unpublish("pvc-1", &target)
-        .expect_err("the wrong volume was unmounted");
+        .expect_err("unpublish of pvc-1 unmounted pvc-2");
     assert!(is_mounted(&target));
     place.client.unpublish("pvc-2", &target).unwrap();
 }
 
 #[needs(Root)]
-fn whatever_is_in_a_request_the_refusal_is_short() {
+fn a_huge_request_gets_a_short_refusal_and_a_short_log() {
     let place = Place::new();
     place.client.create("pvc-1").unwrap();
     let target = "x".repeat(1 << 20);
     let status = place.client.unpublish_at("pvc-1", &target).unwrap_err();
     assert_eq!(status.code(), Code::InvalidArgument);
     assert!(status.message().len() < 4096);
-    assert!(place.process.log().len() < 64 << 10, "the log took it all");
+    assert!(place.process.log().len() < 64 << 10, "the whole request was logged");
 }

@@ -1,9 +1,9 @@
-//! Tests of the whole driver: the real binary, on real filesystems, with real mounts, called over its socket; and of the chart as
-//! Helm renders it.
+//! Tests of the whole driver: the real binary, on real filesystems, with real mounts, called over its socket; and of the
+//! chart as Helm renders it.
 //!
-//! Each test works in a mount namespace and a directory of its own; both are gone when it ends, however it ends.
+//! Each test has its own mount namespace and directory; both are removed when it ends, even if it panics.
 
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+#![expect(clippy::unwrap_used, reason = "a panic fails the test")]
 
 mod chart;
 mod crash;
@@ -18,6 +18,7 @@ mod publish;
 mod sanity;
 mod selftest;
 mod service;
+mod upgrade;
 mod volumes;
 
 fn main() -> std::process::ExitCode {

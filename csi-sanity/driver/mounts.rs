@@ -1,4 +1,4 @@
-//! Several mounts of a volume, mounts that are in the way, and the end of mounts.
+//! Several mounts of a volume, mounts that are in the way, and unmounting.
 
 use super::publish::Node;
 use hostdir::csi::proto::volume_capability::access_mode::Mode;
@@ -10,7 +10,7 @@ use std::fs;
 use tonic::Code;
 
 #[needs(Root)]
-fn read_write_once_pod_is_one_mount_and_no_other() {
+fn read_write_once_pod_allows_a_single_mount() {
     let node = Node::new();
     node.client.create("pvc-1").unwrap();
     let alone = || Mount {
@@ -19,28 +19,31 @@ fn read_write_once_pod_is_one_mount_and_no_other() {
     };
     let (first, second) = (node.target("first"), node.target("second"));
     node.publish_as(&first, alone()).unwrap();
-    node.publish_as(&first, alone()).expect("the same again is no error");
+    node.publish_as(&first, alone()).expect("publish is idempotent");
     for mount in [alone(), Mount::default()] {
         let status = node.publish_as(&second, mount).unwrap_err();
         assert_eq!(status.code(), Code::FailedPrecondition);
-        assert!(status.message().contains("first"), "it does not say where: {status}");
+        assert!(
+            status.message().contains("first"),
+            "the message does not name the first target: {status}"
+        );
     }
     let node = node.restart();
     assert_eq!(
         node.publish_as(&second, alone()).unwrap_err().code(),
         Code::FailedPrecondition,
-        "forgotten by a restart"
+        "the restart forgot the access mode"
     );
     node.client.unpublish("pvc-1", &first).unwrap();
     node.publish_as(&second, alone()).unwrap();
-    // An administrator's umount(8) counts, too.
+    // After an administrator's umount(8) the volume can be mounted elsewhere, too.
     umount2(&second, MntFlags::empty()).unwrap();
     let third = node.target("third");
     node.publish_as(&third, alone()).unwrap();
 }
 
 #[needs(Root)]
-fn read_write_once_is_any_number_of_mounts_on_the_node() {
+fn read_write_once_allows_many_mounts_on_the_node() {
     let node = Node::new();
     node.client.create("pvc-1").unwrap();
     for (name, mode) in [
@@ -62,32 +65,36 @@ fn read_write_once_is_any_number_of_mounts_on_the_node() {
 }
 
 #[needs(Root)]
-fn unpublish_takes_what_it_finds() {
+fn unpublish_is_idempotent_and_removes_stacked_mounts() {
     let node = Node::new();
     let target = node.target("a");
     node.client.create("pvc-1").unwrap();
-    node.client.unpublish("pvc-1", &target).expect("never published");
+    node.client
+        .unpublish("pvc-1", &target)
+        .expect("the volume was never published");
     node.client
         .unpublish("pvc-1", &node.target("no/such/parent"))
-        .expect("no parent");
+        .expect("the target has no parent");
     node.client.publish("pvc-1", &target).unwrap();
     umount2(&target, MntFlags::empty()).unwrap();
     node.client
         .unpublish("pvc-1", &target)
-        .expect("unmounted by somebody else");
+        .expect("the volume was unmounted by hand");
     assert!(!target.exists());
-    // Mounted twice, as a driver without our care would have left it.
+    // Mounted twice at one target.
     node.client.publish("pvc-1", &target).unwrap();
     let data = node.scratch.path("pool/volumes/pvc-1/data");
     mount(Some(&data), &target, None::<&str>, MsFlags::MS_BIND, None::<&str>).unwrap();
     node.client.unpublish("pvc-1", &target).unwrap();
     assert!(!target.exists() && data.exists());
-    // Of a volume that is known to nobody any more.
-    node.client.unpublish("pvc-unknown", &target).expect("nothing is there");
+    // A volume that does not exist.
+    node.client
+        .unpublish("pvc-unknown", &target)
+        .expect("the target does not exist");
 }
 
 #[needs(Root)]
-fn a_mount_in_use_stays_and_says_so() {
+fn unpublishing_a_mount_in_use_fails_with_the_reason() {
     let node = Node::new();
     let target = node.target("a");
     node.client.create("pvc-1").unwrap();
@@ -116,11 +123,11 @@ fn a_mounted_volume_is_not_deleted() {
     fs::write(target.join("file"), "still here").unwrap();
     node.client.unpublish("pvc-1", &target).unwrap();
     node.client.delete("pvc-1").unwrap();
-    node.client.delete("pvc-1").expect("deleting twice is no error");
+    node.client.delete("pvc-1").expect("delete is idempotent");
 }
 
 #[needs(Root)]
-fn pods_end_although_the_pool_is_gone() {
+fn unpublish_works_without_the_pool() {
     let node = Node::new();
     let target = node.target("a");
     node.client.create("pvc-1").unwrap();
@@ -135,7 +142,7 @@ fn pods_end_although_the_pool_is_gone() {
 }
 
 #[needs(Root)]
-fn a_mount_that_another_one_covers_is_still_a_mount() {
+fn a_volume_whose_mount_is_covered_is_still_mounted() {
     let node = Node::new();
     let target = node.target("a");
     node.client.create("pvc-1").unwrap();
@@ -157,7 +164,7 @@ fn a_mount_that_another_one_covers_is_still_a_mount() {
     assert_eq!(
         node.client.delete("pvc-1").unwrap_err().code(),
         Code::FailedPrecondition,
-        "forgotten by a restart"
+        "the restart forgot the mount"
     );
     umount2(&target, MntFlags::empty()).unwrap();
     assert_eq!(fs::read_to_string(target.join("file")).unwrap(), "kept");
@@ -166,7 +173,7 @@ fn a_mount_that_another_one_covers_is_still_a_mount() {
 }
 
 #[needs(Root)]
-fn a_mount_that_only_looks_like_ours_is_not_ours() {
+fn a_mount_of_the_same_path_on_another_filesystem_is_not_ours() {
     let node = Node::new();
     let target = node.target("a");
     node.client.create("pvc-1").unwrap();
@@ -184,7 +191,7 @@ fn a_mount_that_only_looks_like_ours_is_not_ours() {
     )
     .unwrap();
     let node = node.restart();
-    node.client.delete("pvc-1").expect("it is mounted nowhere");
+    node.client.delete("pvc-1").expect("the volume is not mounted");
 }
 
 #[needs(Root)]
@@ -208,7 +215,7 @@ fn one_target_has_one_access_mode() {
 }
 
 #[needs(Root)]
-fn a_pool_remounted_under_a_mount_changes_no_answer_but_read_only() {
+fn remounting_the_pool_changes_answers_only_if_it_becomes_read_only() {
     let scratch = Scratch::new();
     let disk = scratch.tmpfs("disk", "16M");
     let (_process, client) = start(&Driver::new(&scratch).pool("default", &disk));
@@ -217,7 +224,7 @@ fn a_pool_remounted_under_a_mount_changes_no_answer_but_read_only() {
     client.publish("pvc-1", &a).unwrap();
     let change = MsFlags::MS_REMOUNT | MsFlags::MS_BIND;
     hostdir_lab::scratch::remount(&disk, change | MsFlags::MS_NODEV);
-    client.publish("pvc-1", &a).expect("it is published");
+    client.publish("pvc-1", &a).expect("publish is idempotent");
     hostdir_lab::scratch::remount(&disk, change | MsFlags::MS_RDONLY);
     let status = client.publish("pvc-1", &b).unwrap_err();
     assert!(status.message().contains("read-only"), "{status}");

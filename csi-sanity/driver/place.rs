@@ -1,4 +1,4 @@
-//! A driver, its pool, and a directory outside that nothing may reach.
+//! A driver, its pool, and files outside the pool that must stay untouched.
 
 use hostdir_lab::scene::start;
 use hostdir_lab::scratch::names;
@@ -6,7 +6,7 @@ use hostdir_lab::{Client, Driver, Process, Scratch, wait_until};
 use std::fs;
 use std::path::PathBuf;
 
-/// A driver, and things beside its pool that must stay as they are.
+/// A driver with one pool, and files beside the pool.
 pub(super) struct Place {
     pub(super) scratch: Scratch,
     pub(super) process: Process,
@@ -45,7 +45,7 @@ impl Place {
         self.scratch.path("pool/volumes").join(id).join("data")
     }
 
-    /// A volume that a pod has used.
+    /// Creates a volume, publishes it and unpublishes it.
     pub(super) fn used_volume(&self, id: &str) {
         self.client.create(id).unwrap();
         self.client.publish(id, &self.target()).unwrap();
@@ -79,7 +79,8 @@ impl Place {
 
     pub(super) fn check_outside(&self) {
         for (path, content) in &self.outside {
-            let now = fs::read_to_string(path).unwrap_or_else(|error| panic!("{} was harmed: {error}", path.display()));
+            let now = fs::read_to_string(path)
+                .unwrap_or_else(|error| panic!("read {}, which nothing should have touched: {error}", path.display()));
             assert_eq!(now, *content, "{} was changed", path.display());
         }
     }

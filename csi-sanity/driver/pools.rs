@@ -1,4 +1,4 @@
-//! Pools that are not what they should be: absent, read-only, full, foreign, damaged.
+//! Broken pools: absent, read-only, full, replaced, damaged.
 
 use super::place::Place;
 use hostdir_lab::scene::start;
@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use tonic::Code;
 
 #[needs(Root)]
-fn broken_and_foreign_things_in_the_pool_are_named_and_left_alone() {
+fn broken_records_are_named_and_unknown_files_left_alone() {
     let place = Place::new();
     let volumes = place.scratch.path("pool/volumes");
     for id in ["torn", "newer", "foreign", "missing", "fine"] {
@@ -48,14 +48,14 @@ fn broken_and_foreign_things_in_the_pool_are_named_and_left_alone() {
                 "{word}: {status}"
             );
         }
-        assert!(place.data(id).join("file").exists(), "data of {id} was touched");
+        assert!(place.data(id).join("file").exists(), "the data of {id} was removed");
         place.delete_and_wait(id);
     }
     assert_eq!(place.client.list(0), ["fine"]);
     assert_eq!(names(&volumes), ["Not A Volume", "README", "fine"]);
 }
 
-/// The driver with this pool; it starts, but says what is wrong with the pool.
+/// Starts the driver, and checks that it reports its pool as unusable with a message that contains `word`.
 fn unusable(driver: &Driver, word: &str) -> (Process, Client) {
     let (process, client) = start(driver);
     let status = client.probe().expect_err(word);
@@ -82,17 +82,17 @@ fn a_pool_that_is_a_link_or_a_file_is_refused() {
 }
 
 #[needs(Root)]
-fn a_pool_that_is_absent_is_used_as_soon_as_it_is_there() {
+fn an_absent_pool_is_used_as_soon_as_it_exists() {
     let scratch = Scratch::new();
     let driver = Driver::new(&scratch).pool("default", &scratch.path("disk/pool"));
     let (_process, client) = unusable(&driver, "does not exist");
     scratch.mkdir("disk");
-    client.probe().expect("it is there now");
+    client.probe().expect("the pool's parent directory exists now");
     client.create("pvc-1").unwrap();
 }
 
 #[needs(Root)]
-fn a_disk_that_is_not_mounted_is_not_taken_for_an_empty_pool() {
+fn a_disk_that_is_not_mounted_is_not_mistaken_for_an_empty_pool() {
     let scratch = Scratch::new();
     let disk = scratch.mkdir("disk");
     let config = format!(
@@ -132,14 +132,14 @@ fn a_read_only_pool_says_so() {
     assert_eq!(client.capacity("default"), 0);
     client
         .unpublish("pvc-1", &target)
-        .expect("pods end on a read-only disk");
+        .expect("unpublish works on a read-only disk");
     let status = client.delete("pvc-1").unwrap_err();
     assert!(status.message().contains("Read-only file system"), "{status}");
     assert!(disk.join("volumes/pvc-1/data").exists());
-    // What is there can still be read.
+    // The volume can still be read.
     client
         .publish("pvc-1", &target)
-        .expect_err("writable on a read-only disk");
+        .expect_err("a writable mount on a read-only disk");
     let mount = hostdir_lab::Mount {
         read_only: true,
         ..hostdir_lab::Mount::default()
@@ -159,7 +159,7 @@ fn a_full_pool_answers_clearly_and_deletes_still_work() {
     client.publish("pvc-1", &target).unwrap();
     while fs::write(target.join(format!("fill-{}", names(&target).len())), vec![0; 64 << 10]).is_ok() {}
     let _ = fs::write(target.join("last"), vec![0; 1]);
-    client.probe().expect("a full pool is no broken pool");
+    client.probe().expect("a full pool is usable");
     assert_eq!(client.capacity("default"), 0);
     let status = client.create("pvc-3").unwrap_err();
     assert_eq!(status.code(), Code::ResourceExhausted, "{status}");
@@ -194,7 +194,7 @@ fn a_pool_without_its_identity_is_refused_while_it_has_volumes() {
 }
 
 #[needs(Root)]
-fn a_pool_is_the_one_that_was_written_down_or_refused() {
+fn a_pool_with_another_id_than_configured_is_refused() {
     let scratch = Scratch::new();
     let pool = scratch.path("pool");
     let expecting = |id: &str| {
@@ -207,14 +207,17 @@ fn a_pool_is_the_one_that_was_written_down_or_refused() {
     drop(unusable(&expecting(other), other));
     assert!(
         !pool.join(".hostdir/pool.json").exists(),
-        "a pool was made in its place"
+        "a new pool was made in place of the configured one"
     );
     start(&Driver::new(&scratch).pool("default", &pool)).0.kill();
     let identity = fs::read_to_string(pool.join(".hostdir/pool.json")).unwrap();
     let identity: serde_json::Value = serde_json::from_str(&identity).unwrap();
     let id = identity["id"].as_str().unwrap();
     let (process, client) = unusable(&expecting(other), other);
-    assert!(client.probe().unwrap_err().message().contains(id), "both ids are named");
+    assert!(
+        client.probe().unwrap_err().message().contains(id),
+        "the message does not name the pool's own id"
+    );
     process.kill();
     let (_process, client) = start(&expecting(id));
     client.create("pvc-1").unwrap();
@@ -227,7 +230,7 @@ fn one_bad_pool_does_not_stop_the_others() {
         .pool("default", &scratch.path("pool"))
         .pool("bad", &scratch.path("no/disk"));
     let (_process, client) = start(&driver);
-    client.probe().expect("sidecars end when this fails");
+    client.probe().expect("sidecars exit when Probe fails");
     let probe = std::process::Command::new(hostdir_lab::harness::hostdir())
         .args(["probe", "--ready", "--endpoint"])
         .arg(format!("unix://{}", driver.socket.display()))
@@ -243,7 +246,7 @@ fn one_bad_pool_does_not_stop_the_others() {
 }
 
 #[needs(Root)]
-fn a_trash_that_somebody_removed_is_no_success() {
+fn a_delete_fails_if_the_trash_directory_is_missing() {
     let place = Place::new();
     place.used_volume("pvc-1");
     fs::remove_dir(place.scratch.path("pool/trash")).unwrap();
@@ -256,9 +259,9 @@ fn a_trash_that_somebody_removed_is_no_success() {
 }
 
 #[needs(Root)]
-fn what_lies_in_the_trash_does_not_keep_a_pool_from_opening() {
+fn a_pool_opens_although_its_trash_cannot_be_erased() {
     let place = Place::new();
-    // Half a volume, and the name it would get in the trash taken by something that cannot be erased.
+    // An unfinished volume, whose name in the trash is taken by a directory that cannot be erased.
     let taken = place.scratch.path("pool/trash/pvc-1.0.0");
     for dir in [&place.scratch.path("pool/.hostdir/new/pvc-1.0"), &taken] {
         fs::create_dir_all(dir.join("data")).unwrap();
@@ -279,7 +282,7 @@ fn what_lies_in_the_trash_does_not_keep_a_pool_from_opening() {
 }
 
 #[needs(Root)]
-fn links_and_mounts_inside_the_pool_are_not_walked_through() {
+fn links_and_mounts_inside_the_pool_are_not_followed() {
     let place = Place::new();
     // A link that stays in the volume's own directory.
     place.used_volume("pvc-1");
@@ -301,7 +304,7 @@ fn links_and_mounts_inside_the_pool_are_not_walked_through() {
 }
 
 #[needs(Root)]
-fn records_that_are_no_files_and_pools_of_another_format_are_refused() {
+fn records_that_are_not_files_and_pools_of_another_format_are_refused() {
     let place = Place::new();
     place.used_volume("pvc-1");
     let record = place.scratch.path("pool/volumes/pvc-1/volume.json");
@@ -323,7 +326,7 @@ fn records_that_are_no_files_and_pools_of_another_format_are_refused() {
     let driver = Driver::new(&scratch).pool("default", &scratch.path("pool"));
     change("\"format\": 1", "\"format\": 2");
     drop(unusable(&driver, "format 2"));
-    // What an earlier hostdir did not write is not missed.
+    // Earlier versions of hostdir did not write "foreign".
     let foreign = content
         .split("\"foreign\"")
         .next()
@@ -337,13 +340,13 @@ fn records_that_are_no_files_and_pools_of_another_format_are_refused() {
 }
 
 #[needs(Root)]
-fn a_volume_whose_directory_was_removed_says_so() {
+fn publishing_a_volume_whose_directory_was_removed_says_so() {
     let place = Place::new();
     place.client.create("pvc-1").unwrap();
     fs::rename(place.scratch.path("pool/volumes/pvc-1"), place.scratch.path("moved")).unwrap();
     let status = place.client.publish("pvc-1", &place.target()).unwrap_err();
     assert!(
-        status.message().contains("delete the volume and make it anew"),
+        status.message().contains("delete the volume and create it again"),
         "{status}"
     );
     place.client.delete("pvc-1").unwrap();

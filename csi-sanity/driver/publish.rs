@@ -1,4 +1,4 @@
-//! Volumes are mounted as asked for, and never a wrong or an empty directory in their place.
+//! Volumes are mounted as requested; a wrong or empty directory is never mounted in place of a volume.
 
 use hostdir::csi::proto::CreateVolumeRequest;
 use hostdir::csi::proto::volume_capability::access_mode::Mode;
@@ -72,7 +72,7 @@ pub(super) fn options(path: &Path) -> String {
     let line = table
         .lines()
         .find(|line| line.split(' ').nth(4) == path.to_str())
-        .expect("it is mounted");
+        .expect("the path is mounted");
     line.split(' ').nth(5).unwrap().to_owned()
 }
 
@@ -82,7 +82,7 @@ fn the_first_publish_makes_the_directory_and_later_ones_find_the_data() {
     let target = node.target("a");
     node.client.create("pvc-1").unwrap();
     let data = node.scratch.path("pool/volumes/pvc-1/data");
-    assert!(!data.exists(), "made before anybody asked");
+    assert!(!data.exists(), "data/ was made before the first publish");
     node.client.publish("pvc-1", &target).unwrap();
     let made = fs::metadata(&target).unwrap();
     assert_eq!((made.mode() & 0o7777, made.uid(), made.gid()), (0o770, 0, 0));
@@ -112,14 +112,14 @@ fn a_pod_that_is_not_root_writes_through_its_group() {
     node.client.create("pvc-1").unwrap();
     let target = node.target("a");
     node.client.publish("pvc-1", &target).unwrap();
-    assert!(!write(&target, 1000, 2000), "a stranger could write");
+    assert!(!write(&target, 1000, 2000), "a user without any right could write");
     // What the kubelet does for fsGroup 2000 (fsGroupPolicy File): SetVolumeOwnership, pkg/volume/volume_linux.go.
     chown(&target, None, Some(2000)).unwrap();
     fs::set_permissions(&target, fs::Permissions::from_mode(0o2770)).unwrap();
-    assert!(write(&target, 1000, 2000), "fsGroup did not help");
+    assert!(write(&target, 1000, 2000), "a user with fsGroup could not write");
     let file = fs::metadata(target.join("file")).unwrap();
     assert_eq!((file.uid(), file.gid()), (1000, 2000));
-    // A later publish leaves to the tenant what is the tenant's.
+    // A later publish does not change owner and mode.
     node.client.unpublish("pvc-1", &target).unwrap();
     node.client.publish("pvc-1", &target).unwrap();
     assert_eq!(fs::metadata(&target).unwrap().gid(), 2000);
@@ -134,7 +134,7 @@ fn a_pod_that_is_not_root_writes_through_its_group() {
         .unwrap();
     let target = node.target("b");
     node.client.publish("pvc-2", &target).unwrap();
-    assert!(write(&target, 1000, 1000), "the owner cannot write");
+    assert!(write(&target, 1000, 1000), "the owner could not write");
 }
 
 type Flags = &'static [&'static str];
@@ -174,7 +174,7 @@ fn mount_options_are_set_before_anybody_sees_the_mount() {
         }
         let written = fs::write(target.join("file"), "x");
         assert_eq!(written.is_err(), expected.contains(&"ro"), "{name}: {written:?}");
-        node.publish_as(&target, wanted).expect("the same again is no error");
+        node.publish_as(&target, wanted).expect("publish is idempotent");
         let other = Mount {
             read_only: !expected.contains(&"ro"),
             ..Mount::default()
@@ -187,7 +187,7 @@ fn mount_options_are_set_before_anybody_sees_the_mount() {
 }
 
 #[needs(Root)]
-fn a_directory_that_is_gone_is_an_error_and_never_an_empty_one() {
+fn a_missing_data_directory_is_an_error_and_never_made_again() {
     let node = Node::new();
     let target = node.target("a");
     for (id, lost) in [("pvc-1", "volumes/pvc-1/data"), ("pvc-2", "volumes/pvc-2")] {
@@ -200,16 +200,16 @@ fn a_directory_that_is_gone_is_an_error_and_never_an_empty_one() {
         assert!(status.message().contains(&volume.volume_context["poolId"]), "{status}");
         assert!(
             !target.exists() && !node.scratch.path("pool").join(lost).exists(),
-            "something was made"
+            "publish made {lost} or the target"
         );
         fs::rename(node.scratch.path("elsewhere"), node.scratch.path("pool").join(lost)).unwrap();
-        node.client.publish(id, &target).expect("it is back");
+        node.client.publish(id, &target).expect("the directory is back");
         node.client.unpublish(id, &target).unwrap();
     }
 }
 
 #[needs(Root)]
-fn a_new_disk_is_not_taken_for_the_old_one() {
+fn a_new_disk_is_not_mistaken_for_the_old_one() {
     let scratch = Scratch::new();
     let disk = scratch.tmpfs("disk", "16M");
     let pool = disk.join("pool");
@@ -237,7 +237,7 @@ fn a_new_disk_is_not_taken_for_the_old_one() {
     assert_eq!(
         client.delete("pvc-1").unwrap_err().code(),
         Code::Unavailable,
-        "it may be on the old disk"
+        "the volume may be on the old disk"
     );
     umount2(&disk, MntFlags::empty()).unwrap();
     client.probe().expect("the old disk is back");
@@ -267,7 +267,7 @@ fn a_new_disk_is_not_taken_for_the_old_one() {
 }
 
 #[needs(Root)]
-fn what_is_mounted_in_the_pool_does_not_show_in_the_pod() {
+fn mounts_inside_a_volume_do_not_show_in_the_pod() {
     let node = Node::new();
     let target = node.target("a");
     node.client.create("pvc-1").unwrap();
@@ -282,7 +282,7 @@ fn what_is_mounted_in_the_pool_does_not_show_in_the_pod() {
 }
 
 #[needs(Root)]
-fn statistics_are_given_where_the_volume_is_mounted() {
+fn statistics_need_the_path_where_the_volume_is_mounted() {
     let node = Node::new();
     let target = node.target("a");
     let path = target.to_string_lossy().into_owned();

@@ -4,7 +4,7 @@ use std::fs;
 
 use hostdir_lab::{Driver, Scratch, needs, sanity};
 
-/// A pool that promises more than it has: csi-sanity asks for 10 GiB at a time, whatever disk the test runs on.
+/// Two pools with overcommit: csi-sanity asks for 10 GiB at a time, however small the disk is.
 fn config(scratch: &Scratch) -> String {
     let path = scratch.path("config.yaml");
     let pool = |name: &str| {

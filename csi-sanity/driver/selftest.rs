@@ -11,7 +11,7 @@ use std::fs;
 use tonic::Code;
 
 #[needs(Root)]
-fn a_probe_says_whether_it_answers_and_whether_it_is_ready() {
+fn probe_reports_whether_the_driver_answers_and_is_ready() {
     let scratch = Scratch::new();
     let driver = Driver::new(&scratch).pool("default", &scratch.path("absent/pool"));
     let probe = |ready: &[&str]| {
@@ -26,22 +26,21 @@ fn a_probe_says_whether_it_answers_and_whether_it_is_ready() {
     };
     assert!(probe(&[]).unwrap_err().contains("csi.sock"));
     let (process, _client) = start(&driver);
-    probe(&[]).expect("it answers");
+    probe(&[]).expect("the driver answers");
     assert!(probe(&["--ready"]).unwrap_err().contains("pool default"));
     scratch.mkdir("absent");
-    probe(&["--ready"]).expect("it is ready");
+    probe(&["--ready"]).expect("the driver is ready");
     process.signal(Signal::SIGSTOP);
-    assert!(probe(&[]).is_err(), "a hung driver passed for alive");
+    assert!(probe(&[]).is_err(), "the probe of a hung driver succeeded");
     process.signal(Signal::SIGCONT);
 }
 
 #[needs(Root)]
-fn a_self_test_takes_a_volume_through_its_life_as_the_readme_shows() {
+fn a_self_test_prints_the_steps_that_the_readme_shows() {
     let scratch = Scratch::new();
     let (_process, client) = start(&Driver::new(&scratch).pool("default", &scratch.path("pool")));
     let (table, _, passed) = selftest(&scratch, "default");
     assert!(passed, "{table}");
-    // What the README shows, step by step.
     let readme = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/README.md")).unwrap();
     let steps = |text: &str| -> Vec<String> { text.lines().map(|line| line[..28].trim_end().to_owned()).collect() };
     let shown = readme
@@ -61,12 +60,12 @@ fn a_self_test_takes_a_volume_through_its_life_as_the_readme_shows() {
 }
 
 #[needs(Root)]
-fn a_self_test_of_a_node_needs_no_api_server_and_makes_good_for_one_that_was_killed() {
+fn a_self_test_on_a_node_needs_no_api_server_and_cleans_up_after_a_killed_one() {
     let scratch = Scratch::new();
     let pool = scratch.path("pool");
     let (_process, client) = start(&Driver::without_api_server(&scratch).pool("default", &pool));
-    // What a self-test leaves that dies after its first publish.
-    client.create_as(of_self_test()).unwrap();
+    // The state after a self-test that was killed after its first publish.
+    client.create_as(self_test_request()).unwrap();
     let mount = hostdir_lab::Mount {
         mode: Mode::SingleNodeWriter,
         ..hostdir_lab::Mount::default()
@@ -76,7 +75,7 @@ fn a_self_test_of_a_node_needs_no_api_server_and_makes_good_for_one_that_was_kil
     let (table, errors, passed) = selftest(&scratch, "default");
     assert!(passed, "{table}{errors}");
     assert_eq!(names(pool.join("volumes")), [""; 0]);
-    // For nothing else does a node take the place of a controller.
+    // A node serves controller calls for self-tests only.
     for answer in [
         client.create("pvc-1").map(drop),
         client.delete("pvc-1"),
@@ -86,7 +85,7 @@ fn a_self_test_of_a_node_needs_no_api_server_and_makes_good_for_one_that_was_kil
     }
 }
 
-fn of_self_test() -> CreateVolumeRequest {
+fn self_test_request() -> CreateVolumeRequest {
     let range = CapacityRange {
         required_bytes: 64 << 20,
         limit_bytes: 0,
@@ -97,7 +96,7 @@ fn of_self_test() -> CreateVolumeRequest {
     }
 }
 
-/// Runs `hostdir selftest`: what it prints, what it says of errors, and whether it passed.
+/// Runs `hostdir selftest`. Returns its standard output, its standard error, and whether it passed.
 fn selftest(scratch: &Scratch, pool: &str) -> (String, String, bool) {
     let output = std::process::Command::new(hostdir_lab::harness::hostdir())
         .args(["selftest", "--pool", pool, "--endpoint"])
@@ -109,13 +108,13 @@ fn selftest(scratch: &Scratch, pool: &str) -> (String, String, bool) {
 }
 
 #[needs(Root)]
-fn probes_at_once_do_not_disturb_each_other() {
+fn concurrent_probes_do_not_disturb_each_other() {
     let scratch = Scratch::new();
     let (mut process, _client) = start(&Driver::new(&scratch).pool("default", &scratch.path("pool")));
     let clients: Vec<_> = (0..4).map(|_| process.connect()).collect();
     std::thread::scope(|scope| {
         for client in &clients {
-            scope.spawn(|| (0..200).for_each(|_| client.probe().expect("the pool is fine")));
+            scope.spawn(|| (0..200).for_each(|_| client.probe().expect("the pool is usable")));
         }
     });
 }

@@ -1,4 +1,4 @@
-//! The process: its socket, its pools, its end, its log.
+//! The driver process: its socket, arguments, log, capabilities and shutdown.
 
 use hostdir::csi::proto::volume_capability::access_mode::Mode;
 use hostdir::csi::proto::{CreateVolumeRequest, DeleteVolumeRequest, NodeGetInfoRequest, NodePublishVolumeRequest};
@@ -13,7 +13,7 @@ use std::fs;
 use tonic::Code;
 
 #[needs(Root)]
-fn one_operation_at_a_time_per_volume_and_different_ones_in_parallel() {
+fn calls_for_one_volume_exclude_each_other_and_others_run_in_parallel() {
     let scratch = Scratch::new();
     let driver = Driver::new(&scratch)
         .pool("default", &scratch.path("pool"))
@@ -34,12 +34,14 @@ fn one_operation_at_a_time_per_volume_and_different_ones_in_parallel() {
             assert_eq!(status.code(), Code::Aborted);
             assert!(status.message().contains("pvc-1"), "{status}");
         }
-        other.publish("pvc-2", &scratch.path("t")).expect("another volume");
-        other.probe().expect("the driver as a whole");
+        other
+            .publish("pvc-2", &scratch.path("t"))
+            .expect("another volume is not blocked");
+        other.probe().expect("the driver answers");
         process.faults().release();
-        first.join().expect("no panic").expect("the first call");
+        first.join().expect("no panic").expect("the first call succeeds");
     });
-    client.create("pvc-1").expect("the same call again");
+    client.create("pvc-1").expect("the same call succeeds again");
 }
 
 #[needs(Root)]
@@ -56,7 +58,7 @@ fn sigterm_lets_running_calls_end_and_leaves_no_socket() {
         process.signal(Signal::SIGTERM);
         process.wait_for_log("stopping");
         process.faults().release();
-        call.join().expect("no panic").expect("the call that was running");
+        call.join().expect("no panic").expect("the running call succeeds");
     });
     assert!(process.ended().success(), "{}", process.log());
     assert!(!driver.socket.exists(), "the socket was left behind");
@@ -66,7 +68,7 @@ fn sigterm_lets_running_calls_end_and_leaves_no_socket() {
 }
 
 #[needs(Root)]
-fn a_stale_socket_is_replaced_and_a_live_one_refused() {
+fn a_stale_socket_is_replaced_and_a_socket_in_use_is_refused() {
     let scratch = Scratch::new();
     let driver = Driver::new(&scratch).pool("default", &scratch.path("pool"));
     driver.start().kill();
@@ -78,7 +80,7 @@ fn a_stale_socket_is_replaced_and_a_live_one_refused() {
     fs::remove_file(&driver.socket).unwrap();
     fs::write(&driver.socket, "a file").unwrap();
     let refusal = driver.refuses();
-    assert!(refusal.contains("is no socket"), "{refusal}");
+    assert!(refusal.contains("is not a socket"), "{refusal}");
 }
 
 #[needs(Root)]
@@ -97,12 +99,12 @@ fn a_second_process_on_a_pool_says_so_and_takes_over_when_the_first_ends() {
         );
     }
     first.kill();
-    other.probe().expect("the pool is free");
+    other.probe().expect("the second process serves the pool");
     assert_eq!(other.list(0), ["pvc-1"]);
 }
 
 #[needs(Root)]
-fn mistakes_on_the_command_line_are_named() {
+fn wrong_arguments_are_refused_with_the_reason() {
     let scratch = Scratch::new();
     let pool = scratch.path("pool");
     for (driver, word) in [
@@ -208,7 +210,7 @@ fn a_node_of_elected_mode_logs_no_secrets_either() {
 }
 
 #[needs(Root)]
-fn a_node_name_longer_than_a_label_has_a_topology_all_the_same() {
+fn a_node_name_longer_than_a_label_still_has_a_topology() {
     let scratch = Scratch::new();
     let name = format!("{}.example.com", "n".repeat(100));
     let driver = Driver::on_node(&scratch, &name).pool("default", &scratch.path("pool"));
@@ -220,12 +222,12 @@ fn a_node_name_longer_than_a_label_has_a_topology_all_the_same() {
 }
 
 #[needs(Root)]
-fn it_keeps_only_the_capabilities_it_needs() {
+fn the_driver_keeps_only_the_capabilities_it_needs() {
     let scratch = Scratch::new();
     let (process, _client) = start(&Driver::new(&scratch).pool("default", &scratch.path("pool")));
     // CHOWN 0, DAC_OVERRIDE 1, FOWNER 3, FSETID 4, LINUX_IMMUTABLE 9, SYS_ADMIN 21: linux/capability.h
     let kept = format!("{:016x}", 1 << 0 | 1 << 1 | 1 << 3 | 1 << 4 | 1 << 9 | 1 << 21);
-    // Every thread, and those of the eraser and the calls, too.
+    // Every thread, including those of the eraser and of the calls.
     for task in names(format!("/proc/{}/task", process.pid())) {
         let status = fs::read_to_string(format!("/proc/{}/task/{task}/status", process.pid())).unwrap();
         let field = |name: &str| {
@@ -245,7 +247,7 @@ fn it_keeps_only_the_capabilities_it_needs() {
 }
 
 #[needs(Root)]
-fn a_list_without_a_pool_is_no_list() {
+fn listing_fails_while_a_pool_is_unusable() {
     let scratch = Scratch::new();
     let driver = Driver::new(&scratch)
         .pool("default", &scratch.path("pool"))
@@ -258,7 +260,7 @@ fn a_list_without_a_pool_is_no_list() {
 }
 
 #[needs(Root)]
-fn a_node_without_its_api_server_mounts_what_is_there_and_nothing_else() {
+fn a_node_without_api_server_mounts_only_volumes_that_are_ready() {
     let scratch = Scratch::new();
     let (pool, target) = (scratch.path("pool"), scratch.path("t"));
     let (process, client) = start(&Driver::new(&scratch).pool("default", &pool));
@@ -280,15 +282,15 @@ fn a_node_without_its_api_server_mounts_what_is_there_and_nothing_else() {
     }
     assert!(
         !pool.join("volumes/unused/data").exists(),
-        "a directory was made unasked"
+        "data/ of an unused volume was made"
     );
     assert_eq!(names(pool.join("volumes")), ["unused", "used"]);
-    // A node makes no volumes.
+    // A node does not serve CreateVolume.
     assert_eq!(client.create("new").unwrap_err().code(), Code::Unimplemented);
 }
 
 #[needs(Root, LoopDevices)]
-fn a_disk_that_hangs_holds_up_nobody_else() {
+fn a_hanging_disk_does_not_block_other_pools() {
     let scratch = Scratch::new();
     let disk = scratch.mkdir("disk");
     let sh = |script: &str| run(std::process::Command::new("sh").args(["-ec", script]));
@@ -315,7 +317,7 @@ fn a_disk_that_hangs_holds_up_nobody_else() {
     wait_until("the disk answers", || client.delete("never-made").is_ok());
 }
 
-/// Lets a frozen filesystem go on: frozen, it cannot even be unmounted.
+/// Thaws a frozen filesystem on drop: while frozen, it cannot even be unmounted.
 struct Thaw(std::path::PathBuf);
 
 impl Drop for Thaw {

@@ -1,4 +1,4 @@
-//! Volumes come, are counted, and go.
+//! CreateVolume, GetCapacity, ListVolumes, ValidateVolumeCapabilities and DeleteVolume.
 
 use std::fs;
 
@@ -26,7 +26,7 @@ fn small() -> (Scratch, Process, Client) {
     (scratch, process, client)
 }
 
-/// Nowhere but on this node.
+/// A topology that only has `node`.
 fn only_on(node: &str) -> TopologyRequirement {
     let segments = map(&[("topology.hostdir.csi/node", node)]);
     TopologyRequirement {
@@ -35,7 +35,7 @@ fn only_on(node: &str) -> TopologyRequirement {
     }
 }
 
-/// Refused with `code`, in words that hold `word`.
+/// Checks that CreateVolume fails with `code` and a message that contains `word`.
 fn refused(client: &Client, request: CreateVolumeRequest, code: Code, word: &str) {
     let status = client.create_as(request).expect_err(word);
     assert_eq!(status.code(), code, "{}", status.message());
@@ -56,7 +56,7 @@ fn creating_a_volume_twice_gives_one_volume() {
 }
 
 #[needs(Root)]
-fn a_name_is_taken_by_one_size_one_class_and_one_node() {
+fn a_repeated_create_with_another_size_parameters_or_topology_is_refused() {
     let (_scratch, _process, client) = small();
     let request = || create_request("pvc-1");
     client.create_as(request()).unwrap();
@@ -95,7 +95,7 @@ fn a_name_is_taken_by_one_size_one_class_and_one_node() {
 }
 
 #[needs(Root)]
-fn what_cannot_be_here_is_refused_so_that_the_pod_goes_elsewhere() {
+fn a_create_that_this_node_cannot_serve_gets_resource_exhausted() {
     let (scratch, _process, client) = small();
     let request = || create_request("pvc-1");
     let there = CreateVolumeRequest {
@@ -118,7 +118,7 @@ fn what_cannot_be_here_is_refused_so_that_the_pod_goes_elsewhere() {
 }
 
 #[needs(Root)]
-fn what_no_node_can_do_is_refused_in_words() {
+fn a_create_that_no_node_can_serve_is_refused_with_the_reason() {
     let (_scratch, _process, client) = small();
     let request = || create_request("pvc-1");
     let with = |capability| CreateVolumeRequest {
@@ -175,7 +175,7 @@ fn what_no_node_can_do_is_refused_in_words() {
 }
 
 #[needs(Root)]
-fn the_last_room_is_given_once_however_many_ask() {
+fn concurrent_creates_never_allocate_more_than_the_room() {
     let (scratch, mut process, client) = small();
     let clients: Vec<Client> = (0..8).map(|_| process.connect()).collect();
     let made: usize = std::thread::scope(|scope| {
@@ -222,16 +222,17 @@ fn capacity_is_the_largest_volume_that_can_be_created() {
     assert_eq!(
         client.capacity("default"),
         256 * MIB - 150 * MIB,
-        "forgotten by a restart"
+        "the restart forgot pvc-1"
     );
     client.delete("pvc-1").unwrap();
     assert_eq!(client.capacity("default"), empty);
 
     fs::write(scratch.path("disk/somebody-elses"), vec![1; 128 << 20]).unwrap();
     let room = client.capacity("default");
-    assert!(room <= 128 * MIB, "what others use counts as room: {room}");
+    assert!(room <= 128 * MIB, "space that others use counts as room: {room}");
     refused(&client, request(129), Code::ResourceExhausted, "do not fit");
-    // What no node can do must come to CreateVolume, which says why; without capacity it would never get there.
+    // A request that no node can serve must reach CreateVolume, which says why. The scheduler would stop it if there were no
+    // capacity.
     assert_eq!(client.capacity("no-such-pool"), i64::MAX);
     let request = GetCapacityRequest {
         parameters: map(&[("poool", "x")]),
@@ -268,14 +269,14 @@ fn reserve_and_overcommit_limit_what_is_allocated() {
 }
 
 #[needs(Root)]
-fn a_list_is_given_by_pages_and_strange_tokens_are_refused() {
+fn lists_come_in_pages_and_invalid_tokens_are_refused() {
     let (_scratch, _process, client) = small();
     let ids: Vec<String> = (0..7).map(|number| format!("pvc-{number}")).collect();
     for id in &ids {
         client.create(id).unwrap();
     }
     for page in [0, 1, 3, 7, 8] {
-        assert_eq!(client.list(page), ids, "by pages of {page}");
+        assert_eq!(client.list(page), ids, "in pages of {page}");
     }
     for token in ["pvc-1", "after:", "after:../x", "7"] {
         let request = ListVolumesRequest {
@@ -307,7 +308,7 @@ fn a_list_is_given_by_pages_and_strange_tokens_are_refused() {
 }
 
 #[needs(Root)]
-fn capabilities_are_confirmed_or_not_in_words() {
+fn capabilities_are_confirmed_or_refused_with_the_reason() {
     let (_scratch, _process, client) = small();
     client.create("pvc-1").unwrap();
     let validate = |mode, parameters| {
@@ -335,7 +336,7 @@ fn capabilities_are_confirmed_or_not_in_words() {
 }
 
 #[needs(Root)]
-fn a_claim_is_kept_with_its_volume() {
+fn the_record_of_a_volume_names_its_claim() {
     let (scratch, _process, client) = small();
     let parameters = map(&[
         ("csi.storage.k8s.io/pvc/name", "data"),
@@ -358,7 +359,7 @@ fn a_claim_is_kept_with_its_volume() {
 }
 
 #[needs(Root)]
-fn a_deleted_volume_can_be_made_again_and_is_empty() {
+fn a_volume_recreated_under_the_same_name_is_empty() {
     let (scratch, _process, client) = small();
     let target = scratch.mkdir("pods").join("target");
     for _ in 0..3 {
@@ -375,7 +376,7 @@ fn a_deleted_volume_can_be_made_again_and_is_empty() {
 }
 
 #[needs(Root)]
-fn what_others_free_becomes_room() {
+fn space_that_others_free_becomes_room() {
     let scratch = Scratch::new();
     let disk = scratch.tmpfs("disk", "256M");
     fs::write(disk.join("junk"), vec![1; 100 << 20]).unwrap();

@@ -1,7 +1,8 @@
-//! Sizes that the kernel enforces: on XFS, ext4 and btrfs in a machine of our own, and on btrfs here; and power cuts.
+//! Sizes that the kernel enforces, on XFS, ext4 and btrfs in machines of User-Mode Linux (UML) and on this machine's btrfs;
+//! and power cuts.
 //!
-//! This program runs on both sides: outside it starts machines ([`hostdir_lab::uml`]) in which it runs itself, with the tests that
-//! need `Guest`.
+//! This program runs outside and inside: outside it starts UML machines ([`hostdir_lab::uml`]), which run this program
+//! again with the tests that need `Guest`.
 
 mod guest;
 mod place;
@@ -24,7 +25,7 @@ fn main() -> std::process::ExitCode {
     hostdir_lab::harness::main(env!("CARGO_BIN_EXE_hostdir"))
 }
 
-/// Size of the disks, in MiB: XFS takes none below 300, and a thousand subvolumes take room.
+/// Size of the disks, in MiB: XFS needs at least 300, and a thousand subvolumes take space.
 const DISK: u64 = 1536;
 
 #[needs(Root, Uml)]
@@ -42,23 +43,23 @@ fn sizes_hold_on_btrfs() {
     Machine::new(Filesystem::Btrfs, DISK).run("guest::", Files::InMemory, &[]);
 }
 
-/// What death and failure at every step do to a pool without quotas, they do to one with them.
+/// A pool with quotas survives death at every step, as one without quotas does (`driver/crash.rs`).
 #[needs(Root, Uml)]
-fn death_at_every_step_leaves_limits_and_projects_whole_on_xfs() {
+fn limits_and_projects_survive_death_at_every_step_on_xfs() {
     Machine::new(Filesystem::Xfs, DISK).run("guest_dies_", Files::OnDisk, &[]);
 }
 
 #[needs(Root, Uml)]
-fn death_at_every_step_leaves_limits_and_projects_whole_on_ext4() {
+fn limits_and_projects_survive_death_at_every_step_on_ext4() {
     Machine::new(Filesystem::Ext4, DISK).run("guest_dies_", Files::OnDisk, &[]);
 }
 
 #[needs(Root, Uml)]
-fn failure_at_every_step_leaves_limits_and_projects_whole_on_xfs() {
+fn limits_and_projects_survive_failure_at_every_step_on_xfs() {
     Machine::new(Filesystem::Xfs, DISK).run("guest_fails_", Files::OnDisk, &[]);
 }
 
-/// The calls that change what quotas know.
+/// Only the calls that change quotas.
 #[needs(Guest)]
 fn guest_dies_at_every_step() {
     let calls = [Call::FirstPublish, Call::Expand, Call::DeleteAndErase];
@@ -72,14 +73,14 @@ fn guest_fails_at_every_step() {
 }
 
 #[needs(Root, Btrfs)]
-fn death_at_every_step_leaves_quota_groups_whole_on_btrfs_of_this_machine() {
+fn quota_groups_survive_death_at_every_step_on_btrfs_of_this_machine() {
     let scratch = Scratch::new();
     let disk = btrfs(&scratch, false);
     break_every_step(Filesystem::Btrfs, &disk, &Call::ALL, steps::dies_at_every_step);
 }
 
 #[needs(Root, Btrfs)]
-fn failure_at_every_step_leaves_quota_groups_whole_on_btrfs_of_this_machine() {
+fn quota_groups_survive_failure_at_every_step_on_btrfs_of_this_machine() {
     let scratch = Scratch::new();
     let disk = btrfs(&scratch, false);
     break_every_step(Filesystem::Btrfs, &disk, &Call::ALL, fails_at_every_step);
@@ -89,16 +90,16 @@ fn fails_at_every_step(scene: &Scene, call: Call) {
     steps::fails_at_every_step(scene, call, Errno::EIO);
 }
 
-/// Breaks every step of calls on a pool that requires quotas: each volume is then held to its size, or is refused. In the end quotas know
-/// nothing that they did not know before.
+/// Breaks every step of `calls` on a pool that requires quotas: each volume must then be enforced, or refused. In the end
+/// quotas must know the same ids as before.
 fn break_every_step(filesystem: Filesystem, disk: &Path, calls: &[Call], break_steps: fn(&Scene, Call)) {
     let before = known_to_quotas(filesystem, disk);
     let scene = Scene::with_quotas_in(disk);
     for call in calls {
         break_steps(&scene, *call);
-        // What the last process had no time for, the next one does when it opens the pool.
+        // A new process finishes what the last one left undone when it opens the pool.
         let (_process, _client) = start(&scene.healthy());
-        wait_until("quotas know of no volume", || {
+        wait_until("quotas know no volume's id any more", || {
             known_to_quotas(filesystem, disk) == before
         });
     }
@@ -114,7 +115,7 @@ fn sizes_hold_on_btrfs_of_this_machine_with_simple_quotas() {
     on_this_machine(true);
 }
 
-/// A filesystem with quotas on a loop device, which goes with the mount.
+/// Mounts a btrfs with quotas from a loop device, which the kernel releases with the mount.
 fn btrfs(scratch: &Scratch, simple: bool) -> PathBuf {
     let image = Filesystem::Btrfs.make(&scratch.path(""), DISK);
     let disk = scratch.mkdir("disk");
@@ -123,7 +124,7 @@ fn btrfs(scratch: &Scratch, simple: bool) -> PathBuf {
     disk
 }
 
-/// The scenarios on a loop device.
+/// Runs all scenarios on this machine's btrfs.
 fn on_this_machine(simple: bool) {
     for (name, scenario) in scenarios::ALL {
         let scratch = Scratch::new();

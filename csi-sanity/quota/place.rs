@@ -1,4 +1,4 @@
-//! A disk with quotas, a driver with a pool on it, and what can be asked of both.
+//! A disk with quotas, a driver with a pool on it, and helpers for both.
 
 use std::fs::{self, OpenOptions};
 use std::io::{ErrorKind, Write};
@@ -18,11 +18,11 @@ use hostdir_lab::{Client, DEADLINE, Driver, Process, Scratch};
 
 pub(super) const MIB: u64 = 1 << 20;
 
-/// A disk, and everything that a scenario needs beside it.
+/// A disk, and everything else that a scenario needs.
 pub(super) struct Place {
     pub(super) disk: PathBuf,
     pub(super) filesystem: Filesystem,
-    /// Whether it has the simple quotas of btrfs.
+    /// Whether the disk has the simple quotas of btrfs.
     pub(super) simple: bool,
     pub(super) pool: PathBuf,
     pub(super) scratch: Scratch,
@@ -37,7 +37,7 @@ pub(super) struct Served<'a> {
 
 impl Place {
     pub(super) fn new(scratch: Scratch, disk: PathBuf, filesystem: Filesystem, simple: bool) -> Self {
-        // Several scenarios may have the same disk, one after the other.
+        // Several scenarios may use the same disk, one after the other.
         let count = names(&disk).len();
         let pool = disk.join(format!("pool-{count}"));
         scratch.mkdir("pods");
@@ -50,7 +50,7 @@ impl Place {
         }
     }
 
-    /// The driver, told so about its pool, in YAML: `quota: required`.
+    /// The driver, with settings of its pool in YAML, such as `quota: required`.
     pub(super) fn driver(&self, settings: &str) -> Driver {
         let path = self.scratch.path("config.yaml");
         let pool = self.pool.display();
@@ -70,7 +70,7 @@ impl Place {
         }
     }
 
-    /// With quotas required.
+    /// Starts the driver with quotas required.
     pub(super) fn start(&self) -> Served<'_> {
         self.serve("quota: required")
     }
@@ -79,30 +79,30 @@ impl Place {
         self.scratch.path("pods").join(id)
     }
 
-    /// The directory of a volume in the pool.
+    /// The data directory of a volume.
     pub(super) fn data(&self, id: &str) -> PathBuf {
         self.pool.join("volumes").join(id).join("data")
     }
 
-    /// The file with the record of a volume.
+    /// The path of a volume's record.
     pub(super) fn record(&self, id: &str) -> PathBuf {
         self.pool.join("volumes").join(id).join("volume.json")
     }
 
-    /// What the record of a volume says.
+    /// Reads the record of a volume.
     pub(super) fn read_record(&self, id: &str) -> serde_json::Value {
         let text = fs::read(self.record(id)).expect("read a record");
         serde_json::from_slice(&text).expect("a record is whole")
     }
 
-    /// The project that a record names.
+    /// The project id in the record of a volume.
     pub(super) fn project(&self, id: &str) -> u64 {
         self.read_record(id)["project"].as_u64().expect("a project")
     }
 
-    /// How much may be written beyond a limit, or is taken by what the filesystem notes of files: a few blocks.
+    /// How much usage may differ from the bytes written, because of the filesystem's metadata.
     pub(super) fn slack(&self) -> u64 {
-        // btrfs counts metadata of up to 16 KiB a node, and reserves more while it writes.
+        // btrfs counts metadata nodes of 16 KiB, and reserves more while it writes.
         if self.filesystem.has_projects() {
             64 << 10
         } else {
@@ -110,14 +110,14 @@ impl Place {
         }
     }
 
-    /// Ids that quotas know of on the whole disk: see [`disk::known_to_quotas`].
+    /// The ids that quotas know on the whole disk: see [`disk::known_to_quotas`].
     pub(super) fn known_to_quotas(&self) -> Vec<u64> {
         disk::known_to_quotas(self.filesystem, &self.disk)
     }
 }
 
 impl Served<'_> {
-    /// Makes a volume that everybody may write into, and publishes it; its target.
+    /// Makes a volume with mode 0777 and publishes it. Returns its target.
     pub(super) fn volume(&self, id: &str, mib: u64) -> PathBuf {
         self.create(id, mib);
         self.publish(id)
@@ -137,14 +137,13 @@ impl Served<'_> {
         self.client.unpublish(id, &self.place.target(id)).expect("unpublish");
     }
 
-    /// Grows a volume.
     pub(super) fn expand(&self, id: &str, mib: u64) {
         self.client
             .expand(id, i64::try_from(mib * MIB).expect("a size"))
             .expect("expand");
     }
 
-    /// Deletes volumes that are published, and waits until nothing of them is left.
+    /// Unpublishes and deletes volumes, and waits until they are erased.
     pub(super) fn clear(&self, ids: &[&str]) {
         for id in ids {
             self.unpublish(id);
@@ -153,18 +152,18 @@ impl Served<'_> {
         self.trash_empties();
     }
 
-    /// Waits until all that was deleted is erased.
+    /// Waits until all deleted volumes are erased.
     pub(super) fn trash_empties(&self) {
         let trash = self.place.pool.join("trash");
         let start = Instant::now();
         while !names(&trash).is_empty() {
             let left = names(&trash).join(" ");
-            assert!(start.elapsed() < DEADLINE, "not erased:\n{left}{}", self.process.log());
+            assert!(start.elapsed() < DEADLINE, "not erased: {left}\n{}", self.process.log());
             std::thread::sleep(Duration::from_millis(5));
         }
     }
 
-    /// Total and used of a volume: bytes or inodes.
+    /// The total and used bytes or inodes of a volume.
     pub(super) fn stats(&self, id: &str, unit: Unit) -> (u64, u64) {
         let usage = self
             .client
@@ -173,14 +172,14 @@ impl Served<'_> {
         let usage = usage
             .into_iter()
             .find(|usage| usage.unit == i32::from(unit))
-            .expect("that unit");
+            .expect("the statistics have this unit");
         assert!(usage.available <= usage.total, "{usage:?}");
         let number = |number: i64| u64::try_from(number).expect("not negative");
         (number(usage.total), number(usage.used))
     }
 }
 
-/// A request for a volume that everybody may write into.
+/// A request for a volume with mode 0777.
 pub(super) fn request(id: &str, mib: u64) -> CreateVolumeRequest {
     CreateVolumeRequest {
         parameters: map(&[("mode", "0777")]),
@@ -192,7 +191,7 @@ pub(super) fn request(id: &str, mib: u64) -> CreateVolumeRequest {
     }
 }
 
-/// Writes into a file until no more can be written, or `most` bytes are; how many were.
+/// Writes into a file until the disk or quota is full, or until `most` bytes are written. Returns the bytes written.
 pub(super) fn fill(file: &Path, most: u64) -> u64 {
     let is_full = |error: &std::io::Error| matches!(error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded);
     let mut open = match OpenOptions::new().create(true).append(true).open(file) {
@@ -208,14 +207,15 @@ pub(super) fn fill(file: &Path, most: u64) -> u64 {
             Err(error) => panic!("write {}: {error}", file.display()),
         }
     }
-    // Delayed allocation may find out later.
+    // With delayed allocation the error may come only here.
     if let Err(error) = open.sync_all() {
         assert!(is_full(&error), "sync {}: {error}", file.display());
     }
     written
 }
 
-/// Runs something on a thread that is root without `CAP_SYS_RESOURCE`, as containers are: with it, ext4 knows no limit.
+/// Runs `work` on a thread that is root without `CAP_SYS_RESOURCE`, as in a container: with this capability, ext4 ignores
+/// limits.
 pub(super) fn as_in_a_container<T: Send>(work: impl FnOnce() -> T + Send) -> T {
     std::thread::scope(|scope| {
         let thread = scope.spawn(|| {
@@ -226,7 +226,7 @@ pub(super) fn as_in_a_container<T: Send>(work: impl FnOnce() -> T + Send) -> T {
     })
 }
 
-/// Whether a plain user can write so many bytes into a new file.
+/// Whether an unprivileged user can write `bytes` bytes into a new file.
 pub(super) fn user_writes(file: &Path, bytes: u64) -> bool {
     let mut dd = Command::new("dd");
     dd.args(["if=/dev/zero", "bs=4096", "conv=fsync", "status=none"])

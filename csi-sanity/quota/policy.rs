@@ -1,4 +1,5 @@
-//! What an administrator configures, and does: `required`, `auto` and `off`, quotas that come and go, records that are edited.
+//! What an administrator configures and changes: quota `required`, `auto` and `off`, quotas switched on and off, edited
+//! records.
 
 use std::fs;
 use std::os::unix::process::CommandExt as _;
@@ -13,30 +14,27 @@ use hostdir_lab::disk::{Filesystem, run};
 use hostdir_lab::scratch::mounts_below;
 use hostdir_lab::{uml, wait_until};
 
-pub(super) fn without_quotas_required_refuses_and_auto_says_so(place: &Place) {
-    let way_out = match place.filesystem {
+pub(super) fn without_quotas_required_refuses_and_auto_warns(place: &Place) {
+    let remedy = match place.filesystem {
         Filesystem::Xfs => "prjquota",
         Filesystem::Ext4 => "tune2fs",
         Filesystem::Btrfs => "btrfs quota enable",
     };
     let served = place.start();
     let refusal = served.client.probe().expect_err("there are no quotas");
-    assert!(refusal.message().contains(way_out), "{}", refusal.message());
+    assert!(refusal.message().contains(remedy), "{}", refusal.message());
     let refusal = served.client.create("refused").expect_err("there are no quotas");
     assert_eq!(refusal.code(), Code::Unavailable);
-    assert!(refusal.message().contains(way_out), "{}", refusal.message());
+    assert!(refusal.message().contains(remedy), "{}", refusal.message());
     drop(served);
 
     let served = place.serve("quota: auto");
     let log = served.process.log();
-    assert!(
-        log.contains("volumes are not limited") && log.contains(way_out),
-        "{log}"
-    );
+    assert!(log.contains("volumes are not limited") && log.contains(remedy), "{log}");
     let target = served.volume("free", 16);
     as_in_a_container(|| fill(&target.join("file"), 24 * MIB));
     fs::hard_link(target.join("file"), target.join("link")).expect("link");
-    // Counted, file by file, and each but once.
+    // Without quotas the driver adds up the files, and counts hard links once.
     let (total, used) = served.stats("free", Unit::Bytes);
     assert_eq!(total, 16 * MIB);
     assert!((24 * MIB..25 * MIB).contains(&used), "24 MiB take {used}");
@@ -46,22 +44,25 @@ pub(super) fn without_quotas_required_refuses_and_auto_says_so(place: &Place) {
     served.clear(&["free"]);
 }
 
-pub(super) fn quotas_that_are_off_lift_limits_and_on_again_set_them(place: &Place) {
+pub(super) fn quota_off_lifts_limits_and_quota_auto_sets_them_again(place: &Place) {
     let served = place.start();
     let target = served.volume("limited", 16);
     drop(served);
     let served = place.serve("quota: \"off\"");
     assert!(
         user_writes(&target.join("file"), 24 * MIB),
-        "it is limited all the same"
+        "volume limited is still limited"
     );
     let free = served.volume("free", 16);
-    assert!(user_writes(&free.join("file"), 24 * MIB), "it is limited all the same");
+    assert!(user_writes(&free.join("file"), 24 * MIB), "volume free is limited");
     drop(served);
 
     let served = place.serve("quota: auto");
-    assert!(!user_writes(&target.join("more"), 4 * MIB), "it is not limited again");
-    // Made without: it stays so, and that is said.
+    assert!(
+        !user_writes(&target.join("more"), 4 * MIB),
+        "volume limited is not limited again"
+    );
+    // A volume made without a limit stays unenforced, which is logged.
     assert!(
         served.process.log().contains("volume is not limited to its size"),
         "{}",
@@ -72,14 +73,14 @@ pub(super) fn quotas_that_are_off_lift_limits_and_on_again_set_them(place: &Plac
     let refusal = served
         .client
         .publish("free", &place.scratch.path("pods").join("elsewhere"))
-        .expect_err("all have to be limited");
+        .expect_err("an unenforced volume was published with quotas required");
     assert_eq!(refusal.code(), Code::FailedPrecondition);
     assert!(refusal.message().contains("copy its data"), "{}", refusal.message());
     served.clear(&["limited", "free"]);
 }
 
-pub(super) fn ids_in_use_are_given_to_nobody(place: &Place) {
-    // Three ids, the first of which somebody else uses.
+pub(super) fn project_ids_in_use_are_not_given_out(place: &Place) {
+    // Three project ids, the first of which is in use outside the pool.
     let foreign = place.disk.join("foreign-project");
     fs::create_dir(&foreign).expect("make a directory");
     run(Command::new("chattr").args(["-p", "5000"]).arg(&foreign));
@@ -94,12 +95,12 @@ pub(super) fn ids_in_use_are_given_to_nobody(place: &Place) {
         let refusal = served
             .client
             .publish("third", &place.target("third"))
-            .expect_err("no id is left");
+            .expect_err("no project id is left");
         assert!(refusal.message().contains("widen projectIds"), "{}", refusal.message());
     };
     refused();
 
-    // What lies in the trash has its id still.
+    // A volume in the trash keeps its project id until it is erased.
     let (first, stuck) = (place.project("first"), place.data("first").join("stuck"));
     fs::create_dir(&stuck).expect("make a directory");
     served.unpublish("first");
@@ -114,7 +115,7 @@ pub(super) fn ids_in_use_are_given_to_nobody(place: &Place) {
     served.create("waker", 1);
     served.client.delete("waker").expect("delete");
     served.trash_empties();
-    wait_until("the id is given back", || {
+    wait_until("the project id is free again", || {
         served.client.publish("third", &place.target("third")).is_ok()
     });
     assert_eq!(place.project("third"), first);
@@ -122,9 +123,9 @@ pub(super) fn ids_in_use_are_given_to_nobody(place: &Place) {
     fs::remove_dir(&foreign).expect("remove a directory");
 }
 
-/// The kernel lets an owner take a file out of its project, unless in a user namespace (`fileattr_set_prepare`, fs/file_attr.c):
-/// what deploy/README.md tells people to do about tenants they do not trust.
-pub(super) fn in_a_user_namespace_no_file_leaves_its_project(place: &Place) {
+/// The kernel lets a file's owner take it out of its project, except from a user namespace (`fileattr_set_prepare`,
+/// fs/file_attr.c). deploy/README.md recommends user namespaces for untrusted tenants.
+pub(super) fn a_file_cannot_leave_its_project_from_a_user_namespace(place: &Place) {
     let served = place.start();
     let target = served.volume("kept", 16);
     assert!(user_writes(&target.join("file"), MIB));
@@ -143,9 +144,12 @@ pub(super) fn in_a_user_namespace_no_file_leaves_its_project(place: &Place) {
         .uid(1000)
         .gid(1000)
         .status();
-    assert!(alone.expect("run unshare").success(), "no user namespace can be made");
+    assert!(
+        alone.expect("run unshare").success(),
+        "this kernel cannot make a user namespace"
+    );
     let refused = leave(&inside);
-    assert!(!refused.status.success(), "it left: {refused:?}");
+    assert!(!refused.status.success(), "the file left its project: {refused:?}");
     let project = place.project("kept").to_string();
     let shown = run(Command::new("lsattr").arg("-p").arg(target.join("file")));
     assert!(shown.trim_start().starts_with(&project), "{shown}");
@@ -159,7 +163,7 @@ fn edit(place: &Place, id: &str, change: impl FnOnce(&mut serde_json::Map<String
     fs::write(place.record(id), record.to_string()).expect("write a record");
 }
 
-/// Refused, in words that hold `words`.
+/// Checks that publishing a volume fails with a message that contains `words`.
 fn refused(served: &Served<'_>, id: &str, words: &str) {
     let target = served.place.target(id);
     let refusal = served.client.publish(id, &target).expect_err(words);
@@ -171,15 +175,18 @@ fn refused(served: &Served<'_>, id: &str, words: &str) {
     );
 }
 
-/// Mounted, and held to 16 MiB.
-fn is_held(served: &Served<'_>, id: &str) {
+/// Publishes a volume of 16 MiB, checks that it is limited, and unpublishes it.
+fn assert_limited(served: &Served<'_>, id: &str) {
     let target = served.publish(id);
-    assert!(!user_writes(&target.join("much"), 20 * MIB), "{id} is not limited");
+    assert!(
+        !user_writes(&target.join("much"), 20 * MIB),
+        "volume {id} is not limited"
+    );
     fs::remove_file(target.join("much")).expect("remove");
     served.unpublish(id);
 }
 
-pub(super) fn records_that_are_edited_are_told_from_what_is_on_the_disk(place: &Place) {
+pub(super) fn edited_records_that_contradict_the_disk_are_refused(place: &Place) {
     let served = place.start();
     let ids = ["another", "none", "zero", "sound"];
     for id in ids {
@@ -209,13 +216,13 @@ pub(super) fn records_that_are_edited_are_told_from_what_is_on_the_disk(place: &
     }
     let served = place.start();
     for id in ids {
-        is_held(&served, id);
+        assert_limited(&served, id);
         served.publish(id);
     }
     served.clear(&ids);
 }
 
-pub(super) fn directories_that_leave_their_project_are_missed(place: &Place) {
+pub(super) fn a_directory_that_left_its_project_is_refused(place: &Place) {
     let served = place.start();
     for id in ["victim", "attacker"] {
         served.volume(id, 16);
@@ -223,55 +230,55 @@ pub(super) fn directories_that_leave_their_project_are_missed(place: &Place) {
     }
     let (victim, own) = (place.project("victim"), place.project("attacker"));
     fs::write(place.data("attacker").join("file"), "copied").expect("write");
-    // Into none, as after a copy that knows of no projects; and into that of a neighbour.
+    // Moves the directory out of any project, as a plain copy would, and then into a neighbour's project.
     for project in [0, victim] {
         run(Command::new("chattr")
             .args(["-p", &project.to_string()])
             .arg(place.data("attacker")));
         refused(&served, "attacker", &format!("chattr -R -f -p {own} DIR"));
-        is_held(&served, "victim");
+        assert_limited(&served, "victim");
     }
     drop(served);
     let served = place.start();
     refused(&served, "attacker", &format!("chattr -R -f -p {own} DIR"));
-    is_held(&served, "victim");
+    assert_limited(&served, "victim");
     served.publish("victim");
     assert_eq!(served.stats("victim", Unit::Bytes).0, 16 * MIB);
 
-    // What the message says, does.
+    // The commands in the message repair the volume.
     let data = place.data("attacker").display().to_string();
     let cure = format!("chattr -R -f -p {own} {data}; find {data} -type d -exec chattr +P {{}} +");
     run(Command::new("sh").args(["-c", &cure]));
-    is_held(&served, "attacker");
+    assert_limited(&served, "attacker");
     let target = served.publish("attacker");
     assert_eq!(fs::read_to_string(target.join("file")).expect("read"), "copied");
 
-    // Erased while it is in the project of another: that one stays limited.
+    // Erasing a volume that is in another's project leaves the other limited.
     run(Command::new("chattr")
         .args(["-R", "-f", "-p", &victim.to_string()])
         .arg(&data));
     served.clear(&["attacker"]);
-    is_held_where_it_is(&served, "victim");
+    assert_still_limited(&served, "victim");
     served.clear(&["victim"]);
 }
 
-fn is_held_where_it_is(served: &Served<'_>, id: &str) {
+fn assert_still_limited(served: &Served<'_>, id: &str) {
     let target = served.place.target(id);
     assert!(
         !user_writes(&target.join("much"), 20 * MIB),
-        "{id} is not limited any more"
+        "volume {id} is no longer limited"
     );
     fs::remove_file(target.join("much")).expect("remove");
 }
 
-pub(super) fn quotas_that_are_switched_off_are_missed(place: &Place) {
+pub(super) fn quotas_switched_off_on_the_filesystem_are_noticed(place: &Place) {
     let (off, on): (&[&str], &[&str]) = match place.filesystem {
         Filesystem::Xfs => (
             &["xfs_quota", "-x", "-c", "disable -p"],
             &["xfs_quota", "-x", "-c", "enable -p"],
         ),
         Filesystem::Ext4 => (&["quotaoff", "-P"], &["quotaon", "-P"]),
-        // Whatever is switched on again counts anew.
+        // Enabled again, btrfs would count from scratch.
         Filesystem::Btrfs => (&["btrfs", "quota", "disable"], &[]),
     };
     let switch = |args: &[&str]| drop(run(Command::new(args[0]).args(&args[1..]).arg(&place.disk)));
@@ -289,31 +296,36 @@ pub(super) fn quotas_that_are_switched_off_are_missed(place: &Place) {
             refusal.message()
         );
     }
-    // What runs, ends.
+    // A published volume can be unpublished.
     served.unpublish("old");
     if on.is_empty() {
         return;
     }
     switch(on);
     let target = served.publish("new");
-    assert!(!user_writes(&target.join("file"), 20 * MIB), "it is not limited");
+    assert!(
+        !user_writes(&target.join("file"), 20 * MIB),
+        "volume new is not limited"
+    );
     served.publish("old");
     served.clear(&["old", "new"]);
 }
 
-pub(super) fn another_filesystem_over_the_pool_is_refused(place: &Place) {
+pub(super) fn a_filesystem_mounted_over_the_pool_is_noticed(place: &Place) {
     let served = place.start();
     served.volume("below", 16);
     let pool = &place.pool;
     place_tmpfs(pool);
-    let refusal = served.client.create("above").expect_err("another filesystem is there");
+    let refusal = served
+        .client
+        .create("above")
+        .expect_err("another filesystem covers the pool");
     assert_eq!(refusal.code(), Code::Unavailable);
     assert!(refusal.message().contains("another directory"), "{}", refusal.message());
     nix::mount::umount(pool).expect("unmount");
-    wait_until("it is there again", || served.client.probe().is_ok());
+    wait_until("the pool is usable again", || served.client.probe().is_ok());
     assert_eq!(served.stats("below", Unit::Bytes).0, 16 * MIB);
     served.clear(&["below"]);
-    // The machine's disk is still what it was.
     assert!(Path::new(uml::DEVICE).exists());
 }
 

@@ -1,10 +1,10 @@
-//! Power cuts: a machine under load is switched off at a random moment, again and again, and what was answered must hold.
+//! Power cuts: the power of a UML machine under load is cut at random moments, and every answered call must hold.
 //!
-//! The load writes into a journal, which lies outside the machine, what it is about to ask for and what was answered. After
-//! each cut the driver recovers, everything is compared with the journal, and the load goes on where it was.
+//! The load writes each request and each answer into a journal outside the machine. After each cut the driver recovers,
+//! everything is compared with the journal, and the load continues.
 //!
-//! `HOSTDIR_CUTS` says how many cuts each filesystem gets (10 if it is not set; 100 for a night), `HOSTDIR_SEED` repeats a run,
-//! as far as the moments of a machine can be repeated.
+//! `HOSTDIR_CUTS` is the number of cuts on each filesystem (10 by default; 100 for a night). `HOSTDIR_SEED` repeats a run,
+//! as far as timing can be repeated.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -22,25 +22,25 @@ use hostdir_lab::scratch::names;
 use hostdir_lab::uml::{self, Files, Machine};
 use hostdir_lab::{Client, DEADLINE, Scratch, needs, wait_until};
 
-/// Threads of the load. Each has volumes of its own.
+/// Threads of the load. Each has its own volumes.
 const THREADS: usize = 4;
-/// Volumes that a thread has at most.
+/// The most volumes of a thread.
 const VOLUMES: usize = 5;
-/// How long the load may run before the power is cut, in milliseconds.
+/// The longest time that the load runs before a cut, in milliseconds.
 const LOAD_MAX: u64 = 1500;
-/// Answers that the load must get between two cuts, in the mean: far below what it gets.
+/// The fewest answers per cut, on average; the load usually gets far more.
 const ANSWERS_PER_CUT: u64 = 10;
 const JOURNAL: &str = "journal";
-/// In the journal: what came before has been compared.
+/// The journal line which says that everything before it has been compared.
 const CHECKED: &str = "checked";
 
 #[needs(Root, Uml)]
-fn what_was_answered_outlives_power_cuts_on_xfs() {
+fn answered_calls_survive_power_cuts_on_xfs() {
     cut_power(Filesystem::Xfs);
 }
 
 #[needs(Root, Uml)]
-fn what_was_answered_outlives_power_cuts_on_ext4() {
+fn answered_calls_survive_power_cuts_on_ext4() {
     cut_power(Filesystem::Ext4);
 }
 
@@ -58,11 +58,11 @@ fn cut_power(filesystem: Filesystem) {
         number("HOSTDIR_CUTS", || 10),
         number("HOSTDIR_SEED", || fastrand::u64(..1 << 32)),
     );
-    // Past the test harness: whoever sees a failure needs it.
+    // Not captured by the test harness: the seed is needed to repeat a failure.
     let say = |what: &str| {
         std::io::stderr()
             .write_all(format!("    {name}: {what}\n").as_bytes())
-            .expect("say");
+            .expect("write to standard error");
     };
     say(&format!("{cuts} cuts, HOSTDIR_SEED={seed}"));
     let mut random = fastrand::Rng::with_seed(seed);
@@ -80,7 +80,7 @@ fn cut_power(filesystem: Filesystem) {
         while !checked(&fs::read_to_string(&journal).unwrap_or_default()) {
             assert!(
                 running.verdict().is_none() && !running.is_off() && start.elapsed() < 2 * DEADLINE,
-                "after cut {cut}, HOSTDIR_SEED={seed}: {}\n{}",
+                "the volumes were not checked after cut {cut}, HOSTDIR_SEED={seed}: {}\n{}",
                 running.log(),
                 tail(&journal)
             );
@@ -97,7 +97,7 @@ fn cut_power(filesystem: Filesystem) {
     say(&format!("{answers} answers held"));
     assert!(
         answers >= ANSWERS_PER_CUT * cuts,
-        "only {answers} answers in {cuts} cuts: hardly anything was at stake"
+        "only {answers} answers in {cuts} cuts: too few to prove anything"
     );
 }
 
@@ -107,15 +107,15 @@ fn tail(journal: &Path) -> String {
     lines[lines.len().saturating_sub(60)..].join("\n")
 }
 
-/// What the journal says of a volume.
+/// What the journal says about a volume.
 #[derive(Clone, Debug, Default)]
 struct Known {
-    /// The size that was answered, and the one that was asked for.
+    /// The size in the last answer, and the size last requested, in MiB.
     size: Option<u64>,
     asked: Option<u64>,
-    /// Whether something was answered that makes it be there, or be gone; nothing if it may be either.
+    /// Whether the answers say that the volume exists; `None` if it may or may not.
     there: Option<bool>,
-    /// How many files of it were synced.
+    /// The number of its files that were synced.
     files: u64,
 }
 
@@ -136,7 +136,7 @@ fn read(journal: &str) -> BTreeMap<String, Known> {
                     ..Known::default()
                 };
             }
-            // "found" is what was found after a cut.
+            // "found" lines say what was found after a cut.
             ("done", "create") | ("found", "there") => (known.size, known.there) = (number, Some(true)),
             ("begin", "expand") => known.asked = number,
             ("done", "expand") => known.size = number,
@@ -144,19 +144,19 @@ fn read(journal: &str) -> BTreeMap<String, Known> {
             ("begin", "write") => {}
             ("begin", "delete") => known.there = None,
             ("done", "delete") | ("found", "gone") => known.there = Some(false),
-            _ => panic!("the journal has a line that nobody wrote: {line}"),
+            _ => panic!("the journal has an unknown line: {line}"),
         }
     }
     volumes
 }
 
-/// The journal, for those inside.
+/// The journal, opened inside the machine.
 struct Journal(Mutex<File>);
 
 impl Journal {
     fn note(&self, line: &str) {
         let mut file = self.0.lock().expect("no writer panics");
-        // One write, which reaches the other machine at once.
+        // One write, which the host sees at once.
         file.write_all(format!("{line}\n").as_bytes())
             .expect("write into the journal");
     }
@@ -199,7 +199,8 @@ fn guest_load() {
     });
 }
 
-/// Notes that a thread has failed. The others go on until the power is cut; who reads the journal then, knows no such line.
+/// Notes in the journal that a thread has panicked. The other threads go on until the power is cut; then [`read`] panics at
+/// this unknown line.
 struct NoteFailure<'a>(&'a Journal);
 
 impl Drop for NoteFailure<'_> {
@@ -210,7 +211,7 @@ impl Drop for NoteFailure<'_> {
     }
 }
 
-/// Makes, fills, grows and deletes volumes until the power goes.
+/// Makes, fills, grows and deletes volumes until the power is cut.
 fn work(
     place: &Place,
     client: &Client,
@@ -243,7 +244,7 @@ fn work(
         }
         match random.u32(..4) {
             0 => {
-                let size = known.size.expect("it is there") + 1;
+                let size = known.size.expect("an existing volume has a size") + 1;
                 journal.note(&format!("begin expand {name} {size}"));
                 client
                     .expand(name, i64::try_from(size * MIB).expect("a size"))
@@ -270,7 +271,7 @@ fn work(
     }
 }
 
-/// Every file says whose it is.
+/// The content of a file, which names the file and its volume.
 fn content(name: &str, count: u64) -> String {
     let mut text = String::new();
     for line in 0..200 {
@@ -286,19 +287,23 @@ fn write(target: &Path, name: &str, count: u64) {
     File::open(target).and_then(|dir| dir.sync_all()).expect("sync");
 }
 
-/// Compares what there is with what the journal says, and notes what could have been either way.
+/// Compares the volumes with the journal, and notes in the journal what was found.
 fn check(place: &Place, served: &Served<'_>, known: &BTreeMap<String, Known>, journal: &Journal) {
     let listed = served.client.list(0);
-    assert_eq!(listed, names(place.pool.join("volumes")), "half volumes");
+    assert_eq!(
+        listed,
+        names(place.pool.join("volumes")),
+        "the pool has unlisted volumes"
+    );
     assert_eq!(names(place.pool.join(".hostdir/new")), [""; 0]);
     for name in &listed {
-        assert!(known.contains_key(name), "nobody made {name}");
+        assert!(known.contains_key(name), "the load never created volume {name}");
     }
     for (name, known) in known {
         let is_there = listed.contains(name);
         assert!(
             known.there.is_none_or(|there| there == is_there),
-            "{name} there: {is_there}; {known:?}"
+            "volume {name} exists: {is_there}; journal: {known:?}"
         );
         if !is_there {
             journal.note(&format!("found gone {name}"));
@@ -306,11 +311,14 @@ fn check(place: &Place, served: &Served<'_>, known: &BTreeMap<String, Known>, jo
         }
         let size = place.read_record(name)["bytes"].as_u64().expect("a size");
         let possible = [known.size, known.asked].map(|size| size.map(|size| size * MIB));
-        assert!(possible.contains(&Some(size)), "{name} has {size} bytes; {known:?}");
+        assert!(
+            possible.contains(&Some(size)),
+            "volume {name} has {size} bytes; journal: {known:?}"
+        );
         served.publish(name);
         assert_eq!(served.stats(name, Unit::Bytes).0, size);
         check_files(place, name, known);
-        assert_eq!(limit_of(place, name), size, "{name} is limited otherwise");
+        assert_eq!(limit_of(place, name), size, "volume {name} has another limit");
         journal.note(&format!("found there {name} {}", size / MIB));
     }
     served.trash_empties();
@@ -325,34 +333,37 @@ fn check(place: &Place, served: &Served<'_>, known: &BTreeMap<String, Known>, jo
     while leaked() != projects {
         assert!(
             start.elapsed() < DEADLINE,
-            "volumes have {projects:?}, quotas know {:?}",
+            "volumes have the projects {projects:?}, but quotas know {:?}",
             leaked()
         );
         std::thread::sleep(Duration::from_millis(20));
     }
     projects.dedup();
-    assert_eq!(projects.len(), listed.len(), "two volumes have one project");
+    assert_eq!(projects.len(), listed.len(), "two volumes share a project");
 }
 
 fn check_files(place: &Place, name: &str, known: &Known) {
     let target = place.target(name);
     for count in 1..=known.files {
         let text = fs::read_to_string(target.join(count.to_string()));
-        let text = text.unwrap_or_else(|error| panic!("file {count} of {name}: {error}; {known:?}"));
-        assert_eq!(text, content(name, count), "file {count} of {name}");
+        let text = text.unwrap_or_else(|error| panic!("file {count} of volume {name}: {error}; journal: {known:?}"));
+        assert_eq!(text, content(name, count), "file {count} of volume {name}");
     }
     for file in names(&target) {
-        // One that was never synced may be there, or a part of it; nothing of another volume.
+        // An unsynced file may exist, in part or whole, but must not have data of another volume.
         let text = fs::read(target.join(&file)).expect("read");
         let text = String::from_utf8_lossy(&text).into_owned();
         let count = file.parse().expect("a number");
         let whole = content(name, count);
         let written = text.trim_end_matches('\0');
-        assert!(whole.starts_with(written), "file {file} of {name} has {written:.80?}");
+        assert!(
+            whole.starts_with(written),
+            "file {file} of volume {name} contains {written:.80?}"
+        );
     }
 }
 
-/// The limit that the kernel has, as statfs(2) tells it.
+/// The limit that the kernel enforces, from statfs(2).
 fn limit_of(place: &Place, name: &str) -> u64 {
     let found = nix::sys::statvfs::statvfs(&place.target(name)).expect("statvfs");
     found.blocks() * found.fragment_size()

@@ -1,4 +1,4 @@
-//! Sizes that hold: what a tenant, its neighbours and an administrator may rely on, on any filesystem with quotas.
+//! Enforced sizes: what a tenant, its neighbours and an administrator can rely on, on any filesystem with quotas.
 
 use std::collections::HashSet;
 use std::fs;
@@ -17,12 +17,12 @@ use hostdir_lab::disk::run;
 use hostdir_lab::scratch::names;
 use hostdir_lab::{Client, SetOnDrop, wait_until};
 
-/// A scenario, and what it is called.
+/// A scenario and its name.
 type Named = (&'static str, fn(&Place));
 
-/// All of them.
+/// All scenarios.
 pub(super) const ALL: [Named; 8] = [
-    ("a_volume_ends_at_its_size", a_volume_ends_at_its_size),
+    ("a_volume_cannot_exceed_its_size", a_volume_cannot_exceed_its_size),
     (
         "a_volume_grows_while_it_is_written_to",
         a_volume_grows_while_it_is_written_to,
@@ -36,39 +36,51 @@ pub(super) const ALL: [Named; 8] = [
         many_callers_get_volumes_of_their_own,
     ),
     (
-        "inodes_are_limited_where_they_can_be",
-        inodes_are_limited_where_they_can_be,
+        "inodes_are_limited_or_the_setting_is_refused",
+        inodes_are_limited_or_the_setting_is_refused,
     ),
-    ("a_full_pool_answers_and_deletes", a_full_pool_answers_and_deletes),
-    ("nothing_leaves_a_volume_by_name", nothing_leaves_a_volume_by_name),
-    ("a_restart_puts_limits_right", a_restart_puts_limits_right),
+    (
+        "a_full_pool_answers_clearly_and_deletes_still_work",
+        a_full_pool_answers_clearly_and_deletes_still_work,
+    ),
+    (
+        "links_and_renames_between_volumes_are_refused",
+        links_and_renames_between_volumes_are_refused,
+    ),
+    ("a_restart_restores_limits", a_restart_restores_limits),
 ];
 
-pub(super) fn a_volume_ends_at_its_size(place: &Place) {
+pub(super) fn a_volume_cannot_exceed_its_size(place: &Place) {
     let served = place.start();
     let (full, neighbour) = (served.volume("full", 16), served.volume("neighbour", 16));
     let written = as_in_a_container(|| fill(&full.join("file"), 64 * MIB));
     assert!(
         (16 * MIB - place.slack()..=16 * MIB).contains(&written),
-        "{written} bytes of 16 MiB could be written"
+        "{written} bytes could be written into a volume of 16 MiB"
     );
     assert!(!user_writes(&full.join("more"), 4 * MIB), "a user wrote past the limit");
     let (total, used) = served.stats("full", Unit::Bytes);
     assert_eq!(total, 16 * MIB);
-    assert!(used.abs_diff(16 * MIB) <= place.slack(), "it is full, and takes {used}");
+    assert!(
+        used.abs_diff(16 * MIB) <= place.slack(),
+        "a full volume of 16 MiB uses {used} bytes"
+    );
     if place.filesystem.has_projects() {
         let df = statvfs(&full).expect("statvfs");
         assert_eq!(df.blocks() * df.fragment_size(), 16 * MIB, "df shows another size");
     }
 
-    assert!(user_writes(&neighbour.join("file"), 12 * MIB), "the neighbour suffers");
+    assert!(
+        user_writes(&neighbour.join("file"), 12 * MIB),
+        "the neighbour could not write 12 of its 16 MiB"
+    );
     let (total, used) = served.stats("neighbour", Unit::Bytes);
     assert_eq!(total, 16 * MIB);
-    assert!(used.abs_diff(12 * MIB) <= place.slack(), "12 MiB take {used}");
+    assert!(used.abs_diff(12 * MIB) <= place.slack(), "12 MiB use {used} bytes");
     let pool = statvfs(&place.pool).expect("statvfs");
     assert!(
         pool.blocks_available() * pool.fragment_size() > 100 * MIB,
-        "the pool is harmed"
+        "the full volume has filled the pool"
     );
     served.clear(&["full", "neighbour"]);
 }
@@ -86,23 +98,34 @@ pub(super) fn a_volume_grows_while_it_is_written_to(place: &Place) {
             });
         });
         let _stop = SetOnDrop(&stop);
-        wait_until("it is nearly full", || written.load(Ordering::Relaxed) >= 12 * MIB);
+        wait_until("the volume is nearly full", || {
+            written.load(Ordering::Relaxed) >= 12 * MIB
+        });
         served.expand("growing", 32);
         wait_until("the writer goes on", || written.load(Ordering::Relaxed) > 20 * MIB);
         assert_eq!(served.stats("growing", Unit::Bytes).0, 32 * MIB);
-        wait_until("it is full again", || {
+        wait_until("the volume is full again", || {
             written.load(Ordering::Relaxed) >= 32 * MIB - place.slack()
         });
         stop.store(true, Ordering::Relaxed);
         writer.join().expect("the writer has ended");
     });
     let written = written.load(Ordering::Relaxed);
-    assert!(written <= 32 * MIB, "{written} bytes of 32 MiB could be written");
+    assert!(
+        written <= 32 * MIB,
+        "{written} bytes could be written into a volume of 32 MiB"
+    );
 
-    // It never shrinks, and not beyond the room of the pool.
-    let smaller = served.client.expand("growing", 1 << 20).expect("it has more than that");
+    // A volume never shrinks, and never grows beyond the room of the pool.
+    let smaller = served
+        .client
+        .expand("growing", 1 << 20)
+        .expect("the volume is already larger");
     assert_eq!(smaller, 32 << 20);
-    let refusal = served.client.expand("growing", 1 << 60).expect_err("it is too much");
+    let refusal = served
+        .client
+        .expand("growing", 1 << 60)
+        .expect_err("the size exceeds the room");
     assert_eq!(refusal.code(), Code::OutOfRange);
     assert!(refusal.message().contains("has room for"), "{}", refusal.message());
     served.clear(&["growing"]);
@@ -115,31 +138,35 @@ pub(super) fn a_deleted_volume_leaves_nothing_behind(place: &Place) {
         let target = served.volume("again", 16);
         let (total, used) = served.stats("again", Unit::Bytes);
         assert_eq!(total, 16 * MIB);
-        assert!(used <= place.slack(), "life {life} begins with {used} bytes");
+        assert!(
+            used <= place.slack(),
+            "in round {life} the new volume already uses {used} bytes"
+        );
         fs::create_dir_all(target.join("a/b/c")).expect("make directories");
         fs::write(target.join("a/b/c/file"), "deep").expect("write");
         as_in_a_container(|| fill(&target.join("file"), 64 * MIB));
         served.clear(&["again"]);
     }
-    // One that is empty, and one that nobody used.
+    // An empty volume, and one that was never used.
     served.volume("empty", 16);
     served.clear(&["empty"]);
     served.create("unused", 16);
     served.client.delete("unused").expect("delete");
-    wait_until("quotas know nothing of them any more", || {
+    wait_until("quotas know no deleted volume's id any more", || {
         let left: Vec<u64> = place.known_to_quotas();
         left.iter().all(|id| before.contains(id))
     });
 }
 
-/// How many callers there are at once.
+/// The number of concurrent callers.
 const CALLERS: usize = 16;
 
 pub(super) fn many_callers_get_volumes_of_their_own(place: &Place) {
     let served = place.start();
     let socket = place.scratch.path("csi.sock");
     let name = |caller: usize, number: usize| format!("v-{caller}-{number}");
-    // A thousand where hostdir gives out the ids. On btrfs the kernel does, and each subvolume costs a commit.
+    // A thousand volumes where hostdir gives out project ids. On btrfs the kernel gives out the ids, and each subvolume
+    // costs a commit.
     let each = if place.filesystem.has_projects() { 63 } else { 6 };
     std::thread::scope(|scope| {
         for caller in 0..CALLERS {
@@ -161,18 +188,18 @@ pub(super) fn many_callers_get_volumes_of_their_own(place: &Place) {
             if place.filesystem.has_projects() {
                 place.project(id)
             } else {
-                // Every subvolume has a device number of its own.
+                // Every subvolume has its own device number.
                 fs::metadata(place.data(id)).expect("stat").dev()
             }
         })
         .collect();
-    assert_eq!(ids.len(), CALLERS * each, "two volumes have the same");
+    assert_eq!(ids.len(), CALLERS * each, "two volumes share an id");
     let log = served.process.log();
     assert!(!log.contains("WARN"), "{log}");
-    // A restart gives nobody another.
+    // A restart changes no id.
     drop(served);
     let served = place.start();
-    // Slow machines open a thousand volumes for more than a second.
+    // Opening a thousand volumes takes more than a second on slow machines.
     wait_until("the pool is open", || served.client.probe().is_ok());
     if place.filesystem.has_projects() {
         let again: HashSet<u64> = names(place.pool.join("volumes"))
@@ -191,7 +218,7 @@ pub(super) fn many_callers_get_volumes_of_their_own(place: &Place) {
     served.trash_empties();
 }
 
-pub(super) fn inodes_are_limited_where_they_can_be(place: &Place) {
+pub(super) fn inodes_are_limited_or_the_setting_is_refused(place: &Place) {
     if !place.filesystem.has_projects() {
         let (process, client) = hostdir_lab::scene::start(&place.driver("quota: required, inodesPerGiB: 100"));
         let refusal = client.probe().expect_err("btrfs limits no inodes");
@@ -206,19 +233,19 @@ pub(super) fn inodes_are_limited_where_they_can_be(place: &Place) {
             .take_while(|number| fs::write(target.join(number.to_string()), "").is_ok())
             .count()
     });
-    assert_eq!(made, 99, "its top directory is the hundredth");
+    assert_eq!(made, 99, "data/ itself is the hundredth inode");
     assert_eq!(served.stats("many-files", Unit::Inodes), (100, 100));
     served.expand("many-files", 1025);
     assert_eq!(
         served.stats("many-files", Unit::Inodes).0,
         200,
-        "they grow with the size"
+        "the inode limit grows with the size"
     );
-    as_in_a_container(|| fs::write(target.join("one-more"), "")).expect("there are more now");
+    as_in_a_container(|| fs::write(target.join("one-more"), "")).expect("the inode limit is larger now");
     served.clear(&["many-files"]);
 }
 
-pub(super) fn a_full_pool_answers_and_deletes(place: &Place) {
+pub(super) fn a_full_pool_answers_clearly_and_deletes_still_work(place: &Place) {
     let served = place.start();
     let victim = served.volume("victim", 16);
     as_in_a_container(|| fill(&victim.join("file"), 12 * MIB));
@@ -226,37 +253,40 @@ pub(super) fn a_full_pool_answers_and_deletes(place: &Place) {
     let foreign = place.disk.join("foreign");
     fill(&foreign, u64::MAX);
 
-    // Each call has an answer that says what is the matter, or is carried out.
-    let told = |answer: Result<(), tonic::Status>, call: &str| {
+    // Each call succeeds, or fails with a clear message.
+    let check_answer = |answer: Result<(), tonic::Status>, call: &str| {
         if let Err(status) = answer {
             let known = [Code::ResourceExhausted, Code::OutOfRange, Code::FailedPrecondition];
             assert!(known.contains(&status.code()), "{call}: {status:?}");
             assert!(status.message().contains("node-a"), "{call}: {status:?}");
         }
     };
-    told(served.client.create("new").map(drop), "create");
-    told(served.client.publish("claimed", &place.target("claimed")), "publish");
-    told(served.client.expand("victim", 32 << 20).map(drop), "expand");
-    served.client.probe().expect("a full pool is no broken pool");
+    check_answer(served.client.create("new").map(drop), "create");
+    check_answer(served.client.publish("claimed", &place.target("claimed")), "publish");
+    check_answer(served.client.expand("victim", 32 << 20).map(drop), "expand");
+    served.client.probe().expect("a full pool is usable");
     assert_eq!(served.stats("victim", Unit::Bytes).0 % MIB, 0);
     let _ = served.client.unpublish("claimed", &place.target("claimed"));
     served.clear(&["victim"]);
     let after = statvfs(&place.pool).expect("statvfs");
-    assert!(after.blocks_free() > 0, "nothing came back");
+    assert!(after.blocks_free() > 0, "the deletes freed no space");
 
     drop(served);
     let served = place.start();
-    fs::remove_file(&foreign).expect("make room");
+    fs::remove_file(&foreign).expect("free space");
     let target = served.publish("claimed");
-    assert!(user_writes(&target.join("file"), 12 * MIB), "there is room again");
+    assert!(
+        user_writes(&target.join("file"), 12 * MIB),
+        "the freed space cannot be used"
+    );
     served.clear(&["claimed"]);
 }
 
-pub(super) fn nothing_leaves_a_volume_by_name(place: &Place) {
+pub(super) fn links_and_renames_between_volumes_are_refused(place: &Place) {
     let served = place.start();
     served.volume("from", 16);
     served.volume("to", 16);
-    // Below the mounts, where no mount is in the way.
+    // In the pool itself, where both volumes are below one mount.
     let (from, to) = (place.data("from"), place.data("to"));
     fs::write(from.join("file"), "mine").expect("write");
     fs::create_dir(from.join("dir")).expect("make a directory");
@@ -265,7 +295,7 @@ pub(super) fn nothing_leaves_a_volume_by_name(place: &Place) {
     assert_eq!(link.raw_os_error(), exdev, "link: {link}");
     for name in ["file", "dir"] {
         let renamed = fs::rename(from.join(name), to.join(name));
-        // rename(2) of XFS and ext4 checks the project, of btrfs the subvolume.
+        // rename(2) checks the project on XFS and ext4, and the subvolume on btrfs.
         assert_eq!(renamed.expect_err("renamed").raw_os_error(), exdev, "{name}");
     }
     if !place.filesystem.has_projects() {
@@ -274,14 +304,17 @@ pub(super) fn nothing_leaves_a_volume_by_name(place: &Place) {
     served.clear(&["from", "to"]);
 }
 
-/// Subvolumes in a volume: a part of it with simple quotas; and they do not keep it from being erased.
+/// Subvolumes that a tenant makes in a volume count towards its limit with simple quotas, and can be erased.
 fn subvolumes_of_a_tenant(place: &Place) {
     let btrfs = |args: &[&str], at: &Path| drop(run(Command::new("btrfs").args(args).arg(at)));
     let nested = place.target("from").join("nested");
     btrfs(&["subvolume", "create"], &nested);
     if place.simple {
         let written = as_in_a_container(|| fill(&nested.join("file"), 64 * MIB));
-        assert!(written <= 16 * MIB, "{written} bytes of 16 MiB could be written");
+        assert!(
+            written <= 16 * MIB,
+            "{written} bytes could be written into a volume of 16 MiB"
+        );
         fs::remove_file(nested.join("file")).expect("remove");
     }
     fs::create_dir_all(nested.join("a/b")).expect("make directories");
@@ -297,11 +330,11 @@ fn subvolumes_of_a_tenant(place: &Place) {
     }
 }
 
-pub(super) fn a_restart_puts_limits_right(place: &Place) {
+pub(super) fn a_restart_restores_limits(place: &Place) {
     let served = place.start();
     let target = served.volume("kept", 16);
     drop(served);
-    // The pod writes on; somebody has taken the limit away, or set another.
+    // While the driver is down, somebody removes the limit, and the pod goes on writing.
     if place.filesystem.has_projects() {
         let project = place.project("kept").to_string();
         run(Command::new("setquota")
@@ -317,7 +350,7 @@ pub(super) fn a_restart_puts_limits_right(place: &Place) {
     }
     assert!(
         user_writes(&target.join("before"), 24 * MIB),
-        "the limit is still there"
+        "the limit was not removed"
     );
     let served = place.start();
     assert_eq!(served.stats("kept", Unit::Bytes).0, 16 * MIB);

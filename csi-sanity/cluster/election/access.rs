@@ -1,4 +1,4 @@
-//! Who may write the Leases, and who says who leads.
+//! Who may write the Leases, and how hostdir reports who leads.
 
 use super::broken::*;
 use super::*;
@@ -17,10 +17,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-/// Who may write the Leases: a token that is bound to a living Pod, in that Pod's name.
+/// Only a token that is bound to a running Pod can write a Lease, and only with that Pod's name.
 #[needs(Root, Go, Cluster)]
-fn nobody_holds_a_lease_in_anothers_name() {
-    let election = Election::begin("ghost-policy", "who may write the Leases, and who says who leads");
+fn leases_are_written_only_by_the_pod_that_they_name() {
+    let election = Election::begin(
+        "ghost-policy",
+        "who may write the Leases, and how hostdir reports who leads",
+    );
     election.lab.join_network().unwrap();
     let (leader, _) = election.leader();
     let other = election
@@ -33,28 +36,28 @@ fn nobody_holds_a_lease_in_anothers_name() {
     let hold = |token: &str, lease: &str, holder: &str| election.hold(token, lease, holder);
     let (unbound, bound) = (election.token(None), election.token(Some(&other)));
     for (what, refused) in [
-        ("without a pod", hold(&unbound, LEASE, &other)),
+        ("with an unbound token", hold(&unbound, LEASE, &other)),
         ("in the leader's name", hold(&bound, LEASE, &leader)),
-        ("empty, of another", hold(&bound, LEASE, "")),
+        ("emptying another's Lease", hold(&bound, LEASE, "")),
         ("another's heartbeat", hold(&bound, &leader, &other)),
-        ("a heartbeat without a pod", hold(&unbound, &other, &other)),
+        ("a heartbeat with an unbound token", hold(&unbound, &other, &other)),
     ] {
         let error = refused.expect_err(what).to_string();
         assert!(error.contains(POLICY), "{what}: {error}");
     }
-    // An administrator cannot either, by a slip; but can delete it.
+    // An administrator cannot change the Lease by accident either.
     let patch = r#"{"spec":{"holderIdentity":"me"}}"#;
     let slip = election
         .lab
         .kubectl()
         .run(&["patch", "lease", LEASE, "-n", NAMESPACE, "--type=merge", "-p", patch]);
     assert!(format!("{:#}", slip.unwrap_err()).contains("only a controller of hostdir"));
-    hold(&bound, &other, &other).expect("its own heartbeat");
+    hold(&bound, &other, &other).expect("a pod may write its own heartbeat");
 
-    // Each Lease has its own leader, and who leads by one stands by for the other.
-    hold(&bound, RESIZER_LEASE, &other).expect("another Lease, in its own name");
+    // Each Lease has its own leader, and the leader of one stands by for the other.
+    hold(&bound, RESIZER_LEASE, &other).expect("a pod may write another Lease with its own name");
     let report = election.ask_who_leads(&leader).unwrap();
-    let of_resizer = report.find(RESIZER_LEASE).expect("both Leases");
+    let of_resizer = report.find(RESIZER_LEASE).expect("the report has both Leases");
     let blocks = [
         (&report[..of_resizer], &leader, &other),
         (&report[of_resizer..], &other, &leader),

@@ -1,4 +1,4 @@
-//! What is broken on purpose, until it is dropped.
+//! Guards that break something, and repair it on drop.
 
 use super::*;
 use crate::lab::{Lab, PATIENCE, Thaw, is_ready, lab, report};
@@ -16,7 +16,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-/// A node on which something is wrong, until this is dropped.
+/// A node on which things are broken, until this is dropped.
 pub(super) struct BrokenNode<'a> {
     pub(super) election: &'a Election,
     pub(super) node: usize,
@@ -40,7 +40,7 @@ impl<'a> BrokenNode<'a> {
     pub(super) fn stop_kubelet(&self) {
         self.election.lab.nodes[self.node].kill_kubelet().unwrap();
         self.kubelet.set(false);
-        self.election.note(&format!("the kubelet of {} is dead", self.name()));
+        self.election.note(&format!("the kubelet of {} is killed", self.name()));
     }
 
     pub(super) fn delete_node(&self) -> Instant {
@@ -77,9 +77,8 @@ impl Drop for BrokenNode<'_> {
     }
 }
 
-/// A controller that a machine runs outside of Kubernetes, under the name of a pod and with a token: the ghost itself. Its
-/// driver does not look after itself, as those before hostdir did not; its sidecar is started again whenever it ends, until
-/// this is dropped.
+/// A ghost: a controller that runs on a node outside of Kubernetes, with a pod's name and a token, until this is dropped.
+/// Its driver has no watchdog, as in drivers before hostdir. Its sidecar is restarted whenever it ends.
 pub(super) struct GhostController<'a> {
     pub(super) election: &'a Election,
     pub(super) node: usize,
@@ -88,7 +87,7 @@ pub(super) struct GhostController<'a> {
 impl<'a> GhostController<'a> {
     pub(super) const DIR: &'static str = "/run/ghost";
 
-    /// In place of a pod's own sidecar, which is killed: one of the same name goes on at once.
+    /// Kills a pod's sidecar, and starts the ghost's sidecar, which goes on under the same name.
     pub(super) fn start(election: &'a Election, node: usize, pod: &str, token: &str) -> Self {
         let ghost = Self { election, node };
         let config = json!({
@@ -120,7 +119,7 @@ impl<'a> GhostController<'a> {
         election.signal(node, pod, "csi-provisioner", "KILL");
         let renewed = election.renewed();
         ghost.sh(&script);
-        election.lab.wait("the ghost renews", || {
+        election.lab.wait("the ghost renews the Lease", || {
             ensure!(
                 election.holder() == pod && election.renewed() != renewed,
                 "{}",
@@ -139,7 +138,7 @@ impl<'a> GhostController<'a> {
         self.election.lab.nodes[self.node].sh(script).unwrap()
     }
 
-    /// How often it has risen.
+    /// How often its sidecar was started.
     pub(super) fn starts(&self) -> usize {
         self.sh(&format!("cat {}/starts", Self::DIR)).lines().count()
     }
@@ -151,13 +150,13 @@ impl<'a> GhostController<'a> {
 
 impl Drop for GhostController<'_> {
     fn drop(&mut self) {
-        // The session is that of the shell.
+        // Kills the process group of the shell, with everything in it.
         let script = format!("kill -9 -- -$(cat {0}/pid); rm -rf {0}", Self::DIR);
         let _ = self.election.lab.nodes[self.node].sh(&script);
     }
 }
 
-/// A cluster whose admission policy for Leases binds nobody, until this is dropped.
+/// A cluster without the binding of the admission policy for Leases, until this is dropped.
 pub(super) struct WithoutPolicy<'a> {
     pub(super) election: &'a Election,
     pub(super) binding: Value,
@@ -184,7 +183,7 @@ impl Drop for WithoutPolicy<'_> {
     }
 }
 
-/// A controller manager that calls a Node not Ready after 20 s of a silent kubelet instead of 50 s, until this is dropped.
+/// A controller manager that marks a Node not Ready after 20 s of a silent kubelet instead of 50 s, until this is dropped.
 pub(super) struct SoonerNotReady<'a>(pub(super) &'a Lab);
 
 impl<'a> SoonerNotReady<'a> {
@@ -204,6 +203,7 @@ impl Drop for SoonerNotReady<'_> {
     }
 }
 
+/// A node without network, until this is dropped.
 pub(super) struct CutOff<'a> {
     pub(super) election: &'a Election,
     pub(super) node: usize,

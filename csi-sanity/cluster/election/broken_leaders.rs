@@ -1,4 +1,4 @@
-//! Leaders that hang, die, stand still or are cut off.
+//! Leaders that hang, die, pause or lose their network.
 
 use super::broken::*;
 use super::*;
@@ -17,18 +17,18 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-/// One part of the leader hangs or dies, with everything around it well.
+/// One process of the leader hangs or dies, while everything else is healthy.
 #[needs(Root, Go, Cluster)]
-fn a_leader_of_which_a_part_is_dead() {
+fn a_leader_with_a_hung_or_dead_process_is_replaced() {
     let election = Election::begin("ghost-3", "driver hung, driver dead, sidecar hung");
     let (leader, node) = election.leader();
     {
         let _broken = BrokenNode::new(&election, node);
         election.signal(node, &leader, "hostdir", "STOP");
-        election.note("the leader's driver hangs, its sidecar renews");
+        election.note("the leader's driver hangs; its sidecar renews the Lease");
         election.binds_within(Instant::now(), 40, "the driver hung");
         assert_ne!(election.holder(), leader);
-        election.was_handed_over("gives no heartbeat");
+        election.was_handed_over("has sent no heartbeat");
     }
     election.renew_controllers();
     let (leader, node) = election.leader();
@@ -36,7 +36,7 @@ fn a_leader_of_which_a_part_is_dead() {
         let broken = BrokenNode::new(&election, node);
         broken.stop_kubelet();
         election.signal(node, &leader, "hostdir", "KILL");
-        election.note("the leader's driver is dead, and nobody starts it again");
+        election.note("the leader's driver is dead, and no kubelet restarts it");
         election.binds_within(Instant::now(), 40, "the driver died");
         assert_ne!(election.holder(), leader);
     }
@@ -46,19 +46,23 @@ fn a_leader_of_which_a_part_is_dead() {
         let _broken = BrokenNode::new(&election, node);
         election.signal(node, &leader, "csi-provisioner", "STOP");
         election.note("the leader's sidecar hangs");
-        // 10 s, counted from a look up to 4.4 s after the last renewal, and up to 4.4 s until the next look.
+        // The Lease lasts 10 s from the check that saw its last renewal. Checks are up to 4.4 s apart: 19 s at most.
         election.binds_within(Instant::now(), 25, "the sidecar hung");
         assert_ne!(election.holder(), leader);
-        assert_eq!(election.hand_over(), None, "it expires, and nobody hurries it");
+        assert_eq!(
+            election.hand_over(),
+            None,
+            "a Lease that nobody renews must expire without a hand-over"
+        );
     }
     election.end();
 }
 
 #[needs(Root, Go, Cluster)]
-fn a_leader_that_is_cut_off_and_comes_back() {
+fn a_leader_without_network_is_replaced_and_does_not_lead_again() {
     let election = Election::begin("ghost-4", "the network of the leader's node is cut");
     let (leader, node) = election.leader();
-    election.lab.apply(&twenty("before"));
+    election.lab.apply(&twenty_claims("before"));
     election
         .lab
         .apply(&["before-0", "before-19"].map(|name| pod(name, name)));
@@ -67,8 +71,8 @@ fn a_leader_that_is_cut_off_and_comes_back() {
         election: &election,
         node,
     };
-    election.note("the leader's node has no network, and the leader its hands full");
-    election.lab.apply(&twenty("meanwhile"));
+    election.note("the leader's node has no network, and the leader has work to do");
+    election.lab.apply(&twenty_claims("meanwhile"));
     election
         .lab
         .apply(&["meanwhile-0", "meanwhile-19"].map(|name| pod(name, name)));
@@ -78,23 +82,23 @@ fn a_leader_that_is_cut_off_and_comes_back() {
     drop(cut);
     election.note("the network is back");
     election.keeps_the_lease(&new, Instant::now(), 20);
-    election.binds_within(Instant::now(), 15, "a claim was made after it came back");
+    election.binds_within(Instant::now(), 15, "the network had been back for 20 s");
     for name in ["before-0", "before-19", "meanwhile-0", "meanwhile-19"] {
         election.lab.running(name);
     }
     election.end();
 }
 
-fn twenty(name: &str) -> Vec<Value> {
+fn twenty_claims(name: &str) -> Vec<Value> {
     let names = (0..20).map(|number| format!("{name}-{number}"));
     names
         .map(|name| claim_of(&name, "1Mi", CLASS, "ReadWriteOnce"))
         .collect()
 }
 
-/// Both processes of the leader stand still in the middle of their work, and then go on as if nothing had been.
+/// Both processes of the leader are paused while they create volumes, and later resume.
 #[needs(Root, Go, Cluster)]
-fn a_leader_that_is_paused_in_the_middle_of_its_work() {
+fn a_leader_paused_while_it_creates_does_no_harm_when_it_resumes() {
     let election = Election::begin("ghost-5", "a pause of 40 s in the middle of 50 creates");
     let (leader, node) = election.leader();
     let before = election.recorded().len();
@@ -110,21 +114,23 @@ fn a_leader_that_is_paused_in_the_middle_of_its_work() {
                 lab.apply(&claims);
                 lab.apply(&used.map(|name| pod(name, name)));
             });
-            lab.wait("some of fifty are made", || Ok(election.recorded().len() > before + 3));
+            lab.wait("some of the 50 volumes are made", || {
+                Ok(election.recorded().len() > before + 3)
+            });
             for program in ["hostdir", "csi-provisioner"] {
                 election.signal(node, &leader, program, "STOP");
             }
         });
         let paused = Instant::now();
         let made = election.recorded().len() - before;
-        election.note(&format!("the leader stands still; {made} volumes are made"));
-        assert!(made < 50, "too late");
+        election.note(&format!("the leader is paused; {made} volumes are made"));
+        assert!(made < 50, "all 50 volumes were made before the pause");
         election.lab.wait("another leads", || Ok(election.holder() != leader));
         election.note("another leads");
         for name in used {
             election.lab.running(name);
         }
-        // Of what is deleted now the old leader still thinks that it is there, or to be made.
+        // The old leader does not know of these deletes: it takes the claims as bound, or as still to be provisioned.
         election.lab.delete("pod", "paused-0");
         for name in ["paused-0", "paused-2", "paused-48"] {
             election.lab.delete("pvc", name);
@@ -133,18 +139,22 @@ fn a_leader_that_is_paused_in_the_middle_of_its_work() {
         for program in ["hostdir", "csi-provisioner"] {
             election.signal(node, &leader, program, "CONT");
         }
-        election.note("the old leader goes on");
+        election.note("the old leader resumes");
     }
-    election
-        .lab
-        .wait("47 of fifty are left", || Ok(election.bound().len() == before + 47));
-    election.binds_within(Instant::now(), 15, "a claim was made after that");
-    assert_eq!(election.recorded().len(), before + 48, "as many as were asked for");
+    election.lab.wait("47 of the 50 volumes are left", || {
+        Ok(election.bound().len() == before + 47)
+    });
+    election.binds_within(Instant::now(), 15, "all deletes were done");
+    assert_eq!(
+        election.recorded().len(),
+        before + 48,
+        "the number of HostVolumes is not that of the claims"
+    );
     election.end();
 }
 
 #[needs(Root, Go, Cluster)]
-fn nobody_is_fit_and_then_one_is() {
+fn the_lease_is_handed_over_only_once_a_controller_is_fit() {
     let election = Election::begin("ghost-7", "all controllers hang, then one recovers");
     let (leader, at) = election.leader();
     let transitions = election.transitions();
@@ -159,27 +169,27 @@ fn nobody_is_fit_and_then_one_is() {
         let _broken = [BrokenNode::new(&election, at), BrokenNode::new(&election, *beside)];
         election.signal(at, &leader, "hostdir", "STOP");
         election.signal(*beside, other, "csi-provisioner", "STOP");
-        election.note("the leader's driver hangs; the other controller's sidecar does, its driver looks on");
+        election.note("the leader's driver hangs; the other controller's sidecar hangs, but its driver works");
         election.keeps_the_lease(&leader, Instant::now(), 35);
         let report = format!("{:#}", election.ask_who_leads(other).unwrap_err());
         assert!(report.contains("it must not lead"), "{report}");
         election.signal(*beside, other, "hostdir", "STOP");
-        election.note("the other's driver hangs, too");
+        election.note("the other controller's driver hangs, too");
         election.keeps_the_lease(&leader, Instant::now(), 6);
         assert_eq!(election.transitions(), transitions);
         for program in ["hostdir", "csi-provisioner"] {
             election.signal(*beside, other, program, "CONT");
         }
-        election.note("the other recovers");
-        election.binds_within(Instant::now(), 15, "it recovered");
+        election.note("the other controller recovers");
+        election.binds_within(Instant::now(), 15, "the other controller recovered");
         assert_eq!((&election.holder(), election.transitions()), (other, transitions + 1));
     }
     election.end();
 }
 
-/// Two processes under one name, one of which outlives the Pod with the Pod's token, and rises whenever it ends.
+/// Two sidecars with one name. One of them outlives the Pod with the Pod's token, and is restarted whenever it ends.
 #[needs(Root, Go, Cluster)]
-fn a_ghost_that_rises_again_and_again() {
+fn a_ghost_that_keeps_restarting_never_leads_again() {
     let election = Election::begin("ghost-9", "a ghost in a loop, with its old token");
     let kubectl = election.lab.kubectl();
     election.lab.join_network().unwrap();
@@ -192,23 +202,26 @@ fn a_ghost_that_rises_again_and_again() {
         let args = ["delete", "pod", &name, "-n", NAMESPACE, "--force", "--grace-period=0"];
         kubectl.run(&args).unwrap();
         let gone = Instant::now();
-        election.note("its Pod is deleted; the ghost has its token, and rises whenever it ends");
+        election.note("the leader's Pod is deleted; the ghost has its token, and is restarted whenever it ends");
         election.lab.wait("another leads", || Ok(election.holder() != name));
-        election.binds_within(gone, 15, "its Pod's end");
+        election.binds_within(gone, 15, "the Pod was deleted");
         let new = election.holder();
-        // The API server takes a token for ten seconds longer than it should.
+        // The API server accepts a token for ten seconds longer than it should.
         election.keeps_the_lease(&new, gone, 15);
         while gone.elapsed() < Duration::from_secs(45) {
             assert_eq!(election.holder(), new, "the ghost leads");
             let error = election
                 .hold(&token, LEASE, &name)
-                .expect_err("with a dead token")
+                .expect_err("the token of a deleted Pod was accepted")
                 .to_string();
             assert!(error.contains("nauthorized"), "{error}");
             std::thread::sleep(Duration::from_millis(500));
         }
-        election.binds_within(Instant::now(), 15, "a claim was made");
-        election.note(&format!("it has risen {} times, and never led", ghost.starts()));
+        election.binds_within(Instant::now(), 15, "45 s of a restarting ghost");
+        election.note(&format!(
+            "the ghost was started {} times, and never led again",
+            ghost.starts()
+        ));
         assert!(ghost.starts() > 1);
     }
     election.end();

@@ -1,4 +1,4 @@
-//! Leaders that work are left alone: while the API server is slow, and in a rolling update.
+//! Healthy leaders keep the Lease while the API server is slow, and hand it over in a rolling update.
 
 use super::broken::*;
 use super::*;
@@ -17,7 +17,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-/// How often the API server is frozen: more often at night.
+/// How often the API server is frozen.
 fn freezes() -> usize {
     if std::env::var_os("HOSTDIR_NIGHT").is_some() {
         10
@@ -27,20 +27,20 @@ fn freezes() -> usize {
 }
 
 #[needs(Root, Go, Cluster)]
-fn a_leader_that_is_well_is_left_alone() {
-    let election = Election::begin("ghost-8", "API server slow, and frozen again and again for 8 s");
-    // A sidecar ends after nine seconds without an answer: a machine that stalls for that long is no news of ours.
-    let left_alone = (0..3).any(|_| election.is_left_alone_while_frozen());
+fn a_healthy_leader_keeps_the_lease_while_the_api_server_is_slow() {
+    let election = Election::begin("ghost-8", "API server slow, and repeatedly frozen for 8 s");
+    // A sidecar exits after nine seconds without an answer. If this machine itself stalls that long, the run proves nothing.
+    let kept_the_lease = (0..3).any(|_| election.keeps_the_lease_while_frozen());
     assert!(
-        left_alone,
-        "this machine stalls too long to tell whether a leader is left alone"
+        kept_the_lease,
+        "this machine stalls too long to tell whether a leader keeps the Lease"
     );
     election.end();
 }
 
 impl Election {
-    /// Freezes the API server, and slows it down. Nothing can be told (false) if this machine froze it for longer than that.
-    fn is_left_alone_while_frozen(&self) -> bool {
+    /// Freezes the API server, and slows it down. Returns false if the machine stalled so long that the run proves nothing.
+    fn keeps_the_lease_while_frozen(&self) -> bool {
         let (leader, _) = self.leader();
         let transitions = self.transitions();
         let _thaw = Thaw(&self.lab);
@@ -52,26 +52,26 @@ impl Election {
                 .wait("a claim is bound between two freezes", || self.is_bound(&claim));
         }
         self.note(&format!(
-            "frozen again and again, for {:.1} s at most",
+            "the API server was frozen repeatedly, for {:.1} s at most",
             longest.as_secs_f64()
         ));
-        // Two seconds for whatever is asked.
+        // Every request takes up to two seconds.
         let claim = self.claim();
         for _ in 0..6 {
             longest = longest.max(self.freeze(1.7, 0.3));
         }
-        self.note("slow for 12 s");
+        self.note("the API server was slow for 12 s");
         self.lab.wait("a claim is bound", || self.is_bound(&claim));
-        assert_eq!(self.hand_over(), None, "somebody was deposed");
+        assert_eq!(self.hand_over(), None, "a healthy leader was replaced");
         if longest >= Duration::from_millis(8800) {
-            self.note("this machine froze it for too long: once more");
+            self.note("this machine froze the API server for too long: trying again");
             return false;
         }
         assert_eq!((self.holder(), self.transitions()), (leader, transitions));
         true
     }
 
-    /// Freezes the API server for so many seconds; how long it took.
+    /// Freezes the API server for `seconds`, then lets it run for `then` seconds. Returns how long it was frozen.
     fn freeze(&self, seconds: f64, then: f64) -> Duration {
         let start = Instant::now();
         self.lab.freeze_api_server(true).unwrap();
@@ -83,9 +83,9 @@ impl Election {
     }
 }
 
-/// What the chart can be updated by without anybody noticing.
+/// A rolling update delays at most one claim.
 #[needs(Root, Go, Cluster)]
-fn a_rolling_update_under_load() {
+fn a_rolling_update_under_load_delays_no_claim_for_long() {
     let election = Election::begin("ghost-10", "a rolling update of the controllers under load");
     let (leader, _) = election.leader();
     let kubectl = election.lab.kubectl();
@@ -101,10 +101,10 @@ fn a_rolling_update_under_load() {
             kubectl
                 .run(&["rollout", "status", deployment, "-n", NAMESPACE, "--timeout=180s"])
                 .unwrap();
-            // The last of the old ones ends after that.
+            // The last old pod ends only after that.
             std::thread::sleep(Duration::from_secs(10));
         });
-        // Each claim is made when the one before is bound: what one waits is how long nobody made volumes.
+        // Each claim is made when the one before is bound, so its wait is the time without a leader.
         while !done.load(Ordering::Relaxed) {
             let (claim, made) = (election.claim(), Instant::now());
             election.lab.wait("a claim is bound", || election.is_bound(&claim));
@@ -119,19 +119,20 @@ fn a_rolling_update_under_load() {
         longest.as_secs_f64()
     ));
     assert!(waits.len() > 10, "only {} claims in a rollout", waits.len());
-    // Once, there may be a sidecar that is told to end while it stands by: it takes the Lease once more before it is killed, and
-    // lets go of it.
+    // One long wait is allowed: a standby sidecar that got SIGTERM may still take the Lease before it is killed.
     let long = waits.iter().filter(|wait| **wait > Duration::from_secs(5)).count();
     assert!(
         long <= 1 && *longest < Duration::from_secs(15),
-        "nobody led for long: {waits:?}"
+        "claims waited too long for a leader: {waits:?}"
     );
     if let Some(note) = election.hand_over() {
-        election.note(&format!("one that was killed as the leader was deposed: {note}"));
+        election.note(&format!(
+            "a controller that was killed while it led was replaced: {note}"
+        ));
         let from = format!("from {leader} ");
         assert!(
             !note.contains(&from),
-            "the leader has not released the Lease when it was told to end"
+            "the leader did not release the Lease on SIGTERM: {note}"
         );
     }
     election.end();

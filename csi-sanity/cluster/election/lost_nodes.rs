@@ -1,4 +1,4 @@
-//! Leaders on nodes that are removed, or have no kubelet.
+//! Leaders on nodes that were removed, or have no kubelet.
 
 use super::broken::*;
 use super::*;
@@ -17,46 +17,46 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-/// A node is removed the wrong way: its kubelet is dead, its Node deleted, its containers live on.
+/// A node is removed the wrong way: its kubelet is dead and its Node deleted, but its containers still run.
 #[needs(Root, Go, Cluster)]
-fn a_removed_node_whose_containers_live_on() {
-    let election = Election::begin("ghost-1", "the election itself: a removed node");
+fn a_leader_on_a_deleted_node_whose_containers_run_on_is_replaced() {
+    let election = Election::begin("ghost-1", "a removed node whose containers still run");
     let (ghost, node) = election.leader();
     election.note(&format!("{ghost} leads"));
     {
         let broken = BrokenNode::new(&election, node);
         broken.stop_kubelet();
         let deleted = broken.delete_node();
-        election.lab.wait("the ghost has ended itself", || {
+        election.lab.wait("the ghost's driver has exited", || {
             Ok(!election.runs(node, &ghost, "hostdir"))
         });
         let socket = "/var/lib/kubelet/pods/*/volumes/kubernetes.io~empty-dir/socket/csi.sock";
         let sockets = election.lab.nodes[node]
             .sh(&format!("ls {socket} 2>/dev/null || :"))
             .unwrap();
-        assert_eq!(sockets, "", "its socket is there");
-        election.note("the ghost's driver has ended itself, and closed its socket");
+        assert_eq!(sockets, "", "the ghost's socket still exists");
+        election.note("the ghost's driver has exited, and closed its socket");
         election.binds_within(deleted, 30, "the Node was deleted");
         assert_ne!(election.holder(), ghost);
         let log = election.log_of(node, &ghost);
         assert!(
-            log.contains("this controller is a ghost") && log.contains("does not exist any more"),
+            log.contains("this controller is a ghost") && log.contains("no longer exists"),
             "{log}"
         );
         let gone = || election.lab.kubectl().is_gone(&["pod", &ghost, "-n", NAMESPACE]);
-        election.lab.wait("its Pod is gone", gone);
+        election.lab.wait("the ghost's Pod is gone", gone);
         election.note("the ghost's Pod object is gone");
-        election.binds_within(Instant::now(), 15, "its Pod's end");
+        election.binds_within(Instant::now(), 15, "the Pod was gone");
         assert_ne!(election.holder(), ghost);
     }
     election.end();
 }
 
-/// The worst of all: its driver hangs, so that it cannot end itself, its token is bound to no Pod and never expires, and no
-/// policy keeps it from renewing.
+/// The worst case: the ghost's driver hangs, so it cannot exit; its token is bound to no Pod and never expires; and no
+/// policy stops it from renewing the Lease.
 #[needs(Root, Go, Cluster)]
-fn a_ghost_that_hangs_with_an_unbound_token_and_no_policy() {
-    let election = Election::begin("ghost-worst", "again, with an unbound token and no policy");
+fn a_hung_ghost_with_an_unbound_token_and_no_policy_is_replaced() {
+    let election = Election::begin("ghost-worst", "a hung ghost with an unbound token and no policy");
     let kubectl = election.lab.kubectl();
     let (name, node) = election.leader();
     let without_policy = WithoutPolicy::begin(&election);
@@ -68,28 +68,30 @@ fn a_ghost_that_hangs_with_an_unbound_token_and_no_policy() {
         election.signal(node, &name, "hostdir", "STOP");
         ghost.hang_driver();
         assert_eq!(election.holder(), name);
-        election.note("its driver hangs; its sidecar renews with a token that is bound to no Pod");
+        election.note("the ghost's driver hangs; its sidecar renews the Lease with a token that is bound to no Pod");
         broken.delete_node();
         let args = ["delete", "pod", &name, "-n", NAMESPACE, "--force", "--grace-period=0"];
         kubectl.run(&args).unwrap();
-        election.note("its Pod object is gone");
-        election.binds_within(Instant::now(), 15, "its Pod's end");
+        election.note("the ghost's Pod object is gone");
+        election.binds_within(Instant::now(), 15, "the Pod was gone");
         election.was_handed_over(&name);
         let new = election.holder();
         election
             .lab
-            .wait("the ghost has lost and begins anew", || Ok(ghost.starts() > 1));
-        election.note("the ghost's sidecar has ended, and was started again");
+            .wait("the ghost's sidecar has lost the Lease and starts again", || {
+                Ok(ghost.starts() > 1)
+            });
+        election.note("the ghost's sidecar has ended, and was restarted");
         assert_eq!(election.holder(), new);
-        election.tells_who_led(&name);
+        election.check_hand_over_is_reported(&name);
     }
     drop(without_policy);
     election.end();
 }
 
-/// The kubelet is dead, the Node stays, and the leader works: that is no reason to do anything soon.
+/// The kubelet is dead, but the Node exists and the leader works: the Lease is handed over only after a minute.
 #[needs(Root, Go, Cluster)]
-fn a_node_without_its_kubelet() {
+fn a_working_leader_on_a_node_without_kubelet_is_replaced_after_a_minute() {
     let election = Election::begin("ghost-2", "a dead kubelet, and a leader that works");
     let (leader, node) = election.leader();
     let transitions = election.transitions();
@@ -97,13 +99,13 @@ fn a_node_without_its_kubelet() {
         let _sooner = SoonerNotReady::begin(&election.lab);
         let broken = BrokenNode::new(&election, node);
         broken.stop_kubelet();
-        election.lab.wait("the Node is not ready", || {
+        election.lab.wait("the Node is not Ready", || {
             Ok(!is_ready(&election.lab.kubectl().get(&["node", broken.name()])?))
         });
         let noticed = Instant::now();
-        election.note("the Node is not Ready any more");
+        election.note("the Node is no longer Ready");
         election.keeps_the_lease(&leader, noticed, 55);
-        election.binds_within(Instant::now(), 15, "a claim was made of the leader that works");
+        election.binds_within(Instant::now(), 15, "the Node had not been Ready for 55 s");
         election.lab.wait("another leads", || Ok(election.holder() != leader));
         let after = noticed.elapsed();
         election.note(&format!(
@@ -112,31 +114,35 @@ fn a_node_without_its_kubelet() {
         ));
         assert!(
             after > Duration::from_secs(57) && after < Duration::from_secs(75),
-            "{after:?}"
+            "the hand-over came {after:?} after the Node was not Ready, instead of 57 to 75 s"
         );
-        election.was_handed_over("is not Ready, for 6");
+        election.was_handed_over("is not Ready (for 6");
         election.binds_within(Instant::now(), 15, "the hand-over");
     }
-    assert_eq!(election.transitions(), transitions + 1, "one hand-over, and one only");
+    assert_eq!(
+        election.transitions(),
+        transitions + 1,
+        "the number of hand-overs is not one"
+    );
     election.end();
 }
 
 #[needs(Root, Go, Cluster)]
-fn the_node_is_made_again_under_the_same_name() {
-    let election = Election::begin("ghost-6", "Node deleted and made again, the ghost lives");
+fn a_leader_whose_node_was_made_again_is_replaced() {
+    let election = Election::begin("ghost-6", "a Node deleted and made again, while the ghost still runs");
     let (ghost, node) = election.leader();
     {
         let broken = BrokenNode::new(&election, node);
         broken.stop_kubelet();
-        // It cannot see that its Node is another: its driver hangs, and its sidecar renews.
+        // The hung driver cannot see that its Node was replaced; its sidecar renews the Lease.
         election.signal(node, &ghost, "hostdir", "STOP");
         broken.delete_node();
         let anew = json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": broken.name()}});
         election.lab.kubectl().apply(&anew.to_string()).unwrap();
         election.note("a Node of the same name is made");
-        election.binds_within(Instant::now(), 40, "the new Node");
+        election.binds_within(Instant::now(), 40, "the Node was made again");
         assert_ne!(election.holder(), ghost);
-        // And it stays so when the ghost is heard of again.
+        // The new leader stays when the ghost's driver resumes.
         election.signal(node, &ghost, "hostdir", "CONT");
         let new = election.holder();
         election.keeps_the_lease(&new, Instant::now(), 15);

@@ -1,8 +1,8 @@
-//! Who leads, with the real sidecars: leaders that are dead, hung, cut off or on a removed node are replaced, and those that work
-//! are not.
+//! Leader election with the real sidecars: leaders that are dead, hung, cut off or on a removed node are replaced, healthy
+//! ones are not.
 //!
-//! Each prints its timeline. What is measured begins when the evidence is in the API (or with the fault, where it shows
-//! nowhere) and ends when a new claim is bound.
+//! Each test prints its timeline. Measured times begin when the API server shows the failure (or with the failure itself,
+//! if it never does), and end when a new claim is bound.
 
 mod access;
 mod broken;
@@ -31,20 +31,20 @@ pub(super) const RESIZER_LEASE: &str = "external-resizer-hostdir-csi";
 
 pub(super) const POLICY: &str = "hostdir-leases";
 
-/// A test's claims are bound at once: no pod has to be waited for.
+/// A StorageClass with immediate binding, so that no pods are needed.
 pub(super) const CLASS: &str = "at-once";
 
-/// What is told, and when.
+/// A test of the election, with its timeline.
 pub(super) struct Election {
     pub(super) lab: Lab,
     pub(super) start: Instant,
     pub(super) claims: Cell<u32>,
-    /// The last hand-over before this chapter.
+    /// The last hand-over before this test.
     pub(super) before: RefCell<String>,
 }
 
 impl Election {
-    /// A election that begins with controllers that have seen no hand-over yet, one of which leads, and a volume in use.
+    /// Begins a test: with new controllers that have seen no hand-over, one of which leads, and with a volume in use.
     pub(super) fn begin(name: &str, title: &str) -> Self {
         let lab = lab(Mode::Elected, name, title);
         let mut now = class(Mode::Elected.driver(), CLASS, &json!({}), "Delete", &[]);
@@ -66,13 +66,13 @@ impl Election {
         election
     }
 
-    /// New controllers, none of which has seen a hand-over, that all run, and a leader among them.
+    /// Replaces the controllers until none of them has seen a hand-over, all are ready, and one leads.
     pub(super) fn renew_controllers(&self) {
         for _ in 0..5 {
             let before = self.last_hand_over();
             self.replace_controllers();
-            // external-provisioner takes part in the election until it is killed when SIGTERM finds it standing by. One of
-            // the old may so have taken the Lease with it, and a new one taken that from it.
+            // A standby external-provisioner that gets SIGTERM keeps taking part in the election until it is killed. So an
+            // old one may have got the Lease, and a hand-over to a new one may have followed.
             let last = self.last_hand_over();
             if last == before {
                 self.before.replace(last);
@@ -80,7 +80,7 @@ impl Election {
             }
         }
         panic!(
-            "there is a hand-over whenever the controllers are replaced: {}",
+            "every replacement of the controllers led to a hand-over: {}",
             self.last_hand_over()
         );
     }
@@ -88,7 +88,7 @@ impl Election {
     pub(super) fn replace_controllers(&self) {
         let old: BTreeSet<String> = self.lab.controllers().iter().map(name_of).collect();
         let labels = self.lab.controller_labels();
-        // It would be killed after 30 s.
+        // Without this, a standby sidecar would run for another 30 s.
         let args = ["delete", "pods", "-n", NAMESPACE, "-l", &labels, "--grace-period=3"];
         self.lab.kubectl().run(&args).unwrap();
         self.lab.wait("two new controllers are ready, and one leads", || {
@@ -108,7 +108,7 @@ impl Election {
 
     /// The leader, and its node by number.
     pub(super) fn leader(&self) -> (String, usize) {
-        let (leader, node) = self.lab.leader().expect("somebody leads");
+        let (leader, node) = self.lab.leader().expect("a controller leads");
         (leader, self.number_of(&node))
     }
 
@@ -131,7 +131,7 @@ impl Election {
         self.lease()["spec"]["leaseTransitions"].as_i64().unwrap_or_default()
     }
 
-    /// The hand-over since the controllers are what they are, if there was one.
+    /// The last hand-over since the controllers were replaced, if there was one.
     pub(super) fn hand_over(&self) -> Option<String> {
         let last = self.last_hand_over();
         (last != *self.before.borrow()).then_some(last)
@@ -139,7 +139,7 @@ impl Election {
 
     pub(super) fn was_handed_over(&self, why: &str) {
         let last = self.hand_over().unwrap_or_default();
-        assert!(last.contains(why), "{why} is not in {last:?}");
+        assert!(last.contains(why), "{why:?} is not in the hand-over {last:?}");
     }
 
     pub(super) fn last_hand_over(&self) -> String {
@@ -147,7 +147,7 @@ impl Election {
         note.as_str().unwrap_or_default().to_owned()
     }
 
-    /// Makes a claim.
+    /// Makes a claim. Returns its name.
     pub(super) fn claim(&self) -> String {
         let number = self.claims.get();
         self.claims.set(number + 1);
@@ -160,7 +160,7 @@ impl Election {
         Ok(self.lab.get("pvc", claim)?["status"]["phase"] == "Bound")
     }
 
-    /// Makes a claim, and sees it bound within so many seconds of `since`.
+    /// Makes a claim, and checks that it is bound within `seconds` of `since`.
     pub(super) fn binds_within(&self, since: Instant, seconds: u64, of: &str) {
         let claim = self.claim();
         self.lab.wait("a new claim is bound", || self.is_bound(&claim));
@@ -172,12 +172,12 @@ impl Election {
         ));
         assert!(
             after < Duration::from_secs(seconds),
-            "bound {after:?} after {of}, and not within {seconds} s"
+            "a new claim was bound {after:?} after {of}, not within {seconds} s"
         );
     }
 
-    /// Runs a shell command for each process of a controller's container (`$p` is its directory in /proc): of `hostdir
-    /// controller` or `csi-provisioner`.
+    /// Runs a shell command for each process of a controller's container: `program` is `hostdir` or `csi-provisioner`, and
+    /// `$p` is the process's directory in /proc.
     pub(super) fn for_processes(&self, node: usize, pod: &str, program: &str, command: &str) -> String {
         let script = format!(
             "for p in /proc/[0-9]*; do
@@ -198,21 +198,27 @@ impl Election {
         !self.for_processes(node, pod, program, "echo yes").is_empty()
     }
 
-    /// Sees that nobody else takes the Lease until so many seconds after `since`.
+    /// Checks that `holder` holds the Lease until `seconds` after `since`.
     pub(super) fn keeps_the_lease(&self, holder: &str, since: Instant, seconds: u64) {
         while since.elapsed() < Duration::from_secs(seconds) {
-            assert_eq!(self.holder(), holder, "after {:?}", since.elapsed());
+            assert_eq!(
+                self.holder(),
+                holder,
+                "the holder of the Lease changed after {:?}",
+                since.elapsed()
+            );
             std::thread::sleep(Duration::from_millis(300));
         }
     }
 
-    /// What the driver of a controller has logged, from its node's disk.
+    /// The log of a controller's driver, from its node's disk.
     pub(super) fn log_of(&self, node: usize, pod: &str) -> String {
         let script = format!("cat /var/log/pods/{NAMESPACE}_{pod}_*/hostdir/*.log");
         self.lab.nodes[node].sh(&script).unwrap_or_default()
     }
 
-    /// Every volume is in both books alike, no node has deleted one twice, and what is deleted leaves nothing.
+    /// Ends the test: HostVolumes and PersistentVolumes must agree, no volume was made or deleted twice, and deletes leave
+    /// nothing.
     pub(super) fn end(self) {
         let lab = &self.lab;
         lab.wait("all claims are bound", || {
@@ -234,14 +240,17 @@ impl Election {
                 let id = line.split_once("volume.id=").unwrap().1;
                 *times.entry(id.split(' ').next().unwrap()).or_default() += 1;
             }
-            assert!(!times.is_empty(), "none was {done}");
-            assert!(times.values().all(|times| *times == 1), "{done} twice: {times:?}");
+            assert!(!times.is_empty(), "no volume was {done}");
+            assert!(
+                times.values().all(|times| *times == 1),
+                "a volume was {done} twice: {times:?}"
+            );
         }
         lab.kubectl().run(&["delete", "storageclass", CLASS]).unwrap();
     }
 
-    /// The lines that the drivers on nodes have logged, by node: of all containers of pods that are there. The kubelet takes away
-    /// the logs of a pod that has been replaced.
+    /// The log lines of the drivers on all nodes, with the node's name: of all containers of the existing pods. The kubelet
+    /// removes the logs of a pod that was replaced.
     pub(super) fn driver_logs(&self) -> BTreeSet<(String, String)> {
         let script = format!("cat /var/log/pods/{NAMESPACE}_hostdir-?????_*/hostdir/*.log 2> /dev/null || :");
         let mut logs = BTreeSet::new();
@@ -252,7 +261,7 @@ impl Election {
         logs
     }
 
-    /// Where each volume is, by the HostVolumes.
+    /// The node of each volume, from the HostVolumes.
     pub(super) fn recorded(&self) -> BTreeMap<String, String> {
         let volumes = self.lab.kubectl().list(&["hostvolumes"]).unwrap();
         volumes
@@ -261,7 +270,7 @@ impl Election {
             .collect()
     }
 
-    /// Where each volume is, by the PersistentVolumes.
+    /// The node of each volume, from the PersistentVolumes.
     pub(super) fn bound(&self) -> BTreeMap<String, String> {
         let volumes = self.lab.kubectl().list(&["pv"]).unwrap();
         let node = |volume: &Value| {
@@ -287,7 +296,7 @@ impl Election {
         (name_of(pod), self.number_of(node))
     }
 
-    /// Writes a holder into a Lease, with a token.
+    /// Writes a holder into a Lease, authenticated by a token.
     pub(super) fn hold(&self, token: &str, lease: &str, holder: &str) -> kube::Result<()> {
         let writer = Holder::of(token.to_owned());
         let start = Instant::now();
@@ -296,14 +305,14 @@ impl Election {
             let mut object: Lease = serde_json::from_value(object).unwrap();
             object.spec.as_mut().unwrap().holder_identity = Some(holder.to_owned());
             match writer.put_lease(&object) {
-                // Its holder has renewed meanwhile.
+                // The holder has renewed the Lease meanwhile.
                 Err(kube::Error::Api(status)) if status.code == 409 && start.elapsed() < PATIENCE => {}
                 other => return other,
             }
         }
     }
 
-    /// What `hostdir leader` prints in a controller's container.
+    /// The output of `hostdir leader` in a controller's container.
     pub(super) fn ask_who_leads(&self, controller: &str) -> Result<String> {
         let args = [
             "exec", "-n", NAMESPACE, controller, "-c", "hostdir", "--", "/hostdir", "leader",
@@ -311,14 +320,15 @@ impl Election {
         self.lab.kubectl().run(&args)
     }
 
-    /// People are told that a ghost led, who has it now, and why: by Events, the log and a metric.
-    pub(super) fn tells_who_led(&self, ghost: &str) {
+    /// Checks that Events, the log, a metric and `hostdir leader` report the hand-over from a ghost.
+    pub(super) fn check_hand_over_is_reported(&self, ghost: &str) {
         let kubectl = self.lab.kubectl();
         for (kind, name) in [("lease", LEASE), ("deployment", "hostdir-controller")] {
-            self.lab.wait(&format!("an Event is on the {kind}"), || {
-                let text = kubectl.run(&["describe", kind, name, "-n", NAMESPACE])?;
-                Ok(text.contains("LeaderReplaced") && text.contains(ghost))
-            });
+            self.lab
+                .wait(&format!("an Event on the {kind} reports the hand-over"), || {
+                    let text = kubectl.run(&["describe", kind, name, "-n", NAMESPACE])?;
+                    Ok(text.contains("LeaderReplaced") && text.contains(ghost))
+                });
         }
         let new = self.holder();
         let args = ["logs", "-n", NAMESPACE, &new, "-c", "hostdir"];

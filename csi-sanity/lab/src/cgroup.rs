@@ -1,4 +1,4 @@
-//! Control groups (cgroups(7)), of either version: a node's containers live in groups of its own.
+//! Control groups (cgroups(7)), version 1 or 2: each node's containers run in their own groups.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,20 +9,20 @@ use crate::machine::wait_until;
 
 const ROOT: &str = "/sys/fs/cgroup";
 
-/// How this machine has them.
+/// The cgroup hierarchies of this machine.
 enum Hierarchies {
-    /// Version 1: a hierarchy for each controller.
+    /// Version 1: one hierarchy per controller.
     V1(Vec<PathBuf>),
-    /// Version 2: one hierarchy, in which groups pass controllers on.
+    /// Version 2: one hierarchy, in which each group enables controllers for its children.
     V2,
 }
 
-/// Whether there are any that a cluster can use.
+/// Whether this machine has cgroups that a cluster can use.
 pub(crate) fn are_here() -> bool {
     hierarchies().is_ok()
 }
 
-/// Makes a group, ready for processes. Its name, as the kubelet takes it.
+/// Makes a group that can hold processes. Returns its name as the kubelet expects it.
 pub(crate) fn make(group: &str) -> Result<String> {
     match hierarchies()? {
         Hierarchies::V1(hierarchies) => {
@@ -39,8 +39,8 @@ pub(crate) fn make(group: &str) -> Result<String> {
     Ok(format!("/{group}"))
 }
 
-/// Removes all groups below one whose processes are gone, as a machine forgets them that loses its power. A kubelet that
-/// finds groups of containers that do not exist asks three seconds for each before it does anything else.
+/// Removes all groups below `group`, as a power cut does. Otherwise the next kubelet spends three seconds on each leftover
+/// group before it does anything else.
 pub(crate) fn clear(group: &str) -> Result<()> {
     let roots = match hierarchies()? {
         Hierarchies::V1(hierarchies) => hierarchies,
@@ -48,7 +48,7 @@ pub(crate) fn clear(group: &str) -> Result<()> {
     };
     for root in roots {
         let path = root.join(group.trim_start_matches('/'));
-        wait_until("the groups of a machine without power are gone", || {
+        wait_until("the cgroups of the switched-off machine are removed", || {
             clear_below(&path).map(|()| true)
         })?;
     }
@@ -77,7 +77,7 @@ fn hierarchies() -> Result<Hierarchies> {
     let mut found = Vec::new();
     for hierarchy in fs::read_dir(ROOT).with_context(|| format!("list {ROOT}"))? {
         let hierarchy = hierarchy?.path();
-        // A link such as cpu -> cpu,cpuacct is a second name of one hierarchy.
+        // A link such as cpu -> cpu,cpuacct is a second name for one hierarchy.
         if hierarchy.is_dir() && !hierarchy.is_symlink() {
             found.push(hierarchy);
         }
@@ -86,8 +86,8 @@ fn hierarchies() -> Result<Hierarchies> {
     Ok(Hierarchies::V1(found))
 }
 
-/// Version 2: what a group's children may control, the group has to be told, top down, and the last group too, since the kubelet
-/// makes groups in it.
+/// Version 2: enables all controllers for the children of each group, top down, including the last group, because the
+/// kubelet makes groups in it.
 fn pass_controllers_on(group: &str) -> Result<()> {
     let mut path = PathBuf::from(ROOT);
     let parts = [""].into_iter().chain(group.split('/'));
@@ -100,7 +100,7 @@ fn pass_controllers_on(group: &str) -> Result<()> {
             .collect();
         fs::write(path.join("cgroup.subtree_control"), all.join(" ")).with_context(|| {
             format!(
-                "pass controllers on in {}; it must have no processes of its own",
+                "enable controllers in {}; the group must have no processes of its own",
                 path.display()
             )
         })?;
@@ -108,7 +108,8 @@ fn pass_controllers_on(group: &str) -> Result<()> {
     Ok(())
 }
 
-/// Version 1: a new cpuset has no processors and no memory, and takes no process until it has (cpuset(7)); top down.
+/// Version 1: a new cpuset has no CPUs and no memory nodes, and cannot hold processes until it has (cpuset(7)). Copies them
+/// top down.
 fn fill_cpuset(hierarchy: &Path, group: &str) -> Result<()> {
     if !hierarchy.ends_with("cpuset") {
         return Ok(());

@@ -1,4 +1,4 @@
-//! A whole cluster.
+//! A cluster: a control plane and nodes.
 
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -20,38 +20,38 @@ use crate::machine::{Machine, wait_until};
 use crate::node::Node;
 use crate::pki::Pki;
 
-/// The image that hostdir is in.
+/// The image of hostdir.
 pub const HOSTDIR_IMAGE: &str = "hostdir:0.1.0";
-/// The chart, from the repository's root.
+/// The chart, relative to the repository's root.
 pub const CHART: &str = "deploy/chart";
 /// The namespace that hostdir is installed in.
 pub const NAMESPACE: &str = "hostdir-system";
-/// The image of pods that do something: busybox.
+/// The image of test pods: busybox.
 pub const BUSYBOX_IMAGE: &str = "hostdir-lab/busybox:1";
 
-/// A cluster that runs. Dropping it takes it down.
+/// A running cluster. Dropping it takes the cluster down.
 pub struct Cluster {
-    /// Its nodes: `node-1`, `node-2`, …
+    /// The nodes `node-1`, `node-2`, …
     pub nodes: Vec<Node>,
     /// The control plane's machine.
     pub control_plane: ControlPlane,
-    /// kubectl for its administrator.
+    /// kubectl with an administrator's rights.
     pub kubectl: Kubectl,
-    /// The administrator's kubeconfig, for use in the control plane's network.
+    /// The administrator's kubeconfig, usable in the control plane's network.
     pub kubeconfig: String,
-    /// Where its programs are.
+    /// The directory with the cluster's programs.
     pub bin: PathBuf,
     dir: PathBuf,
-    // Last, so that everything else is gone when it cleans.
+    // The last field, so that everything else is dropped before the janitor cleans up.
     _janitor: Janitor,
 }
 
 impl Cluster {
-    /// Builds what is needed, makes a cluster of so many nodes, and waits until they are ready. The nodes have the images
-    /// of hostdir, of the sidecars and of busybox.
+    /// Builds the programs, makes a cluster of `nodes` nodes, and waits until they are ready. The nodes have the images of
+    /// hostdir, the sidecars and busybox.
     ///
     /// # Errors
-    /// Something cannot be built or does not start; the error has the ends of all logs.
+    /// Something cannot be built or does not start; the error includes the tails of all logs.
     pub fn up(nodes: usize) -> Result<Self> {
         let bin = upstream::cluster().context("build the programs of a cluster")?;
         let hostdir = harness::hostdir();
@@ -68,7 +68,7 @@ impl Cluster {
         Ok(cluster)
     }
 
-    /// The cluster; or, with the error, the janitor, who must not clean before the logs are read.
+    /// Starts the cluster. On error, returns the janitor too, which must not clean up before the logs are read.
     fn start(
         bin: &Path,
         hostdir: &Path,
@@ -141,8 +141,8 @@ impl Cluster {
         Ok((control_plane, nodes, kubectl, kubeconfig))
     }
 
-    /// Installs hostdir by its chart, or upgrades it, with these settings (`key=value`, as `helm --set-json` takes them),
-    /// and waits until its pods run.
+    /// Installs or upgrades hostdir by its chart, with settings as `helm --set-json` expects them (`key=value`), and waits
+    /// until its pods run.
     ///
     /// # Errors
     /// Helm fails, or the pods do not start.
@@ -155,11 +155,11 @@ impl Cluster {
             "--namespace",
             NAMESPACE,
             "--create-namespace",
-            // What a scenario has patched by hand is the chart's again.
+            // Undoes what a test has patched by hand.
             "--force-conflicts",
             "--take-ownership",
         ];
-        // Capacity is looked at by those who wait: every five seconds and not every minute.
+        // Tests wait for capacity: poll it every five seconds instead of every minute.
         for setting in [&["provisioner.capacityPollInterval=\"5s\""], settings].concat() {
             args.extend(["--set-json", setting]);
         }
@@ -180,7 +180,7 @@ impl Cluster {
         })
     }
 
-    /// Pods of a release whose containers all run: whether or not their pools are fine.
+    /// Counts the pods of a release whose containers all run, whether or not their pools are usable.
     fn running_drivers(&self, release: &str) -> Result<u64> {
         let pods = self
             .kubectl
@@ -197,16 +197,16 @@ impl Cluster {
         Ok(pods.iter().filter(runs).count() as u64)
     }
 
-    /// A directory that all nodes and this machine see under one path. It goes with the cluster.
+    /// A directory that all nodes and this machine see at the same path. It is removed with the cluster.
     #[must_use]
     pub fn shared_dir(&self) -> PathBuf {
         self.dir.join("shared")
     }
 
-    /// Runs Helm against the cluster, in the repository's root; what it prints.
+    /// Runs Helm against the cluster, in the repository's root. Returns its output.
     ///
     /// # Errors
-    /// It fails: what it says.
+    /// Helm fails; the error includes its output.
     pub fn helm(&self, args: &[&str]) -> Result<String> {
         let net = self.control_plane.machine.pid().to_string();
         let output = std::process::Command::new("nsenter")
@@ -220,22 +220,22 @@ impl Cluster {
         crate::machine::text_of(&output).with_context(|| format!("helm {}", args.join(" ")))
     }
 
-    /// Puts the calling thread into the network of the control plane: it, and what it starts from then on, reaches the API
-    /// server and pods, and nothing of this machine's own network.
+    /// Moves the calling thread into the control plane's network namespace. The thread and its children then reach the API
+    /// server and pods, but no longer this machine's own network.
     ///
     /// # Errors
-    /// It needs root.
+    /// The process is not root.
     pub fn join_network(&self) -> Result<()> {
         let path = format!("/proc/{}/ns/net", self.control_plane.machine.pid());
         let namespace = std::fs::File::open(&path).with_context(|| format!("open {path}"))?;
         setns(namespace, CloneFlags::CLONE_NEWNET).context("enter the network of the control plane")
     }
 
-    /// A cable from this machine's own network to the cluster's, for the cluster that people play in. It vanishes after the
-    /// cluster, when the kernel has given up the last connections.
+    /// Connects this machine's own network to the cluster's by a veth pair, for `hostdir-lab up`. The kernel removes the
+    /// pair some time after the cluster is down, when the last connections have timed out.
     ///
     /// # Errors
-    /// The address is taken.
+    /// The address is in use.
     pub fn connect_this_machine(&self) -> Result<()> {
         let hub = self.control_plane.machine.pid();
         let script = format!(
@@ -252,10 +252,10 @@ impl Cluster {
             .map(drop)
     }
 
-    /// Waits until so many nodes are Ready.
+    /// Waits until `nodes` nodes are Ready.
     ///
     /// # Errors
-    /// They are not in time.
+    /// The wait timed out.
     pub fn wait_ready(&self, nodes: usize) -> Result<()> {
         wait_ready(&self.kubectl, nodes)
     }
@@ -263,16 +263,16 @@ impl Cluster {
     /// Switches a node on again.
     ///
     /// # Errors
-    /// It does not start.
+    /// The node does not start.
     pub fn power_on(&mut self, node: usize) -> Result<()> {
         self.nodes[node].power_on(&self.control_plane)?;
         join_pod_networks(&self.nodes)
     }
 
-    /// Stops (`true`) or continues the API server, as a machine that swaps would.
+    /// Freezes (`true`) or unfreezes the API server by SIGSTOP or SIGCONT, as heavy swapping would.
     ///
     /// # Errors
-    /// It does not run.
+    /// The API server does not run.
     pub fn freeze_api_server(&self, frozen: bool) -> Result<()> {
         let signal = if frozen { Signal::SIGSTOP } else { Signal::SIGCONT };
         self.control_plane.machine.signal("kube-apiserver", signal)
@@ -281,7 +281,7 @@ impl Cluster {
     /// Kills the API server.
     ///
     /// # Errors
-    /// It does not run.
+    /// The API server does not run.
     pub fn stop_api_server(&self) -> Result<()> {
         self.control_plane.machine.signal("kube-apiserver", Signal::SIGKILL)
     }
@@ -289,25 +289,25 @@ impl Cluster {
     /// Starts the API server again.
     ///
     /// # Errors
-    /// It cannot be started.
+    /// The API server cannot be started.
     pub fn start_api_server(&self) -> Result<()> {
         control_plane::start_api_server(&self.control_plane.machine, &self.control_plane.pki, &self.bin)
     }
 
-    /// Starts the controller manager anew, with these settings.
+    /// Restarts the controller manager with these settings.
     ///
     /// # Errors
-    /// It does not run, or cannot be started.
+    /// The controller manager does not run, or cannot be started.
     pub fn restart_controller_manager(&self, settings: ControllerManager) -> Result<()> {
         let machine = &self.control_plane.machine;
         machine.signal("kube-controller-manager", Signal::SIGKILL)?;
         control_plane::start_controller_manager(machine, &self.control_plane.pki, &self.bin, settings)
     }
 
-    /// Cuts a node from the network, or plugs it in again.
+    /// Disconnects a node from the network (`true`), or connects it again.
     ///
     /// # Errors
-    /// There is no such node.
+    /// The node does not exist.
     pub fn cut_network(&self, node: usize, cut: bool) -> Result<()> {
         let state = if cut { "down" } else { "up" };
         self.control_plane
@@ -316,10 +316,10 @@ impl Cluster {
             .map(drop)
     }
 
-    /// Copies all logs of the machines to a directory that stays.
+    /// Copies all logs of the machines to a directory that outlives the cluster.
     ///
     /// # Errors
-    /// They cannot be copied.
+    /// The logs cannot be copied.
     pub fn keep_logs(&self, to: &Path) -> Result<()> {
         for machine in std::iter::once("control-plane").chain(self.nodes.iter().map(|node| node.name.as_str())) {
             let into = to.join(machine);
@@ -340,7 +340,7 @@ fn instance(release: &str) -> String {
     format!("app.kubernetes.io/instance={release}")
 }
 
-/// How many pods there are to be, and whether all are of the newest kind.
+/// How many pods a workload wants, and whether all of them are up to date.
 fn rolled_out(workload: &serde_json::Value, wanted: &str, updated: &str) -> (u64, bool) {
     let status = &workload["status"];
     let observed = status["observedGeneration"] == workload["metadata"]["generation"];
@@ -348,7 +348,7 @@ fn rolled_out(workload: &serde_json::Value, wanted: &str, updated: &str) -> (u64
     (wanted, observed && status[updated].as_u64() == Some(wanted))
 }
 
-/// Routes from every node to the pods of every other.
+/// Adds routes from every node to the pods of every other node.
 fn join_pod_networks(nodes: &[Node]) -> Result<()> {
     for node in nodes {
         for other in nodes.iter().filter(|other| other.name != node.name) {
@@ -366,7 +366,7 @@ fn wait_ready(kubectl: &Kubectl, nodes: usize) -> Result<()> {
     })
 }
 
-/// The ends of the logs of a machine, for whoever wonders why it does not work.
+/// The last lines of each log of a machine.
 fn tail_of_logs(dir: &Path, machine: &str) -> String {
     let logs = std::fs::read_dir(dir.join(machine).join("log"))
         .into_iter()

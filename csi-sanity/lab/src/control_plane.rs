@@ -1,4 +1,4 @@
-//! etcd, kube-apiserver, kube-controller-manager and kube-scheduler, on a machine of their own.
+//! The control plane: etcd, kube-apiserver, kube-controller-manager and kube-scheduler on one machine.
 
 use std::path::Path;
 
@@ -8,11 +8,11 @@ use crate::kubectl::Kubectl;
 use crate::machine::{Machine, wait_until};
 use crate::pki::Pki;
 
-/// The address of the machine; nodes are .11, .12, …
+/// The address of the control plane's machine; the nodes are .11, .12, …
 pub(crate) const ADDRESS: &str = "10.42.0.1";
-/// The first address of the service network: `kubernetes.default`. The machine has it, so that no proxy is needed.
+/// The first address of the service network: `kubernetes.default`. The machine itself has it, so that no proxy is needed.
 pub(crate) const SERVICE_ADDRESS: &str = "10.96.0.1";
-/// Where all machines find the API server.
+/// The URL of the API server, on all machines.
 pub(crate) const SERVER: &str = "https://10.42.0.1:443";
 
 /// The machine of the control plane.
@@ -21,7 +21,7 @@ pub struct ControlPlane {
     pub(crate) pki: Pki,
 }
 
-/// Makes the bridge that all machines are plugged into.
+/// Makes the bridge that connects all machines.
 pub(crate) fn prepare_network(machine: &Machine) -> Result<()> {
     machine.sh(&format!(
         "ip link add br0 type bridge; ip addr add {ADDRESS}/24 dev br0; ip link set br0 up; \
@@ -37,7 +37,7 @@ pub(crate) fn start(machine: &Machine, pki: &Pki, bin: &Path, kubectl: &Kubectl)
         "etcd",
         vec![
             arg("data-dir", "/var/lib/etcd"),
-            // The machine's power is cut at the end; nothing of it is ever read again.
+            // etcd's data is never read again after the cluster is down.
             arg("unsafe-no-fsync", "true"),
             arg("listen-client-urls", "http://127.0.0.1:2379"),
             arg("advertise-client-urls", "http://127.0.0.1:2379"),
@@ -59,29 +59,29 @@ pub(crate) fn start(machine: &Machine, pki: &Pki, bin: &Path, kubectl: &Kubectl)
             arg("leader-elect", "false"),
         ],
     )?;
-    wait_until("service accounts are made", || {
+    wait_until("the default service account exists", || {
         kubectl.run(&["get", "serviceaccount", "default"]).map(|_| true)
     })
 }
 
-/// What of a controller manager may be set.
+/// Settings of the controller manager.
 #[derive(Clone, Copy, Debug)]
 pub struct ControllerManager {
-    /// Requests to the API server per second.
+    /// `--kube-api-qps`: requests to the API server per second.
     pub qps: u32,
-    /// Requests at once.
+    /// `--kube-api-burst`: requests that may exceed `qps` for a moment.
     pub burst: u32,
-    /// How long a kubelet may be silent before its Node is not Ready, in seconds.
+    /// `--node-monitor-grace-period`: seconds of a silent kubelet before its Node is not Ready.
     pub node_grace: u32,
 }
 
 impl Default for ControllerManager {
     fn default() -> Self {
         Self {
-            // What issue trackers call "slow binding" is this limit (20 and 30 by default); the tests are not about it.
+            // The defaults (20 and 30) make binding slow, which the tests do not measure.
             qps: 200,
             burst: 400,
-            // As it is by default.
+            // The default.
             node_grace: 50,
         }
     }
@@ -112,7 +112,7 @@ pub(crate) fn start_controller_manager(
     machine.spawn(name, &bin.join(name), &args, bin)
 }
 
-/// Starts the API server, at first or again.
+/// Starts the API server.
 pub(crate) fn start_api_server(machine: &Machine, pki: &Pki, bin: &Path) -> Result<()> {
     let args = vec![
         arg("etcd-servers", "http://127.0.0.1:2379"),

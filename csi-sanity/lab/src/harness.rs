@@ -1,8 +1,8 @@
-//! The test harness: a test says what it needs ([`needs`](crate::needs)), and what cannot run on a machine is not called passed.
+//! The test harness: a test says what it needs ([`needs`](crate::needs)), and a test that cannot run never counts as passed.
 //!
-//! A need that this machine can never meet (no root, no Go) skips the test: it is reported as ignored, and the last line says how
-//! many were skipped and why. With `CI` set it fails. A need that can be had, such as a Debian package, fails the test with the
-//! way to get it.
+//! If this machine can never meet a need (no root, no Go), the test is skipped: it is reported as ignored, and the last
+//! line says how many were skipped and why. With `CI` set such a test fails. If a need can be met, for example by a Debian
+//! package, the test fails and says how.
 
 use std::collections::BTreeMap;
 use std::panic::resume_unwind;
@@ -18,17 +18,17 @@ use libtest_mimic::{Arguments, Failed, Trial};
 
 use crate::uml;
 
-/// Longer tests say how long they took.
+/// The duration of longer tests is printed.
 const LONG: Duration = Duration::from_secs(5);
 
 /// What a test needs of the machine it runs on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Need {
-    /// To be root: mounts, namespaces.
+    /// Root, for mounts and namespaces.
     Root,
     /// The Go toolchain, for upstream's programs.
     Go,
-    /// Flags of files, as chattr(1) sets them, where temporary files are.
+    /// chattr(1) flags on the filesystem of temporary files.
     FileFlags,
     /// Loop devices.
     LoopDevices,
@@ -36,41 +36,41 @@ pub enum Need {
     Btrfs,
     /// User-Mode Linux.
     Uml,
-    /// A Kubernetes of namespaces.
+    /// A cluster of machines made of namespaces: see [`Cluster`](crate::Cluster).
     Cluster,
-    /// It runs inside a machine of [`uml`], and nowhere else.
+    /// The test runs only inside a machine of [`uml`].
     Guest,
-    /// The same, on a filesystem with project quotas.
+    /// The test runs only inside a machine of [`uml`] whose filesystem has project quotas.
     GuestWithProjects,
 }
 
 /// Why a need is not met.
 enum Unmet {
-    /// This machine can never meet it.
+    /// This machine can never meet the need: the reason.
     Never(String),
-    /// It can be had, and how.
+    /// The need can be met: how.
     Missing(String),
 }
 
 /// A test.
 pub struct Test {
-    /// Its path: crate, modules, function.
+    /// The path of its function: crate, modules, name.
     pub name: &'static str,
-    /// What it needs.
+    /// What the test needs.
     pub needs: &'static [Need],
-    /// It panics to fail.
+    /// The test; it fails by panicking.
     pub run: fn(),
 }
 
 inventory::collect!(Test);
 
 impl Test {
-    /// Its path without the crate.
+    /// The test's path without the crate.
     fn title(&self) -> &'static str {
         self.name.split_once("::").map_or(self.name, |(_, rest)| rest)
     }
 
-    /// Whether it belongs where this process runs: inside a machine of [`uml`] or outside.
+    /// Whether the test belongs where this process runs: inside a machine of [`uml`] or outside.
     fn belongs_here(&self) -> bool {
         self.belongs_to(uml::filesystem_inside())
     }
@@ -89,7 +89,7 @@ impl Test {
 
     fn run(&'static self) {
         let start = Instant::now();
-        // A thread of its own, as std's harness does: a test may leave its mount namespace behind.
+        // Each test gets its own thread, as in std's harness: a test may change the mount namespace of its thread.
         let thread = std::thread::Builder::new()
             .name(self.title().to_owned())
             .spawn(self.run);
@@ -102,7 +102,7 @@ impl Test {
     }
 }
 
-/// How many tests of this program run inside a machine with such a filesystem, of those whose names contain `filter`.
+/// Counts the tests of this program whose names contain `filter` and that run inside a machine with this filesystem.
 pub(crate) fn count_inside(filesystem: crate::disk::Filesystem, filter: &str) -> usize {
     let tests = inventory::iter::<Test>.into_iter();
     tests
@@ -110,24 +110,24 @@ pub(crate) fn count_inside(filesystem: crate::disk::Filesystem, filter: &str) ->
         .count()
 }
 
-/// The `hostdir` under test.
+/// The `hostdir` binary under test.
 static HOSTDIR: OnceLock<PathBuf> = OnceLock::new();
 
-/// The `hostdir` under test: a static binary, as its image has it.
+/// The `hostdir` binary under test: static, as in the image.
 ///
 /// # Panics
-/// Outside of [`main`].
+/// If neither [`main`] nor [`set_hostdir`] was called before.
 #[must_use]
 pub fn hostdir() -> &'static Path {
-    HOSTDIR.get().expect("tests run below harness::main")
+    HOSTDIR.get().expect("harness::main or set_hostdir was called")
 }
 
-/// Names the `hostdir` under test, for programs that are no tests.
+/// Sets the `hostdir` binary under test, for programs that are not tests.
 pub fn set_hostdir(path: impl Into<PathBuf>) {
     let _ = HOSTDIR.set(path.into());
 }
 
-/// The main function of a test program: runs the tests of this crate, with `hostdir` as the program under test, or the one that
+/// The main function of a test program: runs the tests of this crate on the binary `hostdir`, or on the one that
 /// `HOSTDIR_BINARY` names.
 ///
 /// # Panics
@@ -135,7 +135,7 @@ pub fn set_hostdir(path: impl Into<PathBuf>) {
 #[must_use]
 pub fn main(hostdir: &str) -> ExitCode {
     let arguments = Arguments::from_args();
-    // They wait for disks and processes more than they compute.
+    // Tests wait for disks and processes more than they compute.
     let twice = std::thread::available_parallelism().map_or(2, |cores| 2 * cores.get());
     let test_threads = arguments.test_threads.or(Some(twice));
     run(
@@ -147,7 +147,7 @@ pub fn main(hostdir: &str) -> ExitCode {
     )
 }
 
-/// The same, one test after the other: they share something.
+/// Like [`main`], but runs one test after the other, for tests that share something.
 ///
 /// # Panics
 /// A thread cannot be started.
@@ -162,7 +162,7 @@ pub fn main_one_by_one(hostdir: &str) -> ExitCode {
 
 fn run(hostdir: &str, arguments: Arguments) -> ExitCode {
     let named =
-        std::env::var_os("HOSTDIR_BINARY").map(|path| std::fs::canonicalize(path).expect("HOSTDIR_BINARY is there"));
+        std::env::var_os("HOSTDIR_BINARY").map(|path| std::fs::canonicalize(path).expect("HOSTDIR_BINARY exists"));
     set_hostdir(named.unwrap_or_else(|| hostdir.into()));
     let must_run = std::env::var_os("CI").is_some();
     let mut tests: Vec<&'static Test> = inventory::iter::<Test>
@@ -170,7 +170,7 @@ fn run(hostdir: &str, arguments: Arguments) -> ExitCode {
         .filter(|test| test.belongs_here())
         .collect();
     tests.sort_by_key(|test| test.name);
-    // Ignored means skipped here, and nothing else: asking for it does not make it run.
+    // Here "ignored" means that the test cannot run: `--ignored` must not run it.
     let arguments = Arguments {
         include_ignored: false,
         ignored: false,
@@ -192,7 +192,7 @@ fn run(hostdir: &str, arguments: Arguments) -> ExitCode {
                 trial
             }
             Some(Unmet::Never(why) | Unmet::Missing(why)) => Trial::test(test.title(), move || {
-                Err(Failed::from(format!("it must run here, but cannot: {why}")))
+                Err(Failed::from(format!("the test cannot run: {why}")))
             }),
         };
         trials.push(trial);
@@ -218,10 +218,10 @@ fn run(hostdir: &str, arguments: Arguments) -> ExitCode {
 }
 
 impl Need {
-    /// Looks whether this machine meets it.
+    /// Checks whether this machine meets the need.
     ///
     /// # Errors
-    /// What is missing, and how to get it if it can be had.
+    /// What is missing, and how to get it, if that is possible.
     pub fn check(self) -> anyhow::Result<()> {
         self.unmet()
             .map_err(|(Unmet::Never(why) | Unmet::Missing(why))| anyhow::anyhow!(why))
@@ -234,7 +234,7 @@ impl Need {
             Self::Go => never(upstream::has_go(), "it needs the Go toolchain (https://go.dev)"),
             Self::FileFlags => never(
                 has_file_flags(),
-                "the filesystem of temporary files has no flags (chattr)",
+                "the filesystem of temporary files has no chattr(1) flags",
             ),
             Self::LoopDevices => never(
                 has_loop_devices() || (modprobe("loop") && has_loop_devices()),
@@ -249,7 +249,7 @@ impl Need {
                 have(packages::BTRFS)
             }
             Self::Uml => {
-                never(cfg!(target_arch = "x86_64"), "User-Mode Linux is for x86-64")?;
+                never(cfg!(target_arch = "x86_64"), "User-Mode Linux needs x86-64")?;
                 have(packages::UML)?;
                 have(packages::BTRFS)
             }
@@ -257,7 +257,7 @@ impl Need {
                 never(crate::cgroup::are_here(), "there are no cgroups")?;
                 have(packages::CLUSTER)
             }
-            // Where they are not met, the test does not belong.
+            // `belongs_here` has left out the tests whose need is not met.
             Self::Guest | Self::GuestWithProjects => Ok(()),
         }
     }
@@ -276,7 +276,7 @@ fn have(wanted: &[Package]) -> Result<(), Unmet> {
     })
 }
 
-/// Loads a module of the kernel: what is not there may only not be loaded yet.
+/// Loads a kernel module: a missing feature may only need its module.
 fn modprobe(module: &str) -> bool {
     Command::new("modprobe")
         .arg(module)

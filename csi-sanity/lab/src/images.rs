@@ -1,4 +1,4 @@
-//! Images without a registry: one archive, in the form of `docker save`, that `ctr images import` takes.
+//! Images without a registry: one archive in the format of `docker save`, for `ctr images import`.
 
 use std::fs::{self, File};
 use std::os::unix::fs::PermissionsExt;
@@ -14,7 +14,7 @@ pub(crate) struct Image {
     pub(crate) name: String,
     pub(crate) entrypoint: &'static [&'static str],
     pub(crate) files: Vec<(PathBuf, &'static str)>,
-    /// Names of `busybox` applets, as links to it.
+    /// `busybox` applets, which become links to `busybox`.
     pub(crate) applets: &'static [&'static str],
 }
 

@@ -1,4 +1,4 @@
-//! What is left when the process that made a cluster is gone: a directory, and cgroups. A shell waits for that.
+//! Cleans up when the process that made a cluster is gone: a shell removes its directory and cgroups.
 
 use std::path::Path;
 use std::process::{Child, ChildStdin, Command, Stdio};
@@ -7,11 +7,11 @@ use anyhow::{Context, Result};
 
 use crate::cgroup;
 
-/// Below every hierarchy of cgroups, those of all clusters.
+/// The cgroup of all clusters, in every hierarchy.
 const CGROUPS: &str = "hostdir-lab";
 
-/// Waits for its standard input to end, which happens when the maker of the cluster is gone, by whatever cause; then
-/// removes the cgroups (once their processes are gone) and the directory (once nothing is mounted there any more).
+/// Waits for the end of its standard input, which comes when the process that made the cluster ends for any reason. Then
+/// removes the cgroups, once their processes are gone, and the directory, except what is still mounted there.
 const SCRIPT: &str = r#"
 trap '' INT TERM HUP
 read -r _ || :
@@ -39,7 +39,7 @@ pub(crate) struct Janitor {
 }
 
 impl Janitor {
-    /// A janitor for a directory.
+    /// Starts a janitor for a cluster's directory.
     pub(crate) fn new(dir: &Path) -> Result<Self> {
         let cgroup = format!("{CGROUPS}/{}", std::process::id());
         let mut shell = Command::new("bash")
@@ -58,7 +58,7 @@ impl Janitor {
         })
     }
 
-    /// Makes a cgroup of this cluster. Its name, as the kubelet takes it.
+    /// Makes a cgroup of this cluster. Returns its name as the kubelet expects it.
     pub(crate) fn make_cgroup(&self, name: &str) -> Result<String> {
         cgroup::make(&format!("{}/{name}", self.cgroup))
     }

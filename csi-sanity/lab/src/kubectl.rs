@@ -1,4 +1,4 @@
-//! kubectl, and what is usually asked of it.
+//! Runs kubectl.
 
 use std::io::Write;
 use std::process::{Command, Stdio};
@@ -12,12 +12,12 @@ use crate::machine::{text_of, wait_for};
 /// A kubectl that talks to one cluster.
 #[derive(Clone)]
 pub struct Kubectl {
-    /// nsenter(1) with its arguments, up to and with kubectl and its kubeconfig.
+    /// nsenter(1) and its arguments, up to and including kubectl and its kubeconfig.
     pub(crate) prefix: Vec<String>,
 }
 
 impl Kubectl {
-    /// A command, for whoever wants more than this type has.
+    /// The kubectl command without arguments, for what this type has no method for.
     #[must_use]
     pub fn command(&self) -> Command {
         let mut command = Command::new(&self.prefix[0]);
@@ -25,10 +25,10 @@ impl Kubectl {
         command
     }
 
-    /// Runs `kubectl <args>`; what it prints.
+    /// Runs `kubectl <args>`. Returns its output.
     ///
     /// # Errors
-    /// It fails: what it says.
+    /// kubectl fails; the error includes its output.
     pub fn run(&self, args: &[&str]) -> Result<String> {
         let output = self
             .command()
@@ -39,7 +39,7 @@ impl Kubectl {
         text_of(&output).with_context(|| format!("kubectl {}", args.join(" ")))
     }
 
-    /// Applies manifests, YAML or JSON.
+    /// Applies manifests in YAML or JSON.
     ///
     /// # Errors
     /// The API server refuses them.
@@ -48,10 +48,10 @@ impl Kubectl {
             .map(drop)
     }
 
-    /// Runs `kubectl <args>` with something on its standard input.
+    /// Runs `kubectl <args>` with `input` on its standard input. Returns its output.
     ///
     /// # Errors
-    /// It fails: what it says.
+    /// kubectl fails; the error includes its output.
     pub fn feed(&self, args: &[&str], input: &str) -> Result<String> {
         let mut child = self
             .command()
@@ -73,16 +73,16 @@ impl Kubectl {
         Ok(text)
     }
 
-    /// An object, or a list of them, as JSON.
+    /// Gets an object or a list as JSON.
     ///
     /// # Errors
-    /// There is none, or the API server does not answer.
+    /// The object does not exist, or the API server does not answer.
     pub fn get(&self, what: &[&str]) -> Result<Value> {
         let args = [&["get", "-o", "json"], what].concat();
         Ok(serde_json::from_str(&self.run(&args)?)?)
     }
 
-    /// Whether there is no such object.
+    /// Whether the object does not exist.
     ///
     /// # Errors
     /// The API server does not answer.
@@ -102,7 +102,7 @@ impl Kubectl {
     /// Waits until `condition` holds.
     ///
     /// # Errors
-    /// It did not within `limit`; the last error, if there was one.
+    /// `condition` did not hold within `limit`; the error includes its last error, if any.
     pub fn wait(&self, limit: Duration, what: &str, condition: impl FnMut() -> Result<bool>) -> Result<()> {
         wait_for(limit, what, condition)
     }

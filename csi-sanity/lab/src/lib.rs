@@ -2,15 +2,16 @@
 //!
 //! *The harness* ([`harness`]): a test says what it needs of the machine.
 //!
-//! *The driver as a process*: [`Driver`] starts it, [`Client`] calls it over its socket, [`Scratch`] is a place to work in,
-//! [`faults`] makes its system calls fail, [`disk`] and [`uml`] are filesystems with quotas, and machines whose power can be cut.
+//! *The driver as a process*: [`Driver`] starts it, [`Client`] calls it over its socket, [`Scratch`] is a directory to work
+//! in, [`faults`] makes its system calls fail, [`disk`] has filesystems with quotas, and [`uml`] has machines whose power
+//! can be cut.
 //!
-//! *The cluster*: upstream's own programs (etcd, kube-apiserver, controller-manager, scheduler, kubelet, containerd, runc, the CSI
-//! sidecars; but for node-driver-registrar, for which a stand-in speaks), run as they do in production. A node is a set of
-//! namespaces (`machine`): network, mounts, host name, processes, with a `/var/lib`, `/run`, `/var/log` and `/opt` of its own, so
-//! that every program keeps its production paths. Its power switch is the kill of its process 1. [`Cluster::up`] makes one.
-//! Everything it makes dies with the process that made it, however that ends: the namespaces by parent-death signals, files and
-//! cgroups by the janitor (`janitor`).
+//! *The cluster*: upstream's own programs (etcd, kube-apiserver, controller-manager, scheduler, kubelet, containerd, runc,
+//! the CSI sidecars), run as in production. Only node-driver-registrar is replaced, by a stand-in. A node is a set of
+//! namespaces (`machine`) for network, mounts, host name and processes, with its own `/var/lib`, `/run`, `/var/log` and
+//! `/opt`, so that every program keeps its production paths. Killing its process 1 cuts its power. [`Cluster::up`] makes a
+//! cluster. Everything in it goes when the process that made it ends for any reason: parent-death signals end the
+//! namespaces, the janitor (`janitor`) removes files and cgroups.
 
 mod cgroup;
 pub mod cluster;
@@ -32,5 +33,5 @@ pub use kubectl::Kubectl;
 pub use node::Node;
 pub use support::*;
 
-// The attribute names this crate, also in its own tests.
+// The code that `#[needs]` generates names this crate, also in the crate's own tests.
 extern crate self as hostdir_lab;

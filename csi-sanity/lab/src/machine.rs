@@ -15,21 +15,21 @@ use nix::unistd::Pid;
 
 pub(crate) use hostdir_prove::text_of;
 
-/// How long anything may take that is waited for.
+/// The limit of all waits.
 pub(crate) const DEADLINE: Duration = Duration::from_mins(2);
 
-/// How long is waited between two looks.
-const SOON: Duration = Duration::from_millis(20);
-const SELDOM: Duration = Duration::from_millis(500);
+/// The shortest and the longest pause between two checks of a condition.
+const MIN_PAUSE: Duration = Duration::from_millis(20);
+const MAX_PAUSE: Duration = Duration::from_millis(500);
 
-/// Process 1 of a machine: sets it up, says so, and reaps orphans.
+/// Process 1 of a machine: sets the machine up, makes the file `ready`, and reaps orphans.
 const INIT: &str = include_str!("init.sh");
 
 /// A machine that is switched on.
 pub(crate) struct Machine {
-    /// Its host name.
+    /// The host name.
     pub(crate) name: String,
-    /// Where its private directories are kept, and its logs.
+    /// The directory with the machine's private directories and logs.
     pub(crate) dir: PathBuf,
     /// unshare(1), whose child is process 1.
     unshare: Child,
@@ -37,7 +37,7 @@ pub(crate) struct Machine {
 }
 
 impl Machine {
-    /// Switches a machine on; its disk (`dir`) may have been used before.
+    /// Switches a machine on. Its disk (`dir`) may be left from an earlier run.
     pub(crate) fn start(name: &str, dir: &Path) -> Result<Self> {
         fs::create_dir_all(dir.join("log")).context("make the machine's directory")?;
         let ready = dir.join("ready");
@@ -68,14 +68,14 @@ impl Machine {
         Ok(machine)
     }
 
-    /// Cuts the power: every process of the machine is gone at once, and so are its mounts and its network.
+    /// Cuts the power: kills every process of the machine at once, which also removes its mounts and its network.
     pub(crate) fn cut_power(mut self) -> Result<()> {
         kill(self.init, Signal::SIGKILL).context("kill process 1")?;
         self.unshare.wait().context("reap unshare(1)")?;
         Ok(())
     }
 
-    /// Process 1, as this process sees it.
+    /// The process id of the machine's process 1, outside of the machine.
     pub(crate) fn pid(&self) -> Pid {
         self.init
     }
@@ -100,9 +100,9 @@ impl Machine {
         text_of(&output).with_context(|| format!("on {}: {script}", self.name))
     }
 
-    /// Starts a program on the machine that runs until it is killed; its output goes to a log of that name.
+    /// Starts a program on the machine that runs until it is killed. Its output goes to the log `name`.
     pub(crate) fn spawn(&self, name: &str, program: &Path, args: &[String], path: &Path) -> Result<()> {
-        // The shell writes down its process id as the machine sees it, and becomes the program.
+        // The shell records its process id inside the machine, then becomes the program.
         let script = format!("echo $$ > /run/{name}.pid; exec \"$@\"");
         let mut command = self.command("sh");
         command.args(["-c", &script, "sh"]).arg(program).args(args);
@@ -111,12 +111,12 @@ impl Machine {
         let log = self.dir.join("log").join(name);
         detached(&mut command, &log)?;
         let child = spawn_lasting(command).with_context(|| format!("start {name}"))?;
-        // Nobody waits for it but this: it must not become a zombie.
+        // Reaps the child: nothing else waits for it.
         std::thread::spawn(move || child.wait_with_output());
         Ok(())
     }
 
-    /// Signals a program that [`Machine::spawn`] started.
+    /// Sends a signal to a program that [`Machine::spawn`] started.
     pub(crate) fn signal(&self, name: &str, signal: Signal) -> Result<()> {
         self.sh(&format!("kill -{} $(cat /run/{name}.pid)", signal as i32))
             .map(drop)
@@ -125,14 +125,14 @@ impl Machine {
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        // unshare(1) takes process 1 with it (--kill-child).
+        // unshare(1) kills process 1 when it dies (--kill-child).
         let _ = self.unshare.kill();
         let _ = self.unshare.wait();
     }
 }
 
-/// Starts a command on a thread that lasts as long as this process: parent-death signals come when the thread that
-/// started a child ends, and tests are short-lived threads.
+/// Starts a command on a thread that lives as long as this process. A child gets its parent-death signal when the thread
+/// that started it ends, and test threads end early.
 fn spawn_lasting(mut command: Command) -> Result<Child> {
     type Task = Box<dyn FnOnce() + Send>;
     static SPAWNER: OnceLock<Mutex<Sender<Task>>> = OnceLock::new();
@@ -148,10 +148,10 @@ fn spawn_lasting(mut command: Command) -> Result<Child> {
         .unwrap_or_else(PoisonError::into_inner)
         .send(task)
         .map_err(|_| anyhow!("the spawner is gone"))?;
-    Ok(child.recv().context("hear from the spawner")??)
+    Ok(child.recv().context("receive from the spawner")??)
 }
 
-/// A command whose output goes to a file, and that is killed when the thread that starts it ends.
+/// Sends a command's output to a file, and lets the kernel kill it when the thread that starts it ends.
 fn detached(command: &mut Command, log: &Path) -> Result<()> {
     let log = File::options()
         .create(true)
@@ -191,11 +191,11 @@ pub(crate) fn wait_for(limit: Duration, what: &str, mut condition: impl FnMut() 
         }
         if start.elapsed() > limit {
             match last {
-                Some(error) => return Err(error.context(format!("waited {limit:?} in vain until {what}"))),
-                None => bail!("waited {limit:?} in vain until {what}"),
+                Some(error) => return Err(error.context(format!("timed out after {limit:?} waiting until {what}"))),
+                None => bail!("timed out after {limit:?} waiting until {what}"),
             }
         }
-        // Who asks more often than this takes the time of those who work.
-        std::thread::sleep((2 * asked.elapsed()).clamp(SOON, SELDOM));
+        // More frequent checks would take CPU time from what is waited for.
+        std::thread::sleep((2 * asked.elapsed()).clamp(MIN_PAUSE, MAX_PAUSE));
     }
 }

@@ -1,4 +1,4 @@
-//! A cluster to play in, with hostdir installed: `up [NODES]` and, from anywhere, `down`.
+//! A cluster to try hostdir in: `up [NODES]` runs it, `down` in any terminal stops it.
 
 use std::fs::File;
 use std::io::{Read as _, Write as _};
@@ -12,7 +12,7 @@ use hostdir_lab::{Cluster, prove};
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::unistd::Pid;
 
-/// Who runs the cluster.
+/// The file with the process id of the running `up`, which holds a lock on it.
 const PID_FILE: &str = "/run/hostdir-lab.pid";
 
 fn main() -> ExitCode {
@@ -39,12 +39,12 @@ fn run() -> Result<()> {
 fn up(nodes: usize) -> Result<()> {
     let mut pid_file = pid_file()?;
     if pid_file.try_lock().is_err() {
-        bail!("a cluster is up already, or starts; take it down first: hostdir-lab down");
+        bail!("a cluster is already up or starting; take it down first: hostdir-lab down");
     }
     for need in [Need::Root, Need::Go, Need::Cluster] {
         need.check().context("a cluster cannot run here")?;
     }
-    // Blocked before any thread starts, so that every thread has them blocked, and taken below.
+    // Blocked before any thread starts, so that all threads inherit this; the main thread waits for the signals below.
     let mut signals = SigSet::empty();
     signals.add(Signal::SIGINT);
     signals.add(Signal::SIGTERM);
@@ -62,14 +62,14 @@ fn up(nodes: usize) -> Result<()> {
     Ok(())
 }
 
-/// The file with the process id of who runs the cluster, and has it locked.
+/// Opens [`PID_FILE`].
 fn pid_file() -> Result<File> {
     let mut options = File::options();
     options.read(true).write(true).create(true).truncate(false);
     options.open(PID_FILE).with_context(|| format!("open {PID_FILE}"))
 }
 
-/// hostdir is built where this program is, unless `HOSTDIR_BINARY` names another.
+/// Builds hostdir beside this program, unless `HOSTDIR_BINARY` names a binary. Returns its path.
 fn build_hostdir() -> Result<PathBuf> {
     if let Some(binary) = std::env::var_os("HOSTDIR_BINARY") {
         return Ok(binary.into());
@@ -114,7 +114,7 @@ hostdir is installed. In another terminal:
     EOF
     kubectl exec pod -- cat /data/log
 
-There are no registries: {BUSYBOX_IMAGE} is the one image for pods.
+There is no registry: {BUSYBOX_IMAGE} is the only image for pods.
 Ctrl-C here, or `cargo run -p hostdir-lab -- down` anywhere, takes the cluster down with all its data.
 "#
     )
@@ -130,7 +130,7 @@ fn down() -> Result<()> {
     let pid = pid
         .trim()
         .parse()
-        .with_context(|| format!("{PID_FILE} has no process id yet"))?;
+        .with_context(|| format!("{PID_FILE} has no process id yet: the cluster is still starting; try again"))?;
     kill(Pid::from_raw(pid), Signal::SIGTERM).context("signal the cluster's process")?;
     pid_file.lock().context("wait for the cluster's process")?;
     println!("the cluster is down");

@@ -1,4 +1,4 @@
-//! A node: containerd and a kubelet on a machine of their own.
+//! A node: a machine with containerd and a kubelet.
 
 use std::fs;
 use std::net::IpAddr;
@@ -15,7 +15,7 @@ use crate::pki::Pki;
 
 /// One node of a cluster, switched on or off.
 pub struct Node {
-    /// Its name in Kubernetes, and its host name.
+    /// The name of the Node, and the host name.
     pub name: String,
     number: usize,
     dir: PathBuf,
@@ -25,7 +25,7 @@ pub struct Node {
 }
 
 impl Node {
-    /// A node that is switched off. Nodes are numbered from 1.
+    /// Makes a node that is switched off. Nodes are numbered from 1.
     pub(crate) fn new(number: usize, name: &str, dir: &Path, bin: &Path, cgroup: String, pki: &Pki) -> Result<Self> {
         let node = Self {
             name: name.to_owned(),
@@ -46,10 +46,10 @@ impl Node {
         Ok(node)
     }
 
-    /// Its address on the network of all machines.
+    /// The node's address on the network of all machines.
     #[must_use]
     pub fn address(&self) -> IpAddr {
-        // More nodes than a byte counts would not fit on one machine.
+        // More than 245 nodes do not fit on one machine anyway.
         let host = u8::try_from(10 + self.number).unwrap_or(u8::MAX);
         IpAddr::from([10, 42, 0, host])
     }
@@ -64,10 +64,10 @@ impl Node {
             .with_context(|| format!("node {} is switched off", self.name))
     }
 
-    /// Its file tree, as this machine sees it.
+    /// The path of the node's root directory on this machine.
     ///
     /// # Errors
-    /// It is switched off.
+    /// The node is switched off.
     pub fn root(&self) -> Result<PathBuf> {
         Ok(PathBuf::from(format!("/proc/{}/root", self.machine()?.pid())))
     }
@@ -76,7 +76,7 @@ impl Node {
         self.dir.join(name).display().to_string()
     }
 
-    /// Writes what containerd, its network plugins and the kubelet read.
+    /// Writes the configuration of containerd, its network plugins and the kubelet.
     fn configure(&self, pki: &Pki) -> Result<()> {
         let bin = self.bin.display();
         let containerd = format!(
@@ -111,9 +111,9 @@ SystemdCgroup = false
             "cgroupDriver": "cgroupfs",
             "cgroupRoot": self.cgroup,
             "failSwapOn": false,
-            // Naming one signal drops the defaults for disks: the machine's disk is everybody's.
+            // Naming one signal drops the default signals for disks: all nodes share the machine's disk.
             "evictionHard": {"memory.available": "100Mi"},
-            // An image that is removed cannot be pulled again.
+            // Never remove images: without a registry they cannot be pulled again.
             "imageGCHighThresholdPercent": 100,
             "containerRuntimeEndpoint": "unix:///run/containerd/containerd.sock",
             "authentication": {
@@ -124,10 +124,10 @@ SystemdCgroup = false
             "authorization": {"mode": "Webhook"},
             "tlsCertFile": pki.path(&format!("{}.crt", self.name)),
             "tlsPrivateKeyFile": pki.path(&format!("{}.key", self.name)),
-            // A container that is killed comes back at once, and not after minutes: tests kill often.
+            // Tests kill containers often: restart them at once instead of after minutes.
             "featureGates": {"KubeletCrashLoopBackOffMax": true},
             "crashLoopBackOff": {"maxContainerRestartPeriod": "1s"},
-            // How soon a claim that has grown is looked at, and how old a volume's figures are: a minute each by default.
+            // How soon the kubelet expands a claim, and how often it reads volume statistics: every minute by default.
             "syncFrequency": "10s",
             "volumeStatsAggPeriod": "10s",
             "maxPods": 250,
@@ -142,7 +142,7 @@ SystemdCgroup = false
         Ok(())
     }
 
-    /// Switches it on: machine, network, containerd, and its kubelet.
+    /// Switches the node on: machine, network, containerd and kubelet.
     ///
     /// # Errors
     /// Something does not start.
@@ -161,10 +161,10 @@ SystemdCgroup = false
         self.start_kubelet()
     }
 
-    /// Cuts its power.
+    /// Cuts the node's power.
     ///
     /// # Errors
-    /// It is off already.
+    /// The node is already off.
     pub fn cut_power(&mut self) -> Result<()> {
         let machine = self
             .machine
@@ -174,11 +174,11 @@ SystemdCgroup = false
         cgroup::clear(&self.cgroup)
     }
 
-    /// A cable from its network to the bridge of the control plane, and the ways to everybody.
+    /// Connects the node to the bridge of the control plane by a veth pair, and adds routes.
     fn plug_in(&self, machine: &Machine, control_plane: &ControlPlane) -> Result<()> {
         let (hub, node) = (control_plane.machine.pid(), machine.pid());
         let cable = format!("node{}", self.number);
-        // The hub's end of a cable whose node has lost its power may still be there.
+        // After a power cut the control plane's end of the old veth pair may still exist.
         control_plane
             .machine
             .sh(&format!("ip link del {cable} 2>/dev/null || :"))?;
@@ -203,10 +203,10 @@ SystemdCgroup = false
         Ok(())
     }
 
-    /// Starts its kubelet.
+    /// Starts the kubelet.
     ///
     /// # Errors
-    /// It is switched off.
+    /// The node is switched off.
     pub fn start_kubelet(&self) -> Result<()> {
         let args = [
             format!("--config={}", self.file("kubelet.json")),
@@ -218,15 +218,15 @@ SystemdCgroup = false
             .spawn("kubelet", &self.bin.join("kubelet"), &args, &self.bin)
     }
 
-    /// Kills its kubelet; containers go on.
+    /// Kills the kubelet; containers keep running.
     ///
     /// # Errors
-    /// It does not run.
+    /// The kubelet does not run.
     pub fn kill_kubelet(&self) -> Result<()> {
         self.machine()?.signal("kubelet", Signal::SIGKILL)
     }
 
-    /// Runs a shell script on it, as root.
+    /// Runs a shell script on the node, as root. Returns its output.
     ///
     /// # Errors
     /// The script fails, or the node is off.

@@ -17,7 +17,7 @@ pub(crate) struct Pki {
     issuer: Issuer<'static, KeyPair>,
 }
 
-/// Who may call the API server: token, user, group.
+/// The users of the API server besides nodes: token, user, group.
 const USERS: [(&str, &str, &str); 3] = [
     ("admin", "admin", "system:masters"),
     ("controller-manager", "system:kube-controller-manager", ""),
@@ -25,7 +25,7 @@ const USERS: [(&str, &str, &str); 3] = [
 ];
 
 impl Pki {
-    /// Makes an authority, and what is signed by it for the control plane.
+    /// Makes a certificate authority, and the certificates, keys and tokens of the control plane.
     pub(crate) fn new(dir: &Path, server: &[IpAddr], nodes: &[String]) -> Result<Self> {
         fs::create_dir_all(dir).context("make the directory of keys")?;
         let key = KeyPair::generate()?;
@@ -60,12 +60,12 @@ impl Pki {
         Ok(pki)
     }
 
-    /// A file of ours.
+    /// The path of a file in the authority's directory.
     pub(crate) fn path(&self, file: &str) -> String {
         self.dir.join(file).display().to_string()
     }
 
-    /// Makes `<name>.crt` and `<name>.key`, for serving at these addresses and for calling.
+    /// Makes `<name>.crt` and `<name>.key`, for a server at these addresses and for a client.
     pub(crate) fn sign(&self, name: &str, common_name: &str, group: Option<&str>, addresses: &[IpAddr]) -> Result<()> {
         let mut params = CertificateParams::new(vec!["localhost".to_owned()])?;
         params.distinguished_name.push(DnType::CommonName, common_name);
@@ -83,10 +83,10 @@ impl Pki {
         Ok(())
     }
 
-    /// Writes a kubeconfig for the user of this token, and says where.
+    /// Writes a kubeconfig for the user of this token. Returns its path.
     pub(crate) fn kubeconfig(&self, token: &str, server: &str) -> Result<String> {
         let name = "lab";
-        // A kubeconfig is YAML, of which JSON is a part.
+        // A kubeconfig is YAML, and JSON is valid YAML.
         let config = json!({
             "apiVersion": "v1",
             "kind": "Config",

@@ -9,14 +9,14 @@ use anyhow::{Context, Result, bail, ensure};
 
 use hostdir_prove::{text_of, upstream};
 
-/// The specs that are skipped, each under the reason why.
+/// The specs that may be skipped, each below its reason.
 const SKIPPED: &str = include_str!("../skipped-specs.txt");
 
-/// Runs csi-sanity against a socket, and checks that just the specs of the list were skipped and all others passed. What it
-/// makes is in `dir`, under names that begin with `run`.
+/// Runs csi-sanity against a socket, and checks that exactly the specs in `skipped-specs.txt` were skipped and all others
+/// passed. Its files are in `dir`, with names that begin with `run`.
 ///
 /// # Errors
-/// What failed, or was skipped without being on the list, or is on the list and was not.
+/// A spec failed, was skipped without being listed, or is listed and was not skipped.
 pub fn run(dir: &Path, run: &str, socket: &Path, args: &[String]) -> Result<()> {
     let path = |what: &str| dir.join(format!("{run}{what}"));
     let report = path(".json");
@@ -50,15 +50,15 @@ pub fn run(dir: &Path, run: &str, socket: &Path, args: &[String]) -> Result<()> 
 
 /// How many specs passed, and the names of those that did not run.
 fn read_report(report: &Path) -> Result<(usize, BTreeSet<String>)> {
-    let report: serde_json::Value = serde_json::from_slice(&fs::read(report)?).context("a report is JSON")?;
+    let report: serde_json::Value = serde_json::from_slice(&fs::read(report)?).context("the report is not JSON")?;
     let (mut passed, mut left_out) = (0, BTreeSet::new());
-    for spec in report[0]["SpecReports"].as_array().context("a report has specs")? {
+    for spec in report[0]["SpecReports"].as_array().context("the report has no specs")? {
         if spec["LeafNodeType"] != "It" {
             continue;
         }
         let containers = spec["ContainerHierarchyTexts"]
             .as_array()
-            .context("a spec has a place")?;
+            .context("a spec has no ContainerHierarchyTexts")?;
         let texts = containers
             .iter()
             .chain([&spec["LeafNodeText"]])

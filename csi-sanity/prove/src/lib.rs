@@ -1,5 +1,6 @@
-//! What the tests need beside the toolchains: Debian packages ([`packages`]) and upstream's programs, built from the Go modules
-//! in `csi-sanity/upstream` ([`upstream`]). The program of this crate, `cargo prove`, gets both and runs all tests.
+//! Gets what the tests need besides the toolchains: Debian packages ([`packages`]) and upstream's programs, built from the
+//! Go modules in `csi-sanity/upstream` ([`upstream`]). The program of this crate, `cargo prove`, gets both and runs all
+//! tests.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -9,24 +10,24 @@ use anyhow::{Context as _, Result, ensure};
 pub mod packages;
 pub mod upstream;
 
-/// The repository.
+/// The repository's root.
 #[must_use]
 pub fn root() -> PathBuf {
-    // This crate lies two levels below it.
+    // This crate is two levels below the root.
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
     here.ancestors().nth(2).unwrap_or(Path::new("/")).to_owned()
 }
 
-/// Where cargo builds to.
+/// The target directory of cargo.
 #[must_use]
 pub fn target_dir() -> PathBuf {
     root().join(std::env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| "target".into()))
 }
 
-/// Cargo, in the repository, as if it were called by a person.
+/// Cargo, run in the repository's root as if from a shell.
 ///
-/// What cargo tells the programs it runs is taken out of the environment: build scripts watch it, and would build everything
-/// again with each call.
+/// Removes the variables that cargo sets for the programs it runs: build scripts watch them, so cargo would rebuild
+/// everything with each call.
 #[must_use]
 pub fn cargo() -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
@@ -45,20 +46,20 @@ pub fn cargo() -> Command {
     command
 }
 
-/// Runs a command to its end, with nothing on its standard input.
+/// Runs a command to its end, with an empty standard input.
 ///
 /// # Errors
-/// It cannot be started.
+/// The command cannot be started.
 pub fn output(command: &mut Command) -> Result<Output> {
     let name = command.get_program().display().to_string();
     command.stdin(std::process::Stdio::null());
     command.output().with_context(|| format!("cannot run {name}"))
 }
 
-/// What a program wrote to its standard output.
+/// The standard output of a program that succeeded.
 ///
 /// # Errors
-/// It failed: all that it wrote.
+/// The program failed; the error includes all its output.
 pub fn text_of(output: &Output) -> Result<String> {
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     let status = output.status;

@@ -1,7 +1,7 @@
 //! `cargo prove`: runs all of hostdir's tests, and gets what they need.
 //!
 //!     cargo prove            everything
-//!     cargo prove prepare    installs Debian packages and builds upstream's programs, and runs nothing
+//!     cargo prove prepare    installs Debian packages and builds upstream's programs, but runs no tests
 //!     cargo prove rest       everything that `cargo test` does not run
 //!
 //! The last line says how many tests passed, failed and were skipped, and why.
@@ -16,7 +16,6 @@ use anyhow::{Context as _, Result, bail};
 use hostdir_prove::{packages, upstream};
 use stage::Stages;
 
-/// Clippy and rustdoc look at the tests of all members.
 const CLIPPY: &[&str] = &[
     "clippy",
     "--locked",
@@ -62,7 +61,7 @@ fn run() -> Result<ExitCode> {
     }
 }
 
-/// Installs packages where that can be done; elsewhere the tests that need them are skipped, and say so.
+/// Installs packages if possible. Otherwise the tests that need them are skipped.
 fn install() -> Result<()> {
     if packages::can_be_installed() {
         packages::install()
@@ -75,7 +74,7 @@ fn prove(tier_1: bool) -> Result<ExitCode> {
     let _alone = wait_to_be_alone()?;
     let mut stages = Stages::default();
     stages.note("packages", install());
-    // Beside everything else, at low priority.
+    // In parallel to everything else, at low priority.
     let builds = thread::spawn(|| if upstream::has_go() { upstream::all() } else { Ok(()) });
     if tier_1 {
         stages.run("cargo test", TIER_1)?;
@@ -84,7 +83,7 @@ fn prove(tier_1: bool) -> Result<ExitCode> {
     stages.run("cargo clippy", CLIPPY)?;
     stages.run("cargo clippy, all tests", CLIPPY_TESTS)?;
     stages.run("cargo doc", DOC)?;
-    stages.run("what proves", OWN)?;
+    stages.run("cargo prove's own tests", OWN)?;
     stages.run("quotas and power cuts", QUOTA)?;
     let built = builds.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
     stages.note("upstream's programs", built);
@@ -92,15 +91,15 @@ fn prove(tier_1: bool) -> Result<ExitCode> {
     Ok(stages.end())
 }
 
-/// Two runs on one machine would fail each other's bounds of time: the second waits. The lock goes with the process.
+/// Waits for another run on this machine: two at once would exceed the tests' time limits. The lock ends with the process.
 fn wait_to_be_alone() -> Result<File> {
     let path = std::env::temp_dir().join("hostdir-prove.lock");
-    // Another user may have made it: a lock needs no right to write.
+    // Another user may own the file: locking needs no write permission.
     let lock = File::open(&path).or_else(|_| File::create(&path));
     let lock = lock.with_context(|| format!("cannot open {}", path.display()))?;
     if lock.try_lock().is_err() {
         eprintln!(
-            "prove: another run on this machine has {}; waiting for its end",
+            "prove: another run on this machine holds the lock {}; waiting until it ends",
             path.display()
         );
         lock.lock().context("cannot wait for another run")?;

@@ -1,4 +1,4 @@
-//! Debian packages that tests need. They are installed in one step, which `cargo prove` begins with; tests install nothing.
+//! Debian packages that tests need. `cargo prove` installs them first; tests install nothing.
 
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
@@ -9,10 +9,10 @@ use anyhow::{Result, bail, ensure};
 
 use crate::{output, text_of};
 
-/// A package, by a file of it that tests use.
+/// A package, recognized as installed by a file that tests use.
 #[derive(Clone, Copy, Debug)]
 pub struct Package {
-    /// Its name in Debian.
+    /// The package's name in Debian.
     pub name: &'static str,
     /// The file.
     pub file: &'static str,
@@ -41,10 +41,10 @@ pub const CLUSTER: &[Package] = &[
     package("iproute2", "/usr/sbin/ip"),
 ];
 
-/// How long another apt-get is waited for: an image that updates itself at its first boot takes minutes.
+/// How long to wait for another apt-get: an image that updates itself at its first boot takes minutes.
 const PATIENCE: Duration = Duration::from_mins(15);
 
-/// Those of `packages` that are not installed.
+/// The packages that are not installed.
 #[must_use]
 pub fn missing(packages: &[Package]) -> Vec<Package> {
     let is_missing = |package: &&Package| !Path::new(package.file).exists();
@@ -57,12 +57,12 @@ pub fn can_be_installed() -> bool {
     Path::new("/usr/bin/apt-get").exists() && is_root()
 }
 
-/// Whether this process is root's: its own directory in proc(5) is.
+/// Whether this process runs as root: then root owns its directory in proc(5).
 fn is_root() -> bool {
     std::fs::metadata("/proc/self").is_ok_and(|metadata| metadata.uid() == 0)
 }
 
-/// Installs what is missing of all packages. Another apt-get that runs is waited for.
+/// Installs all packages that are missing. Waits for another apt-get that runs.
 ///
 /// # Errors
 /// A package cannot be installed.
@@ -78,7 +78,7 @@ pub fn install() -> Result<()> {
     for package in missing {
         ensure!(
             Path::new(package.file).exists(),
-            "{} is installed, but has no {}",
+            "the package {} is installed, but has no file {}",
             package.name,
             package.file
         );
@@ -94,7 +94,7 @@ fn apt_get(args: &[&str]) -> Result<()> {
             .args(["-o", "DPkg::Lock::Timeout=60"])
             .args(args)
             .env("DEBIAN_FRONTEND", "noninteractive")
-            // The message about a lock is looked for below.
+            // The English message about a lock is searched for below.
             .env("LC_ALL", "C");
         let ended = output(&mut command)?;
         let error = match text_of(&ended) {
@@ -105,18 +105,21 @@ fn apt_get(args: &[&str]) -> Result<()> {
         if !format!("{error:#}").contains("Could not get lock") {
             bail!(error);
         }
-        ensure!(start.elapsed() < PATIENCE, "another apt-get does not end: {error:#}");
-        eprintln!("prove: another apt-get runs; waiting for it");
+        ensure!(
+            start.elapsed() < PATIENCE,
+            "gave up waiting for another apt-get: {error:#}"
+        );
+        eprintln!("prove: another apt-get is running; waiting for it");
         std::thread::sleep(Duration::from_secs(5));
     }
 }
 
-/// What is to be done about packages that are missing.
+/// A message about missing packages, and how to install them.
 #[must_use]
 pub fn remedy(missing: &[Package]) -> String {
     let names: Vec<&str> = missing.iter().map(|package| package.name).collect();
     format!(
-        "not installed: {}; `cargo prove prepare` installs all that the tests need",
+        "Debian packages are not installed: {}; `cargo prove prepare` installs all that the tests need",
         names.join(", ")
     )
 }

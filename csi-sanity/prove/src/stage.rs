@@ -1,4 +1,4 @@
-//! The stages of a proof: calls of cargo, of which each must succeed, and what their tests said.
+//! The stages of `cargo prove`: calls of cargo that must all succeed, and the results of their tests.
 
 use std::io::{BufRead as _, BufReader};
 use std::process::{ExitCode, Stdio};
@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result};
 use hostdir_prove::cargo;
 
-/// What test programs said of their tests.
+/// The test results that test programs have reported.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Counts {
     passed: usize,
@@ -17,7 +17,7 @@ struct Counts {
 }
 
 impl Counts {
-    /// Counts a line, if it is the summary of a test program: of std's harness or of ours.
+    /// Counts a line if it is the summary of a test program, in the format of std's harness or of ours.
     fn read(&mut self, line: &str) {
         let numbers =
             |text: &str| -> Vec<usize> { text.split([' ', ';']).filter_map(|word| word.parse().ok()).collect() };
@@ -45,12 +45,12 @@ struct Stage {
     time: Duration,
 }
 
-/// What has run.
+/// The stages that have run.
 #[derive(Default)]
 pub(crate) struct Stages(Vec<Stage>);
 
 impl Stages {
-    /// Runs cargo. A stage that fails does not keep the next from running.
+    /// Runs cargo as one stage. The next stages run even if it fails.
     pub(crate) fn run(&mut self, name: &'static str, args: &[&str]) -> Result<()> {
         eprintln!("prove: {name}: cargo {}", args.join(" "));
         let start = Instant::now();
@@ -63,7 +63,7 @@ impl Stages {
         let mut child = command.spawn().context("cannot run cargo")?;
         let mut counts = Counts::default();
         for line in BufReader::new(child.stdout.take().context("cargo has no output")?).split(b'\n') {
-            let line = line.context("cannot read what cargo says")?;
+            let line = line.context("cannot read cargo's output")?;
             let line = String::from_utf8_lossy(&line);
             println!("{line}");
             counts.read(&line);
@@ -82,7 +82,7 @@ impl Stages {
         Ok(())
     }
 
-    /// Something that is no call of cargo: it is said only if it failed.
+    /// Records a step that is not a call of cargo, if it failed.
     pub(crate) fn note(&mut self, name: &'static str, done: Result<()>) {
         if let Err(error) = done {
             eprintln!("prove: {name}: {error:#}");
@@ -95,7 +95,7 @@ impl Stages {
         }
     }
 
-    /// Says how it went. Each call of cargo counts as a test, too: lints fail without one.
+    /// Prints the summary. Each call of cargo counts as a test, too, because lints fail without a test.
     pub(crate) fn end(self) -> ExitCode {
         let mut sum = Counts::default();
         for Stage { name, ok, counts, time } in self.0 {
@@ -106,7 +106,7 @@ impl Stages {
                 counts.passed
             );
             sum.passed += counts.passed + usize::from(ok);
-            // Cargo fails because a test does, or without one.
+            // A stage can fail without a failed test.
             sum.failed += if ok { 0 } else { counts.failed.max(1) };
             sum.skipped += counts.skipped;
             sum.why.extend(counts.why);

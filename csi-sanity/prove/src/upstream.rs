@@ -1,6 +1,6 @@
 //! Upstream's programs, built from the Go modules in `csi-sanity/upstream` and kept below the target directory.
 //!
-//! A module is built again when its files or the Go toolchain have changed, by one process at a time: others wait for it.
+//! A module is rebuilt when its files or the Go toolchain have changed. One process builds, others wait for it.
 
 use std::fs::{self, File};
 use std::io::Write as _;
@@ -12,21 +12,21 @@ use anyhow::{Context as _, Result};
 
 use crate::{output, root, target_dir, text_of};
 
-/// Programs that a Go module pins.
+/// Programs whose versions a Go module pins.
 pub struct Module {
     /// The name of this build.
     name: &'static str,
     /// The directory of the module, below `csi-sanity/upstream`.
     dir: &'static str,
-    /// What the programs are called, and their main packages.
+    /// The names of the programs, and their main packages.
     programs: &'static [(&'static str, &'static str)],
-    /// Whether C code is part of it.
+    /// Whether the build needs C code.
     cgo: bool,
     tags: &'static str,
     ldflags: &'static str,
 }
 
-/// The version is linked in, as upstream's own builds do: programs compare versions.
+/// Links the version in, as upstream's own builds do, because programs compare versions.
 const KUBERNETES_VERSION: &str = "-s -w \
     -X k8s.io/component-base/version.gitVersion=v1.37.2 \
     -X k8s.io/component-base/version.gitMajor=1 \
@@ -44,7 +44,7 @@ const SANITY: Module = Module {
     ldflags: "-s -w",
 };
 
-/// Of the module of Kubernetes: Helm is made of the same libraries, which are then built once.
+/// In the Go module of Kubernetes, because Helm uses the same libraries, which are then built once.
 const HELM: Module = Module {
     name: "helm",
     dir: "kubernetes",
@@ -75,7 +75,7 @@ const KUBERNETES: Module = Module {
             "github.com/kubernetes-csi/external-resizer/v2/cmd/csi-resizer",
         ),
         ("etcd", "go.etcd.io/etcd/server/v3"),
-        // A stand-in of ours: upstream's node-driver-registrar is not to be had as a Go module.
+        // Our own stand-in: upstream's node-driver-registrar is not available as a Go module.
         (
             "csi-node-driver-registrar",
             "hostdir.csi/csi-sanity/kubernetes/registrar",
@@ -111,7 +111,7 @@ const CONTAINERD: Module = Module {
     ldflags: "-s -w",
 };
 
-/// With C: runc needs libseccomp, or no pod with a seccomp profile starts.
+/// Needs C: without libseccomp, runc starts no pod with a seccomp profile.
 const RUNC: Module = Module {
     name: "runc",
     dir: "containerd",
@@ -130,26 +130,26 @@ pub fn has_go() -> bool {
         .is_ok_and(|output| output.status.success())
 }
 
-/// The csi-sanity that its module pins.
+/// The path of csi-sanity, built if necessary.
 ///
 /// # Errors
-/// It cannot be built.
+/// csi-sanity cannot be built.
 pub fn csi_sanity() -> Result<PathBuf> {
     Ok(build(&SANITY)?.join("csi-sanity"))
 }
 
-/// The Helm that its module pins.
+/// The path of Helm, built if necessary.
 ///
 /// # Errors
-/// It cannot be built.
+/// Helm cannot be built.
 pub fn helm() -> Result<PathBuf> {
     Ok(build(&HELM)?.join("helm"))
 }
 
-/// The directory with all programs of a cluster.
+/// The directory with all programs of a cluster, built if necessary.
 ///
 /// # Errors
-/// They cannot be built.
+/// A program cannot be built.
 pub fn cluster() -> Result<PathBuf> {
     for module in [&RUNC, &CONTAINERD, &HELM] {
         build(module)?;
@@ -157,10 +157,10 @@ pub fn cluster() -> Result<PathBuf> {
     build(&KUBERNETES)
 }
 
-/// Builds everything, what the first tests need first.
+/// Builds all programs, starting with those that tests need first.
 ///
 /// # Errors
-/// Something cannot be built.
+/// A program cannot be built.
 pub fn all() -> Result<()> {
     for module in [&SANITY, &HELM, &KUBERNETES, &CONTAINERD, &RUNC] {
         build(module)?;
@@ -168,7 +168,7 @@ pub fn all() -> Result<()> {
     Ok(())
 }
 
-/// Builds a module unless it is there; the directory of its programs.
+/// Builds a module unless it is up to date. Returns the directory of its programs.
 fn build(module: &Module) -> Result<PathBuf> {
     let bin = target_dir().join("lab/bin");
     fs::create_dir_all(&bin).with_context(|| format!("cannot make {}", bin.display()))?;
@@ -197,10 +197,10 @@ fn build(module: &Module) -> Result<PathBuf> {
         fs::remove_dir_all(&new).context("cannot remove a directory")?;
     }
     fs::create_dir_all(&new).context("cannot make a directory")?;
-    // All at once: the linker of one works while another is compiled.
+    // One call for all programs: one is linked while another is compiled.
     let mut command = Command::new("nice");
     command
-        // Beside the tests and the compiler of Rust, which come first.
+        // Tests and the Rust compiler run at the same time, and come first.
         .args([
             "-n",
             "19",
@@ -217,7 +217,7 @@ fn build(module: &Module) -> Result<PathBuf> {
         .args(module.programs.iter().map(|(_, package)| package))
         .current_dir(&source)
         .env("CGO_ENABLED", if module.cgo { "1" } else { "0" })
-        // The compiler looks for garbage less often, and is done sooner.
+        // Less frequent garbage collection makes the Go compiler faster.
         .env("GOGC", "400");
     text_of(&output(&mut command)?).with_context(|| format!("cannot build {}", module.name))?;
     for (name, package) in module.programs {
@@ -229,7 +229,7 @@ fn build(module: &Module) -> Result<PathBuf> {
     Ok(bin)
 }
 
-/// What `go build` calls the program of a package: the last part of its path that is no version (`go help build`).
+/// The name that `go build` gives to a package's program: the last part of its path that is not a version (`go help build`).
 fn built_name(package: &str) -> &str {
     let is_version = |part: &str| {
         part.strip_prefix('v')
@@ -238,7 +238,7 @@ fn built_name(package: &str) -> &str {
     package.rsplit('/').find(|part| !is_version(part)).unwrap_or(package)
 }
 
-/// Everything that a build depends on.
+/// The inputs of a build, as text: a change of it means that the module must be rebuilt.
 fn fingerprint(module: &Module, source: &Path) -> Result<String> {
     let Module {
         name,
@@ -248,7 +248,8 @@ fn fingerprint(module: &Module, source: &Path) -> Result<String> {
         tags,
         ldflags,
     } = module;
-    let version = output(Command::new("go").arg("version")).context("it needs the Go toolchain (https://go.dev)")?;
+    let version =
+        output(Command::new("go").arg("version")).context("the build needs the Go toolchain (https://go.dev)")?;
     let mut text = format!(
         "{name} {dir} {programs:?} {cgo} {tags} {ldflags}\n{}",
         text_of(&version)?
@@ -259,9 +260,9 @@ fn fingerprint(module: &Module, source: &Path) -> Result<String> {
     Ok(text)
 }
 
-/// Says something to whoever waits, past a test harness that would keep it to itself.
+/// Prints a line to standard error directly: a test harness captures `eprintln!`.
 fn say(what: &str) {
-    // Nobody is there to be told that nobody listens.
+    // If standard error is closed, there is nowhere to report the failure.
     let _ = std::io::stderr().write_all(format!("{what}\n").as_bytes());
 }
 
@@ -270,7 +271,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn programs_are_called_as_go_calls_them() {
+    fn built_names_are_those_that_go_build_uses() {
         for (package, name) in [
             ("k8s.io/kubernetes/cmd/kubelet", "kubelet"),
             ("go.etcd.io/etcd/server/v3", "server"),

@@ -1,9 +1,9 @@
-//! The attribute that makes a function a test and says what the test needs.
+//! The attribute `#[needs(..)]`, which makes a function a test and says what the test needs.
 
 use proc_macro::{TokenStream, TokenTree};
 
-/// Makes a function without arguments a test of `hostdir_lab::harness`, and says what it needs: `#[needs(Root, Go)]`, each a
-/// `hostdir_lab::harness::Need`.
+/// Makes a function without arguments a test of `hostdir_lab::harness`. `#[needs(Root, Go)]` lists what the test needs, as
+/// variants of `hostdir_lab::harness::Need`.
 #[proc_macro_attribute]
 pub fn needs(needs: TokenStream, item: TokenStream) -> TokenStream {
     let is_fn = |tree: &TokenTree| matches!(tree, TokenTree::Ident(ident) if ident.to_string() == "fn");

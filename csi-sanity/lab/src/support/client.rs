@@ -1,5 +1,5 @@
-//! The CSI client of tests and benchmarks: one method per RPC, with the usual request filled in. [`Csi`] is asynchronous, [`Client`]
-//! blocks.
+//! The CSI client of tests and benchmarks: one method per RPC, with the usual request filled in. [`Csi`] is asynchronous,
+//! [`Client`] blocks.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -26,13 +26,13 @@ pub struct Csi {
     channel: Channel,
 }
 
-/// A connection to a driver, for threads that block.
+/// A connection to a driver, with blocking methods.
 pub struct Client {
     runtime: Runtime,
     csi: Csi,
 }
 
-/// How to publish.
+/// The options of NodePublishVolume.
 #[derive(Clone, Debug)]
 pub struct Mount {
     pub mode: Mode,
@@ -85,7 +85,7 @@ pub fn map(entries: &[(&str, &str)]) -> HashMap<String, String> {
 }
 
 impl Csi {
-    /// A connection on which the driver has answered: the kernel alone accepts one before the driver is ready.
+    /// Connects, and waits for a first answer: the kernel accepts connections before the driver is ready.
     pub async fn connect(socket: &Path) -> Result<Self, Box<dyn std::error::Error>> {
         let endpoint = Endpoint::try_from(format!("unix://{}", socket.display()))?.timeout(super::DEADLINE);
         let csi = Self {
@@ -111,7 +111,7 @@ impl Csi {
         self.identity().get_plugin_info(GetPluginInfoRequest {}).await.map(drop)
     }
 
-    /// Whether the driver says that it is ready.
+    /// Whether the driver reports that it is ready.
     pub async fn probe(&self) -> Result<bool, Status> {
         let answer = self.identity().probe(ProbeRequest {}).await?.into_inner();
         Ok(answer.ready.unwrap_or(true))
@@ -119,7 +119,7 @@ impl Csi {
 
     pub async fn create(&self, request: CreateVolumeRequest) -> Result<Volume, Status> {
         let answer = self.controller().create_volume(request).await?.into_inner();
-        Ok(answer.volume.expect("an answer has a volume"))
+        Ok(answer.volume.expect("the answer has a volume"))
     }
 
     pub async fn expand(&self, id: &str, required_bytes: i64) -> Result<i64, Status> {
@@ -188,7 +188,7 @@ impl Csi {
 }
 
 impl Client {
-    /// A connection on which the driver has answered.
+    /// Connects, and waits for a first answer.
     pub fn connect(socket: &Path) -> Result<Self, Box<dyn std::error::Error>> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
@@ -219,7 +219,7 @@ impl Client {
         self.block_on(call).map(tonic::Response::into_inner)
     }
 
-    /// Waits for whatever uses this connection.
+    /// Runs a future that uses this connection.
     pub fn block_on<T>(&self, future: impl Future<Output = T>) -> T {
         self.runtime.block_on(future)
     }
@@ -268,7 +268,7 @@ impl Client {
         self.block_on(self.csi.stats(id, path))
     }
 
-    /// The capacity that a pool reports, which must be its largest volume, too.
+    /// The available capacity of a pool. Checks that the maximum volume size is the same.
     pub fn capacity(&self, pool: &str) -> i64 {
         let request = GetCapacityRequest {
             parameters: map(&[("pool", pool)]),
@@ -279,7 +279,7 @@ impl Client {
         answer.available_capacity
     }
 
-    /// The ids of all volumes, by pages of `page`.
+    /// The ids of all volumes, listed in pages of `page`.
     pub fn list(&self, page: i32) -> Vec<String> {
         let (mut ids, mut token) = (Vec::new(), String::new());
         loop {
@@ -294,7 +294,7 @@ impl Client {
     }
 }
 
-/// `request` for at least `required` and at most `limit` GiB; zero is no wish.
+/// `request` for at least `required` and at most `limit` GiB; zero means unset.
 pub fn of_size(request: CreateVolumeRequest, required: i64, limit: i64) -> CreateVolumeRequest {
     let range = CapacityRange {
         required_bytes: required * GIB,

@@ -1,4 +1,4 @@
-//! Disks of our own: image files with filesystems that have quotas, mounted here or in a machine of our own.
+//! Disks for tests: image files with filesystems that have quotas, mounted here or in a UML machine.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -19,7 +19,7 @@ pub enum Filesystem {
 impl Filesystem {
     pub const ALL: [Self; 3] = [Self::Xfs, Self::Ext4, Self::Btrfs];
 
-    /// As mount(8) calls it.
+    /// The filesystem type as mount(8) expects it.
     pub fn name(self) -> &'static str {
         match self {
             Self::Xfs => "xfs",
@@ -30,15 +30,15 @@ impl Filesystem {
 
     pub fn named(name: &str) -> Self {
         let found = Self::ALL.into_iter().find(|filesystem| filesystem.name() == name);
-        found.unwrap_or_else(|| panic!("{name} is no filesystem with quotas"))
+        found.unwrap_or_else(|| panic!("{name} is not a known filesystem"))
     }
 
-    /// Whether volumes are limited by project.
+    /// Whether volumes are limited by project quotas.
     pub fn has_projects(self) -> bool {
         self != Self::Btrfs
     }
 
-    /// An image file with an empty one.
+    /// Makes an image file with an empty filesystem. Returns its path.
     pub fn make(self, dir: &Path, mib: u64) -> PathBuf {
         let image = dir.join(format!("{}.img", self.name()));
         let file = File::create(&image).expect("make an image");
@@ -52,7 +52,7 @@ impl Filesystem {
         image
     }
 
-    /// Mounts a device with one of them, with quotas or without.
+    /// Mounts a device with this filesystem, with quotas or without.
     pub fn mount(self, device: &Path, at: &Path, quotas: bool) {
         let options = (self.has_projects() && quotas).then_some("prjquota");
         mount(Some(device), at, Some(self.name()), MsFlags::empty(), options)
@@ -60,7 +60,7 @@ impl Filesystem {
     }
 }
 
-/// Runs a program, which must succeed; what it says.
+/// Runs a program, which must succeed. Returns its standard output.
 pub fn run(command: &mut Command) -> String {
     let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
     assert!(
@@ -72,10 +72,10 @@ pub fn run(command: &mut Command) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-/// Ids that quotas know of on the whole disk, but for those of the filesystem itself: projects or subvolumes.
+/// The ids of projects or subvolumes that quotas know on the whole disk, except those of the filesystem itself.
 pub fn known_to_quotas(filesystem: Filesystem, disk: &Path) -> Vec<u64> {
     if !filesystem.has_projects() {
-        // The kernel forgets the group of a subvolume after the commit that follows its end, which this calls for.
+        // The kernel removes the quota group of a deleted subvolume with the next commit, which this forces.
         run(Command::new("btrfs").args(["filesystem", "sync"]).arg(disk));
         let shown = run(Command::new("btrfs").args(["filesystem", "show"]).arg(disk));
         let uuid = shown
@@ -95,7 +95,7 @@ pub fn known_to_quotas(filesystem: Filesystem, disk: &Path) -> Vec<u64> {
     let ids = report.lines().filter_map(|line| {
         let fields: Vec<&str> = line.split_whitespace().collect();
         let id: u64 = fields.first()?.strip_prefix('#')?.parse().ok()?;
-        // Flags, then used, soft and hard blocks and inodes; a grace time is there when a limit is passed.
+        // The fields: flags, then used, soft and hard limits of blocks and inodes; a grace time only if a limit is exceeded.
         let counts: Vec<u64> = fields[2..].iter().filter_map(|field| field.parse().ok()).collect();
         (id != 0 && counts.iter().any(|count| *count > 0)).then_some(id)
     });
@@ -114,7 +114,8 @@ mod raw {
     nix::ioctl_none!(rescan_wait, 0x94, 46);
 }
 
-/// Switches the quotas of a btrfs filesystem on, and waits until they count. (`btrfs quota enable`; Debian's knows no `--simple`.)
+/// Enables quotas on a btrfs filesystem, and waits until they are counted: `btrfs quota enable`, which in Debian has no
+/// `--simple`.
 pub fn enable_btrfs_quotas(at: &Path, simple: bool) {
     // BTRFS_QUOTA_CTL_ENABLE_SIMPLE_QUOTA, BTRFS_QUOTA_CTL_ENABLE
     let command = if simple { 4 } else { 1 };
@@ -122,11 +123,11 @@ pub fn enable_btrfs_quotas(at: &Path, simple: bool) {
     let dir = File::open(at).expect("open a filesystem");
     let fd = std::os::fd::AsRawFd::as_raw_fd(&dir);
     #[expect(unsafe_code, reason = "system calls without a safe wrapper")]
-    // SAFETY: the structure is of the size that the number of the call says, and outlives it.
+    // SAFETY: the structure has the size that the ioctl's number encodes, and outlives the call.
     unsafe { raw::quota_control(fd, &raw mut control) }.expect("enable quotas");
     if !simple {
         #[expect(unsafe_code, reason = "system calls without a safe wrapper")]
         // SAFETY: the call takes no argument.
-        unsafe { raw::rescan_wait(fd) }.expect("wait for the count");
+        unsafe { raw::rescan_wait(fd) }.expect("wait for the rescan");
     }
 }

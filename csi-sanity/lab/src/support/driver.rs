@@ -21,10 +21,11 @@ pub struct Driver {
     log: PathBuf,
     args: Vec<String>,
     kubeconfig: Option<PathBuf>,
+    binary: PathBuf,
     with_faults: bool,
 }
 
-/// A driver that runs. It is killed when this is dropped.
+/// A running driver. Dropping it kills the process.
 pub struct Process {
     child: Child,
     socket: PathBuf,
@@ -38,25 +39,32 @@ impl Driver {
         Self::on_node(scratch, "node-a")
     }
 
-    /// The same, on a node of this name.
+    /// Like [`Driver::new`], on a node of this name.
     pub fn on_node(scratch: &Scratch, node: &str) -> Self {
         Self::with_args(&scratch.path(""), &["local", "--node-name", node])
     }
 
-    /// `hostdir` with these arguments, its socket and log in a directory.
+    /// `hostdir` with these arguments, whose socket and log are in `dir`.
     pub fn with_args(dir: &Path, args: &[&str]) -> Self {
         Self {
             socket: dir.join("csi.sock"),
             log: dir.join("log"),
             args: args.iter().map(|arg| (*arg).to_owned()).collect(),
             kubeconfig: None,
+            binary: crate::harness::hostdir().to_owned(),
             with_faults: false,
         }
     }
 
-    /// With an API server.
+    /// Adds an API server.
     pub fn kubeconfig(mut self, path: impl Into<PathBuf>) -> Self {
         self.kubeconfig = Some(path.into());
+        self
+    }
+
+    /// Runs another `hostdir` binary than the one under test.
+    pub fn binary(mut self, path: impl Into<PathBuf>) -> Self {
+        self.binary = path.into();
         self
     }
 
@@ -65,7 +73,7 @@ impl Driver {
         self
     }
 
-    /// A node of elected mode whose API server is not there.
+    /// A node in elected mode whose API server is unreachable.
     pub fn without_api_server(scratch: &Scratch) -> Self {
         let kubeconfig = scratch.path("kubeconfig");
         let nobody = "apiVersion: v1\nkind: Config\ncurrent-context: c\n\
@@ -76,19 +84,19 @@ impl Driver {
         Self::with_args(&scratch.path(""), &["node", "--node-name", "node-a"]).kubeconfig(kubeconfig)
     }
 
-    /// With a pool.
+    /// Adds a pool.
     pub fn pool(self, name: &str, path: &Path) -> Self {
         self.arg("--pool").arg(format!("{name}={}", path.display()))
     }
 
-    /// With its system calls in our hands.
+    /// Puts the driver's system calls under the control of [`Faults`].
     pub fn with_faults(mut self) -> Self {
         self.with_faults = true;
         self
     }
 
     fn command(&self) -> Command {
-        let mut command = Command::new(crate::harness::hostdir());
+        let mut command = Command::new(&self.binary);
         command
             .args(&self.args)
             .arg("--endpoint")
@@ -106,7 +114,7 @@ impl Driver {
         command
     }
 
-    /// Starts it and does not wait for anything.
+    /// Starts the driver without waiting for it.
     pub fn spawn(&self) -> Process {
         let mut command = self.command();
         let (child, faults) = if self.with_faults {
@@ -123,26 +131,26 @@ impl Driver {
         }
     }
 
-    /// Starts it and waits until it answers, with its pools open or refused.
+    /// Starts the driver and waits until it answers and no pool is still being opened.
     pub fn start(&self) -> Process {
         let mut process = self.spawn();
         process.connect_ready();
         process
     }
 
-    /// Starts it where it must refuse to; what it says.
+    /// Runs the driver, which must refuse to start. Returns its standard error.
     pub fn refuses(&self) -> String {
         let output = self
             .command()
             .stderr(std::process::Stdio::piped())
             .output()
             .expect("start the driver");
-        assert!(!output.status.success(), "it started");
+        assert!(!output.status.success(), "the driver started");
         String::from_utf8_lossy(&output.stderr).into_owned()
     }
 }
 
-/// Lets the kernel kill a child whose test is gone.
+/// Lets the kernel kill a child when the thread of its test ends.
 pub fn die_with_the_test(command: &mut Command) {
     let die = || set_pdeathsig(Signal::SIGKILL).map_err(std::io::Error::from);
     #[expect(unsafe_code, reason = "the only way to run code between fork and exec")]
@@ -153,7 +161,7 @@ pub fn die_with_the_test(command: &mut Command) {
 }
 
 impl Process {
-    /// A new connection, when the driver answers.
+    /// Waits until the driver answers. Returns a new connection.
     pub fn connect(&mut self) -> Client {
         let mut client = None;
         wait_for(DEADLINE, "the driver answers", || {
@@ -163,11 +171,11 @@ impl Process {
             client = Client::connect(&self.socket).ok();
             client.is_some()
         });
-        client.expect("waited for")
+        client.expect("the wait has set it")
     }
 
-    /// A new connection, when no pool is being opened any more: that syncs the filesystem it is on, which takes as long as what
-    /// other tests have written there.
+    /// Waits until the driver answers and no pool is still being opened. Returns a new connection. Opening a pool syncs its
+    /// filesystem, which takes longer when other tests have written there.
     pub fn connect_ready(&mut self) -> Client {
         let client = self.connect();
         wait_for(DEADLINE, "the pools are no longer being opened", || {
@@ -182,20 +190,20 @@ impl Process {
     }
 
     pub fn faults(&self) -> &Faults {
-        self.faults.as_ref().expect("started with faults")
+        self.faults.as_ref().expect("the driver was started with faults")
     }
 
     pub fn signal(&self, signal: Signal) {
         kill(self.pid(), signal).expect("signal the driver");
     }
 
-    /// `kill -9`.
+    /// Kills the driver by SIGKILL.
     pub fn kill(mut self) {
         self.child.kill().expect("kill the driver");
         self.child.wait().expect("reap the driver");
     }
 
-    /// SIGTERM, and the end.
+    /// Sends SIGTERM and waits until the driver ends.
     pub fn stop(mut self) -> ExitStatus {
         self.signal(Signal::SIGTERM);
         self.ended()
@@ -205,27 +213,27 @@ impl Process {
         self.child.try_wait().expect("wait for the driver").is_some()
     }
 
-    /// Waits until it has ended by itself.
+    /// Waits until the driver ends.
     pub fn ended(&mut self) -> ExitStatus {
         let mut status = None;
         wait_for(DEADLINE, "the driver ends", || {
             status = self.child.try_wait().expect("wait for the driver");
             status.is_some()
         });
-        status.expect("waited for")
+        status.expect("the wait has set it")
     }
 
     pub fn log(&self) -> String {
         fs::read_to_string(&self.log).expect("read the log")
     }
 
-    /// Waits until the log says something.
+    /// Waits until the log contains a text.
     pub fn wait_for_log(&self, text: &str) {
         let start = std::time::Instant::now();
         while !self.log().contains(text) {
             assert!(
                 start.elapsed() < DEADLINE,
-                "{text:?} does not come in the log:
+                "{text:?} is not in the driver's log:
 {}",
                 self.log()
             );

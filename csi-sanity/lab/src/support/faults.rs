@@ -1,8 +1,8 @@
-//! A process whose system calls are in our hands: any of them can be made to fail, or the process to die before it.
+//! Controls the system calls of a process: any call can be made to fail, or the process can be killed before it.
 //!
-//! The driver under test is the ordinary binary. A seccomp filter, installed between fork and exec, sends each call of
-//! `CALLS` to a listener here (`SECCOMP_RET_USER_NOTIF`, seccomp_unotify(2)); a thread lets it pass, answers with an
-//! error in its place, or kills the process while the call has not yet happened.
+//! The driver under test is the ordinary binary. A seccomp filter, installed between fork and exec, reports each call of
+//! `CALLS` to a listener here (`SECCOMP_RET_USER_NOTIF`, seccomp_unotify(2)). A thread lets the call pass, fails it with an
+//! error, or kills the process before the call happens.
 #![expect(unsafe_code, reason = "seccomp has no safe wrapper")]
 
 use std::fs;
@@ -19,9 +19,9 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 use nix::unistd::Pid;
 
-/// The steps: all calls by which the driver looks at or changes a disk or a mount, or starts a thread that does.
+/// The steps: all calls by which the driver reads or changes a disk or a mount, or starts a thread.
 const CALLS: [(libc::c_long, &str); 25] = [
-    // glibc calls renameat where renameat2 has no flags.
+    // glibc's renameat2 without flags calls renameat.
     (libc::SYS_renameat, "renameat"),
     (libc::SYS_syncfs, "syncfs"),
     (libc::SYS_mkdirat, "mkdirat"),
@@ -54,33 +54,32 @@ const CALLS: [(libc::c_long, &str); 25] = [
 pub enum Fault {
     /// The process dies before the call.
     Die,
-    /// The call does not happen and fails so.
+    /// The call does not happen, and fails with this error.
     Fail(Errno),
-    /// The call waits for [`Faults::release`].
+    /// The call is held until [`Faults::release`].
     Hold,
 }
 
-/// A step, counted from when the plan was made.
+/// A step, counted since [`Faults::arm`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
     /// The step of this number (from 0), whichever call it is.
     Number(usize),
-    /// The call of this name, after so many of the same name.
+    /// The call of this name and number (from 0) among the calls of that name.
     Named(&'static str, usize),
-    /// None: the steps are only written down.
+    /// No step: steps are only recorded.
     Never,
 }
 
-/// What is to happen, and has happened.
+/// The fault to inject, and the steps so far.
 struct Plan {
-    /// Where, and what.
     fault: Option<(Step, Fault)>,
     steps: Vec<&'static str>,
     held: Option<u64>,
 }
 
 impl Default for Plan {
-    /// Everything passes and is written down.
+    /// Lets all steps pass, and records them.
     fn default() -> Self {
         Self {
             fault: Some((Step::Never, Fault::Die)),
@@ -90,14 +89,14 @@ impl Default for Plan {
     }
 }
 
-/// The hands.
+/// Controls the system calls of one process.
 pub struct Faults {
     listener: Arc<OwnedFd>,
     plan: Arc<Mutex<Plan>>,
 }
 
 impl Faults {
-    /// From now on, does `fault` at `step`.
+    /// Injects `fault` at `step`, counted from now.
     pub fn arm(&self, step: Step, fault: Fault) {
         *self.plan.lock().expect("no panic") = Plan {
             fault: Some((step, fault)),
@@ -105,12 +104,12 @@ impl Faults {
         };
     }
 
-    /// Lets everything pass again; the steps since [`Faults::arm`], or since the process was started.
+    /// Lets all calls pass again. Returns the steps since [`Faults::arm`], or since the process was started.
     pub fn disarm(&self) -> Vec<&'static str> {
         std::mem::take(&mut *self.plan.lock().expect("no panic")).steps
     }
 
-    /// The steps since [`Faults::arm`], so far.
+    /// The steps so far since [`Faults::arm`].
     pub fn steps(&self) -> Vec<&'static str> {
         self.plan.lock().expect("no panic").steps.clone()
     }
@@ -120,14 +119,14 @@ impl Faults {
         self.plan.lock().expect("no panic").held.is_some()
     }
 
-    /// Lets the call that is held happen, and everything pass.
+    /// Lets the held call happen, and all later calls pass.
     pub fn release(&self) {
         let held = std::mem::take(&mut *self.plan.lock().expect("no panic")).held;
         answer(&self.listener, held.expect("a call is held"), None);
     }
 }
 
-/// Starts a command under a filter.
+/// Starts a command whose system calls are controlled.
 pub fn spawn(command: &mut Command) -> (Child, Faults) {
     let (ours, theirs) = UnixStream::pair().expect("make a socket pair");
     let program = program();
@@ -158,7 +157,7 @@ pub fn spawn(command: &mut Command) -> (Child, Faults) {
     (child, faults)
 }
 
-/// "If the call's number is one of ours, tell the listener; else let it pass."
+/// The filter program: "If the call is one of `CALLS`, notify the listener, else allow it."
 fn program() -> Vec<libc::sock_filter> {
     let statement = |code: u32, k: u32, jt, jf| libc::sock_filter {
         code: u16::try_from(code).expect("small"),
@@ -198,7 +197,7 @@ fn install(program: &[libc::sock_filter]) -> std::io::Result<OwnedFd> {
         )
     };
     let fd = RawFd::try_from(Errno::result(fd)?).expect("a descriptor");
-    // SAFETY: the kernel has just returned it.
+    // SAFETY: the kernel has just returned the descriptor.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
@@ -210,13 +209,13 @@ fn receive(socket: &UnixStream) -> OwnedFd {
         .expect("receive the listener");
     let mut messages = message.cmsgs().expect("whole control messages");
     let Some(ControlMessageOwned::ScmRights(fds)) = messages.next() else {
-        panic!("no descriptor came");
+        panic!("no descriptor was received");
     };
-    // SAFETY: it was sent to us alone.
+    // SAFETY: the descriptor was sent to this socket, and nothing else owns it.
     unsafe { OwnedFd::from_raw_fd(fds[0]) }
 }
 
-/// Decides on each call until the process is gone.
+/// Decides on each call until the process has ended.
 fn serve(listener: &OwnedFd, pid: Pid, plan: &Mutex<Plan>) {
     loop {
         let mut ready = [PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
@@ -229,7 +228,7 @@ fn serve(listener: &OwnedFd, pid: Pid, plan: &Mutex<Plan>) {
         {
             return;
         }
-        // SAFETY: all zeroes is a valid notification, and what the kernel wants to get (seccomp_unotify(2)).
+        // SAFETY: all zeroes is a valid notification, and the kernel requires it (seccomp_unotify(2)).
         let mut call: libc::seccomp_notif = unsafe { std::mem::zeroed() };
         // SAFETY: the kernel writes one notification through the pointer.
         if unsafe { libc::ioctl(listener.as_raw_fd(), libc::SECCOMP_IOCTL_NOTIF_RECV, &raw mut call) } != 0 {
@@ -238,14 +237,14 @@ fn serve(listener: &OwnedFd, pid: Pid, plan: &Mutex<Plan>) {
         match decide(&call, plan) {
             None => answer(listener, call.id, None),
             Some(Fault::Fail(errno)) => answer(listener, call.id, Some(errno)),
-            // Not answered: the call never happens.
+            // Without an answer the call never happens.
             Some(Fault::Die) => kill(pid, Signal::SIGKILL).expect("kill the driver"),
             Some(Fault::Hold) => plan.lock().expect("no panic").held = Some(call.id),
         }
     }
 }
 
-/// Lets a call happen, or fail.
+/// Lets a call happen, or makes it fail.
 fn answer(listener: &OwnedFd, id: u64, failure: Option<Errno>) {
     let flags = if failure.is_some() {
         0
@@ -260,7 +259,8 @@ fn answer(listener: &OwnedFd, id: u64, failure: Option<Errno>) {
         error,
         flags,
     };
-    // SAFETY: the kernel reads one answer through the pointer. It fails when the process is gone, which is no matter.
+    // SAFETY: the kernel reads one answer through the pointer. The ioctl fails if the process has ended, which does not
+    // matter.
     unsafe { libc::ioctl(listener.as_raw_fd(), libc::SECCOMP_IOCTL_NOTIF_SEND, &raw const answer) };
 }
 
@@ -270,7 +270,7 @@ fn decide(call: &libc::seccomp_notif, plan: &Mutex<Plan>) -> Option<Fault> {
         .iter()
         .find(|(number, _)| *number == libc::c_long::from(call.data.nr))?;
     let (at, fault) = plan.fault?;
-    // To die before a call that only looks is to die after the one before it; and no disk keeps a thread from being started.
+    // Dying before a call that only reads equals dying after the previous step, and a broken disk cannot make clone3 fail.
     let pointless = match fault {
         _ if at == Step::Never => false,
         Fault::Die => ["read", "pread64", "lseek"].contains(name),
@@ -290,7 +290,7 @@ fn decide(call: &libc::seccomp_notif, plan: &Mutex<Plan>) -> Option<Fault> {
     here.then_some(fault)
 }
 
-/// Not sockets, logs, event counters, and random numbers: the static binary reads those from a device.
+/// Whether a call is a step: calls on sockets, logs, event counters and devices (random numbers) are not.
 fn is_step(call: &libc::seccomp_notif, name: &str) -> bool {
     if !matches!(name, "write" | "ioctl" | "read" | "pread64" | "lseek") {
         return true;

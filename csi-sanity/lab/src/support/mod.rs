@@ -1,11 +1,11 @@
-//! The driver as a process, and places for it to work in.
-#![expect(missing_docs, reason = "these are the words of tests")]
+//! The driver as a process, its clients, and disks and machines for it to run on.
+#![expect(missing_docs, reason = "these are helpers of tests")]
 #![expect(
     clippy::must_use_candidate,
     clippy::return_self_not_must_use,
     clippy::missing_errors_doc,
     clippy::missing_panics_doc,
-    reason = "a test that cannot go on has failed"
+    reason = "test helpers panic to fail the test"
 )]
 
 pub mod client;
@@ -24,10 +24,10 @@ pub use client::{Client, Csi, Mount};
 pub use driver::{Driver, Process};
 pub use scratch::Scratch;
 
-/// How long anything may take that is waited for. Far beyond what it takes: a test that fails by this has failed.
+/// The limit of all waits, far longer than they should take.
 pub const DEADLINE: Duration = Duration::from_mins(1);
 
-/// Tells other threads to end, also when this one panics.
+/// Sets a flag on drop, so that other threads end even if this one panics.
 pub struct SetOnDrop<'a>(pub &'a AtomicBool);
 
 impl Drop for SetOnDrop<'_> {
@@ -45,7 +45,10 @@ pub fn wait_until(what: &str, condition: impl FnMut() -> bool) {
 pub fn wait_for(limit: Duration, what: &str, mut condition: impl FnMut() -> bool) {
     let start = Instant::now();
     while !condition() {
-        assert!(start.elapsed() < limit, "waited {limit:?} in vain until {what}");
+        assert!(
+            start.elapsed() < limit,
+            "timed out after {limit:?} waiting until {what}"
+        );
         std::thread::sleep(Duration::from_millis(5));
     }
 }

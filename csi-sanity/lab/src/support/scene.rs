@@ -1,4 +1,4 @@
-//! One volume at one point of its life beside a bystander, for tests that break the next call.
+//! One volume at a certain point of its life, and a bystander volume, for tests that break the next call.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,7 +10,7 @@ use super::{Client, Driver, Process, Scratch, wait_until};
 
 const VOLUME: &str = "victim";
 const BYSTANDER: &str = "bystander";
-/// What the volume grows to, and has before, in bytes.
+/// The size of the volume after and before [`Call::Expand`], in bytes.
 const GROWN: i64 = 2 << 20;
 const BEFORE: i64 = 1 << 20;
 const CONTENT: &str = "written by a pod";
@@ -23,9 +23,9 @@ pub enum Call {
     LaterPublish,
     Expand,
     Unpublish,
-    /// Of a volume that no pod ever used.
+    /// DeleteVolume of a volume that was never published.
     DeleteUnused,
-    /// Of a volume with files and directories, and their erasure.
+    /// DeleteVolume of a volume with files and directories, and their erasure.
     DeleteAndErase,
 }
 
@@ -40,7 +40,7 @@ impl Call {
         Self::DeleteAndErase,
     ];
 
-    /// Whether a pod had written into the volume before the call.
+    /// Whether the volume has data before the call.
     fn has_data(self) -> bool {
         match self {
             Self::Create | Self::FirstPublish | Self::DeleteUnused => false,
@@ -53,7 +53,7 @@ impl Call {
     }
 }
 
-/// A pool, two targets, and the driver on them.
+/// A pool, two targets, and a driver.
 pub struct Scene {
     scratch: Scratch,
     pub driver: Driver,
@@ -64,7 +64,7 @@ pub struct Scene {
 }
 
 impl Scene {
-    #[expect(clippy::new_without_default, reason = "it changes the thread")]
+    #[expect(clippy::new_without_default, reason = "it moves the thread into a mount namespace")]
     pub fn new() -> Self {
         Self::with(Scratch::new())
     }
@@ -97,7 +97,7 @@ impl Scene {
         }
     }
 
-    /// A driver whose calls are not touched.
+    /// The same driver without faults.
     pub fn healthy(&self) -> Driver {
         let driver = Driver::new(&self.scratch);
         if self.quotas {
@@ -109,7 +109,7 @@ impl Scene {
         }
     }
 
-    /// Brings both volumes to where `call` comes next.
+    /// Brings both volumes to the state before `call`.
     pub fn set(&self, client: &Client, call: Call) {
         client.create(BYSTANDER).expect("create");
         client.publish(BYSTANDER, &self.other_target).expect("publish");
@@ -150,19 +150,19 @@ impl Scene {
         self.pool.join("volumes").join(VOLUME).exists()
     }
 
-    /// What its record says of its size.
+    /// The size in the volume's record.
     fn size(&self) -> i64 {
         let record = fs::read(self.pool.join("volumes").join(VOLUME).join("volume.json")).expect("a record is there");
         let record: serde_json::Value = serde_json::from_slice(&record).expect("a record is whole");
         record["bytes"].as_i64().expect("a size")
     }
 
-    /// Whether the volume has the size it had at first.
+    /// Whether the volume still has its first size.
     pub fn is_as_it_was(&self) -> bool {
         self.size() == BEFORE
     }
 
-    /// What must hold whatever happened to the call: no half volume, no lost data, no harm to the bystander.
+    /// Checks what must hold whatever happened to the call: no unfinished volume, no lost data, the bystander intact.
     pub fn check_integrity(&self, call: Call) {
         let bystander = fs::read_to_string(self.other_target.join("file")).expect("the bystander's file is there");
         assert_eq!(bystander, CONTENT);
@@ -178,13 +178,13 @@ impl Scene {
         }
     }
 
-    /// What must hold when the call was answered with success.
+    /// Checks what must hold after the call has succeeded.
     pub fn check_effect(&self, client: &Client, call: Call) {
         let listed = client.list(0).iter().any(|id| id == VOLUME);
         assert_eq!(listed, !call.deletes(), "{call:?}: wrongly listed");
         assert_eq!(self.exists(), listed, "{call:?}: wrongly on disk");
         if call == Call::Expand {
-            assert_eq!(self.size(), GROWN, "it did not grow");
+            assert_eq!(self.size(), GROWN, "the volume did not grow");
         }
         let mounted = matches!(call, Call::FirstPublish | Call::LaterPublish | Call::Expand);
         assert_eq!(is_mounted(&self.target), mounted, "{call:?}: wrongly mounted");
@@ -196,15 +196,15 @@ impl Scene {
         }
     }
 
-    /// What must hold when a call was refused and only one step had failed: the half-made is unmade at once.
+    /// Checks what must hold after a call was refused because one step failed: everything made for it was removed at once.
     pub fn check_unmade(&self, call: Call) {
         assert_eq!(
             names(self.pool.join(".hostdir/new")),
             [""; 0],
-            "{call:?}: half a volume was left"
+            "{call:?}: an unfinished volume was left behind"
         );
         if matches!(call, Call::FirstPublish | Call::LaterPublish) && !self.is_mounted() {
-            assert!(!self.target.exists(), "{call:?}: the target was left");
+            assert!(!self.target.exists(), "{call:?}: the target was left behind");
         }
     }
 
@@ -213,7 +213,7 @@ impl Scene {
         is_mounted(&self.target)
     }
 
-    /// Ends the life of both volumes, and finds nothing left.
+    /// Deletes both volumes, and checks that nothing is left.
     pub fn clear(&self, client: &Client) {
         for (id, target) in [(VOLUME, &self.target), (BYSTANDER, &self.other_target)] {
             client.unpublish(id, target).expect("unpublish");
@@ -228,7 +228,7 @@ impl Scene {
     }
 }
 
-/// Starts a driver and its client.
+/// Starts a driver, and connects to it when no pool is still being opened.
 pub fn start(driver: &Driver) -> (Process, Client) {
     let mut process = driver.spawn();
     let client = process.connect_ready();

@@ -7,23 +7,23 @@ use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use tempfile::TempDir;
 
-/// A directory that is removed, in a mount namespace that vanishes with the test's thread and its children: no mount can
-/// be left behind.
+/// A directory that is removed on drop, in a mount namespace that ends with the test's thread and its children, so that no
+/// mount is left behind.
 pub struct Scratch {
     dir: TempDir,
 }
 
 impl Scratch {
-    /// A place for the test of this thread, which needs root.
-    #[expect(clippy::new_without_default, reason = "it changes the thread")]
+    /// Makes a directory, and moves this thread into a new mount namespace. Needs root.
+    #[expect(clippy::new_without_default, reason = "it moves the thread into a mount namespace")]
     pub fn new() -> Self {
         Self::new_in(&std::env::temp_dir())
     }
 
-    /// The same, below a directory.
+    /// Like [`Scratch::new`], below `dir`.
     pub fn new_in(dir: &Path) -> Self {
         unshare(CloneFlags::CLONE_NEWNS).expect("make a mount namespace");
-        // Nothing that happens here may reach the machine; what is mounted here reaches the driver's own namespace.
+        // Mounts made here must not propagate to the machine.
         remount("/", MsFlags::MS_REC | MsFlags::MS_PRIVATE);
         let dir = tempfile::Builder::new()
             .prefix("hostdir-")
@@ -36,14 +36,14 @@ impl Scratch {
         self.dir.path().join(name)
     }
 
-    /// Makes a directory in it.
+    /// Makes a directory below the scratch directory.
     pub fn mkdir(&self, name: &str) -> PathBuf {
         let path = self.path(name);
         fs::create_dir_all(&path).expect("make a directory");
         path
     }
 
-    /// Mounts a filesystem of `size` (as tmpfs(5) writes it) on a directory in it.
+    /// Makes a directory below the scratch directory, and mounts a tmpfs of `size` (as in tmpfs(5)) on it.
     pub fn tmpfs(&self, name: &str, size: &str) -> PathBuf {
         let path = self.mkdir(name);
         let options = format!("size={size},mode=0700");
@@ -61,7 +61,7 @@ impl Scratch {
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        // The directory can only be removed when nothing is mounted in it any more.
+        // A directory with mounts in it cannot be removed.
         for mount_point in mounts_below(self.dir.path()).into_iter().rev() {
             let flags = nix::mount::MntFlags::MNT_DETACH;
             if let Err(errno) = nix::mount::umount2(&mount_point, flags) {
@@ -72,7 +72,7 @@ impl Drop for Scratch {
     }
 }
 
-/// Removes chattr(1) flags that a failed test has left.
+/// Removes chattr(1) flags that a failed test left behind.
 fn clear_flags(path: &Path) {
     let _ = std::process::Command::new("chattr")
         .args(["-R", "-f", "-i", "-a"])
@@ -80,14 +80,14 @@ fn clear_flags(path: &Path) {
         .output();
 }
 
-/// Changes a mount.
+/// Changes the flags of a mount.
 pub fn remount(path: impl AsRef<Path>, flags: MsFlags) {
     mount(None::<&str>, path.as_ref(), None::<&str>, flags, None::<&str>).expect("change a mount");
 }
 
-/// The mount points at and below a path, in the order they were made.
+/// The mount points at and below a path, in the order in which they were made.
 pub fn mounts_below(path: &Path) -> Vec<PathBuf> {
-    // Of this thread: threads have mount namespaces of their own here.
+    // Each test thread has its own mount namespace.
     let table = fs::read_to_string("/proc/thread-self/mountinfo").expect("read the mount table");
     let mount_points = table.lines().filter_map(|line| line.split(' ').nth(4));
     mount_points
@@ -96,7 +96,7 @@ pub fn mounts_below(path: &Path) -> Vec<PathBuf> {
         .collect()
 }
 
-/// Whether exactly this path is a mount point.
+/// Whether the path itself is a mount point.
 pub fn is_mounted(path: &Path) -> bool {
     mounts_below(path).iter().any(|mount_point| mount_point == path)
 }

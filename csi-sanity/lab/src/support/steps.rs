@@ -1,4 +1,4 @@
-//! Each system call of a call to the driver is broken in turn: the process dies before it, or it fails.
+//! Breaks each system call of a CSI call in turn: the driver dies before it, or the system call fails.
 
 use nix::errno::Errno;
 use tonic::{Code, Status};
@@ -7,7 +7,8 @@ use super::faults::{Fault, Step};
 use super::scene::{Call, Scene, start};
 use super::wait_until;
 
-/// A call must have at least so many steps, and these among them, or some are not seen any more.
+/// Checks that a call has at least the usual number of steps, including the essential ones: otherwise faults were not
+/// injected everywhere.
 fn check_count(call: Call, steps: &[&str]) {
     let (least, names): (usize, &[&str]) = match call {
         Call::Create => (10, &["mkdirat", "write", "fsync", "renameat2"]),
@@ -40,8 +41,8 @@ fn check_count(call: Call, steps: &[&str]) {
     }
 }
 
-/// Dies before every step of `call`. Afterwards the volume is wholly there or wholly not, what was answered holds, the same
-/// call succeeds, and in the end nothing is left.
+/// Kills the driver before every step of `call`. Afterwards the volume must exist whole or not at all, the answer must
+/// hold, the same call must succeed, and in the end nothing must be left.
 pub fn dies_at_every_step(scene: &Scene, call: Call) {
     let mut step = 0;
     loop {
@@ -57,7 +58,7 @@ pub fn dies_at_every_step(scene: &Scene, call: Call) {
         let steps = process.faults().disarm();
         if steps.len() <= step {
             check_count(call, &steps);
-            answer.expect("a driver that lives answers well");
+            answer.expect("a driver without faults succeeds");
             scene.check_integrity(call);
             scene.clear(&client);
             println!("{call:?}: died before each of {step} steps");
@@ -67,7 +68,7 @@ pub fn dies_at_every_step(scene: &Scene, call: Call) {
 
         scene.check_integrity(call);
         let (restarted, client) = start(&scene.healthy());
-        client.probe().expect("it is ready after a restart");
+        client.probe().expect("the driver is ready after a restart");
         scene.check_integrity(call);
         if answer.is_ok() {
             scene.check_effect(&client, call);
@@ -86,8 +87,8 @@ pub fn dies_at_every_step(scene: &Scene, call: Call) {
     }
 }
 
-/// Fails every step of `call` with `errno`. The answer is a success that holds or an error that says where; nothing is lost,
-/// the same call succeeds as soon as the disk works again, and in the end nothing is left.
+/// Fails every step of `call` with `errno`. The answer must be a success that holds, or an error that names the volume and
+/// node. Nothing must be lost, the same call must succeed once the disk works again, and in the end nothing must be left.
 pub fn fails_at_every_step(scene: &Scene, call: Call, errno: Errno) {
     let mut step = 0;
     loop {
@@ -134,22 +135,30 @@ fn check_refusal(scene: &Scene, call: Call, status: &Status, at: &str) {
     let message = status.message();
     assert!(
         message.contains("volume victim on node node-a"),
-        "{at}: does not say where: {message}"
+        "{at}: the message names no volume and node: {message}"
     );
     let in_background = match status.code() {
         Code::Unavailable => true,
         Code::Internal | Code::ResourceExhausted | Code::FailedPrecondition => false,
         code => panic!("{at}: unexpected code {code:?}: {message}"),
     };
-    // A final code is proof that nothing made for the request remains, and that nothing was taken away.
+    // A final error proves that nothing made for the request remains, and that nothing was removed.
     if !in_background {
         match call {
-            Call::Create => assert!(!scene.exists(), "{at}: refused for good, but there: {message}"),
+            Call::Create => assert!(!scene.exists(), "{at}: refused, but the volume exists: {message}"),
             Call::FirstPublish | Call::LaterPublish => {
-                assert!(!scene.is_mounted(), "{at}: refused, but mounted: {message}");
+                assert!(
+                    !scene.is_mounted(),
+                    "{at}: refused, but the volume is mounted: {message}"
+                );
             }
-            Call::Expand => assert!(scene.is_as_it_was(), "{at}: refused, but grown: {message}"),
-            Call::DeleteUnused | Call::DeleteAndErase => assert!(scene.exists(), "{at}: refused, but gone: {message}"),
+            Call::Expand => assert!(
+                scene.is_as_it_was(),
+                "{at}: refused, but the volume has grown: {message}"
+            ),
+            Call::DeleteUnused | Call::DeleteAndErase => {
+                assert!(scene.exists(), "{at}: refused, but the volume is gone: {message}")
+            }
             Call::Unpublish => {}
         }
     }

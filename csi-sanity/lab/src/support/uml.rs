@@ -1,7 +1,7 @@
-//! A machine of our own to test in: User-Mode Linux, whose kernel has the project quotas that this machine's may not have, and
-//! whose power can be cut. It is one process; its root is this machine's own file tree.
+//! Virtual machines of User-Mode Linux (UML): a kernel with project quotas, which this machine's kernel may lack, and whose
+//! power can be cut. A machine is one process group; its root is this machine's own file tree.
 //!
-//! What runs inside is this very program: it then has the tests that need [`Need::Guest`](crate::harness::Need::Guest).
+//! Inside runs this same test program, with the tests that need [`Need::Guest`](crate::harness::Need::Guest).
 
 use std::fmt::Write as _;
 use std::fs::{self, File};
@@ -19,14 +19,14 @@ use tempfile::TempDir;
 use super::disk::{Filesystem, run};
 use super::driver::die_with_the_test;
 
-/// Where the disk is mounted inside; its device is [`DEVICE`].
+/// Inside the machine: the mount point of the disk, and its device.
 pub const DISK: &str = "/run/disk";
 pub const DEVICE: &str = "/dev/ubda";
-/// Says inside which filesystem the disk has, and outside nothing.
+/// The variable that names the disk's filesystem inside the machine; not set outside.
 const FILESYSTEM: &str = "HOSTDIR_GUEST_FILESYSTEM";
-/// The directory that both sides see.
+/// The variable that names [`Machine::shared`] inside the machine.
 const SHARED: &str = "HOSTDIR_GUEST_SHARED";
-/// How long a run may take; they take a minute or two.
+/// The time limit of a run, which usually takes a minute or two.
 const LIMIT: Duration = Duration::from_mins(15);
 
 /// A machine that is switched off, and its disk.
@@ -36,7 +36,7 @@ pub struct Machine {
     filesystem: Filesystem,
 }
 
-/// A machine that runs. Dropping it cuts its power.
+/// A running machine. Dropping it cuts its power.
 pub struct Running {
     process: Child,
     verdict: PathBuf,
@@ -54,12 +54,12 @@ impl Machine {
         Self { dir, image, filesystem }
     }
 
-    /// What both sides see.
+    /// A directory that is visible inside and outside.
     pub fn shared(&self) -> &Path {
         self.dir.path()
     }
 
-    /// Switches it on, to run the tests inside whose names contain `tests`. `files` says where temporary files of the tests go.
+    /// Switches the machine on, to run the tests whose names contain `tests` inside, with their temporary files in `files`.
     pub fn start(&self, tests: &str, files: Files, settings: &[(&str, String)]) -> Running {
         let path = |name: &str| self.dir.path().join(name);
         let (init, verdict, log, console) = (path("init"), path("verdict"), path("log"), path("console"));
@@ -120,7 +120,7 @@ impl Machine {
         }
     }
 
-    /// Runs the tests inside whose names contain `tests`. All of them must succeed, and there must be some.
+    /// Runs the tests whose names contain `tests` inside. At least one must run, and all must pass.
     pub fn run(&self, tests: &str, files: Files, settings: &[(&str, String)]) {
         let count = crate::harness::count_inside(self.filesystem, tests);
         let mut running = self.start(tests, files, settings);
@@ -128,7 +128,7 @@ impl Machine {
         while !running.is_off() && running.verdict().is_none() {
             assert!(
                 start.elapsed() < LIMIT,
-                "{tests} does not end:\n{}\n{}",
+                "{tests} did not end in time:\n{}\n{}",
                 running.log(),
                 self.console()
             );
@@ -144,7 +144,7 @@ impl Machine {
         let passed = format!("\n{count} passed, 0 failed, 0 skipped\n");
         assert!(
             count > 0 && running.log().contains(&passed),
-            "not {count} tests passed:\n{}",
+            "the number of passed tests is not {count}:\n{}",
             running.log()
         );
     }
@@ -155,7 +155,7 @@ impl Machine {
     }
 }
 
-/// The library that User-Mode Linux needs on new processors: see `xstate.c`.
+/// The library that User-Mode Linux needs on recent CPUs: see `xstate.c`.
 fn preloaded() -> &'static Path {
     static LIBRARY: LazyLock<PathBuf> = LazyLock::new(|| {
         let dir = tempfile::Builder::new()
@@ -167,7 +167,7 @@ fn preloaded() -> &'static Path {
         run(Command::new("cc")
             .args(["-O2", "-shared", "-fPIC", "-o"])
             .args([&built, &source]));
-        // Two programs may build it at once.
+        // Renamed, because two programs may build the library at once.
         let library = tmp().join("xstate.so");
         fs::rename(built, &library).expect("place a library");
         library
@@ -175,14 +175,14 @@ fn preloaded() -> &'static Path {
     &LIBRARY
 }
 
-/// A directory that nothing is mounted on inside.
+/// A directory for temporary files that no mount inside the machine hides.
 fn tmp() -> PathBuf {
     let tmp = hostdir_prove::target_dir().join("tmp");
     fs::create_dir_all(&tmp).expect("make a directory");
     tmp
 }
 
-/// Where temporary files of tests go, inside.
+/// Where tests inside the machine put temporary files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Files {
     InMemory,
@@ -191,7 +191,7 @@ pub enum Files {
 }
 
 impl Running {
-    /// How the tests ended, once they have.
+    /// The exit status of the tests, or `None` while they run.
     pub fn verdict(&self) -> Option<i32> {
         fs::read_to_string(&self.verdict).ok()?.trim().parse().ok()
     }
@@ -201,12 +201,12 @@ impl Running {
         self.process.try_wait().expect("wait for the machine").is_some()
     }
 
-    /// What the tests have said.
+    /// The output of the tests.
     pub fn log(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()
     }
 
-    /// Cuts the power: what was not on the disk is gone.
+    /// Cuts the power: whatever was not on the disk is lost.
     pub fn cut_power(self) {
         drop(self);
     }
@@ -214,26 +214,26 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        // It is several processes, of one group.
+        // User-Mode Linux runs several processes in one group.
         let group = Pid::from_raw(self.process.id().try_into().expect("a process id"));
         let _ = killpg(group, Signal::SIGKILL);
         let _ = self.process.wait();
     }
 }
 
-/// The filesystem of the disk, if this process runs inside.
+/// The filesystem of the disk, or `None` if this process runs outside.
 pub fn filesystem_inside() -> Option<Filesystem> {
     std::env::var(FILESYSTEM).ok().map(|name| Filesystem::named(&name))
 }
 
-/// Inside: the filesystem of the disk.
+/// The filesystem of the disk, for tests inside.
 pub fn filesystem() -> Filesystem {
-    filesystem_inside().expect("this runs inside a machine of the test's")
+    filesystem_inside().expect("this process runs inside a UML machine")
 }
 
-/// Inside: what both sides see.
+/// The directory that is visible inside and outside, for tests inside.
 pub fn shared() -> PathBuf {
     std::env::var_os(SHARED)
-        .expect("this runs inside a machine of the test's")
+        .expect("this process runs inside a UML machine")
         .into()
 }
