@@ -1,14 +1,11 @@
 //! Several controllers that act at once, and controllers that are killed.
 
-use crate::lab::{Lab, PATIENCE, lab, report};
+use crate::lab::{Lab, lab, report};
 use crate::mode::Mode;
-use crate::objects::{claim_of, class, on_node, pod};
+use crate::objects::{claim_of, class, pod};
 use crate::scale::many;
-use hostdir::k8s::api::{HostNode, HostVolume};
 use hostdir_lab::cluster::NAMESPACE;
 use hostdir_lab::{SetOnDrop, needs};
-use k8s_openapi::api::coordination::v1::Lease;
-use kube::api::{Api, Patch, PatchParams, PostParams};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::sync::Mutex;

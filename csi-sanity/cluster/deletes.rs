@@ -1,19 +1,11 @@
 //! Deletes that wait for nodes, and HostVolumes that were never used.
 
-use crate::lab::{Lab, PATIENCE, lab, report};
+use crate::lab::{lab, report};
 use crate::mode::Mode;
 use crate::objects::{claim_of, class, on_node, pod};
-use crate::scale::many;
-use hostdir::k8s::api::{HostNode, HostVolume};
-use hostdir_lab::cluster::NAMESPACE;
-use hostdir_lab::{SetOnDrop, needs};
-use k8s_openapi::api::coordination::v1::Lease;
-use kube::api::{Api, Patch, PatchParams, PostParams};
-use serde_json::{Value, json};
-use std::collections::BTreeSet;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use hostdir_lab::needs;
+use serde_json::json;
+use std::time::Instant;
 
 #[needs(Root, Go, Cluster)]
 fn deletes_wait_for_a_node_that_is_off_but_not_for_a_deleted_one() {

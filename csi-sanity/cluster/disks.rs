@@ -1,19 +1,10 @@
 //! Disks that are swapped, missing or new.
 
-use crate::lab::{Lab, PATIENCE, lab, report};
+use crate::lab::{Lab, PATIENCE, lab};
 use crate::mode::Mode;
 use crate::objects::{claim_of, class, on_node, pod};
-use crate::scale::many;
-use hostdir::k8s::api::{HostNode, HostVolume};
-use hostdir_lab::cluster::NAMESPACE;
-use hostdir_lab::{SetOnDrop, needs};
-use k8s_openapi::api::coordination::v1::Lease;
-use kube::api::{Api, Patch, PatchParams, PostParams};
+use hostdir_lab::needs;
 use serde_json::{Value, json};
-use std::collections::BTreeSet;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
 
 /// A pool `disk` on nodes 2 and 3, on disks that can be removed: directories of this machine, bind-mounted on the nodes.
 struct Disks<'a>(&'a Lab);

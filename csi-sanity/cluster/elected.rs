@@ -1,19 +1,11 @@
 //! What only elected mode promises: controllers apart from volumes, restarts without an API server, both modes in one
 //! cluster.
 
-use crate::lab::{Lab, PATIENCE, lab, report};
+use crate::lab::{Lab, lab, report};
 use crate::mode::Mode;
-use crate::objects::{claim_of, class, on_node, pod};
-use crate::scale::many;
-use hostdir::k8s::api::{HostNode, HostVolume};
-use hostdir_lab::cluster::NAMESPACE;
-use hostdir_lab::{SetOnDrop, needs};
-use k8s_openapi::api::coordination::v1::Lease;
-use kube::api::{Api, Patch, PatchParams, PostParams};
-use serde_json::{Value, json};
-use std::collections::BTreeSet;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering};
+use crate::objects::{claim_of, on_node, pod};
+use hostdir_lab::needs;
+use serde_json::json;
 use std::time::{Duration, Instant};
 
 /// A node without the leader: its number and name.

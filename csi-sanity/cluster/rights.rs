@@ -1,19 +1,14 @@
 //! Who may do what: tokens of nodes and controllers, tried against the real roles and admission policies.
 
-use crate::lab::{Lab, PATIENCE, lab, report};
+use crate::lab::{Lab, lab};
 use crate::mode::Mode;
-use crate::objects::{claim_of, class, on_node, pod};
-use crate::scale::many;
+use crate::objects::{on_node, pod};
 use hostdir::k8s::api::{HostNode, HostVolume};
 use hostdir_lab::cluster::NAMESPACE;
-use hostdir_lab::{SetOnDrop, needs};
+use hostdir_lab::needs;
 use k8s_openapi::api::coordination::v1::Lease;
 use kube::api::{Api, Patch, PatchParams, PostParams};
 use serde_json::{Value, json};
-use std::collections::BTreeSet;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
 
 /// A token of a service account, bound to a pod if one is named.
 pub(crate) fn token(lab: &Lab, account: &str, pod: Option<&str>) -> String {

@@ -115,6 +115,25 @@ fn a_disk_that_is_not_mounted_is_not_mistaken_for_an_empty_pool() {
 }
 
 #[needs(Root)]
+fn a_directory_with_foreign_files_does_not_become_a_pool() {
+    let scratch = Scratch::new();
+    let dir = scratch.mkdir("dir");
+    fs::create_dir_all(dir.join("trash/important")).unwrap();
+    fs::write(dir.join("notes"), "mine").unwrap();
+    fs::create_dir(dir.join("lost+found")).unwrap();
+    let driver = Driver::new(&scratch).pool("default", &dir);
+    let (_process, client) = unusable(&driver, "not empty (2 entries, such as notes, trash)");
+    assert_eq!(
+        names(&dir),
+        ["lost+found", "notes", "trash"],
+        "something was made there"
+    );
+    fs::remove_file(dir.join("notes")).unwrap();
+    fs::rename(dir.join("trash/important"), scratch.path("important")).unwrap();
+    wait_until("the pool is made", || client.create("pvc-1").is_ok());
+}
+
+#[needs(Root)]
 fn a_read_only_pool_says_so() {
     let scratch = Scratch::new();
     let disk = scratch.tmpfs("disk", "16M");
@@ -160,7 +179,7 @@ fn a_full_pool_answers_clearly_and_deletes_still_work() {
     while fs::write(target.join(format!("fill-{}", names(&target).len())), vec![0; 64 << 10]).is_ok() {}
     let _ = fs::write(target.join("last"), vec![0; 1]);
     client.probe().expect("a full pool is usable");
-    assert_eq!(client.capacity("default"), 0);
+    wait_until("there is no room", || client.capacity("default") == 0);
     let status = client.create("pvc-3").unwrap_err();
     assert_eq!(status.code(), Code::ResourceExhausted, "{status}");
     let status = client.publish("pvc-2", &scratch.path("pods/b")).unwrap_err();

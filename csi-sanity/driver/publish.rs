@@ -5,7 +5,7 @@ use hostdir::csi::proto::volume_capability::access_mode::Mode;
 use hostdir_lab::client::{create_request, map};
 use hostdir_lab::scene::start;
 use hostdir_lab::scratch::names;
-use hostdir_lab::{Client, Driver, Mount, Process, Scratch, needs};
+use hostdir_lab::{Client, Driver, Mount, Process, Scratch, needs, wait_until};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
@@ -233,14 +233,18 @@ fn a_new_disk_is_not_mistaken_for_the_old_one() {
         assert_eq!(status.code(), Code::Unavailable);
         assert!(status.message().contains("unmounted or replaced"), "{status}");
     }
-    assert_eq!(client.probe().unwrap_err().code(), Code::FailedPrecondition);
+    wait_until("the pool is not ready", || {
+        client
+            .probe()
+            .is_err_and(|status| status.code() == Code::FailedPrecondition)
+    });
     assert_eq!(
         client.delete("pvc-1").unwrap_err().code(),
         Code::Unavailable,
         "the volume may be on the old disk"
     );
     umount2(&disk, MntFlags::empty()).unwrap();
-    client.probe().expect("the old disk is back");
+    wait_until("the old disk is back", || client.probe().is_ok());
     client.publish("pvc-1", &target).unwrap();
     client.unpublish("pvc-1", &target).unwrap();
     process.kill();

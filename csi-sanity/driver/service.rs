@@ -3,7 +3,6 @@
 use hostdir::csi::proto::volume_capability::access_mode::Mode;
 use hostdir::csi::proto::{CreateVolumeRequest, DeleteVolumeRequest, NodeGetInfoRequest, NodePublishVolumeRequest};
 use hostdir_lab::client::{capability, create_request, map};
-use hostdir_lab::disk::run;
 use hostdir_lab::faults::{Fault, Step};
 use hostdir_lab::scene::start;
 use hostdir_lab::scratch::names;
@@ -287,41 +286,4 @@ fn a_node_without_api_server_mounts_only_volumes_that_are_ready() {
     assert_eq!(names(pool.join("volumes")), ["unused", "used"]);
     // A node does not serve CreateVolume.
     assert_eq!(client.create("new").unwrap_err().code(), Code::Unimplemented);
-}
-
-#[needs(Root, LoopDevices)]
-fn a_hanging_disk_does_not_block_other_pools() {
-    let scratch = Scratch::new();
-    let disk = scratch.mkdir("disk");
-    let sh = |script: &str| run(std::process::Command::new("sh").args(["-ec", script]));
-    let at = disk.display();
-    sh(&format!(
-        "truncate -s 16M {at}.img && mkfs.ext4 -q {at}.img && mount -o loop {at}.img {at}"
-    ));
-    let thaw = Thaw(disk.clone());
-    sh(&format!("fsfreeze -f {at}"));
-    let driver = Driver::new(&scratch)
-        .pool("default", &scratch.path("pool"))
-        .pool("slow", &disk.join("pool"));
-    let (_process, client) = start(&driver);
-    client.create("pvc-1").unwrap();
-    client.publish("pvc-1", &scratch.path("t")).unwrap();
-    client.unpublish("pvc-1", &scratch.path("t")).unwrap();
-    client.probe().unwrap();
-    let status = client.delete("never-made").unwrap_err();
-    assert!(
-        status.message().contains("pool slow") && status.message().contains("still being opened"),
-        "{status}"
-    );
-    drop(thaw);
-    wait_until("the disk answers", || client.delete("never-made").is_ok());
-}
-
-/// Thaws a frozen filesystem on drop: while frozen, it cannot even be unmounted.
-struct Thaw(std::path::PathBuf);
-
-impl Drop for Thaw {
-    fn drop(&mut self) {
-        let _ = std::process::Command::new("fsfreeze").arg("-u").arg(&self.0).status();
-    }
 }

@@ -75,7 +75,7 @@ pub(super) fn read(object: api::HostVolume) -> Option<HostVolume> {
             warn!(
                 error = format!("{error:#}"),
                 "ignoring a HostVolume that cannot be read"
-            )
+            );
         })
         .ok()
 }

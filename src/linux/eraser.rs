@@ -19,6 +19,7 @@ use tracing::{debug, error, warn};
 
 use super::background::{Stop, Stopped, spawn};
 use super::dir::Dir;
+use super::durable::SyncedDir;
 use super::layout::DATA;
 use super::quota::{Destroyed, Quota};
 use super::sys;
@@ -63,7 +64,7 @@ impl Eraser {
     }
 
     /// Starts the eraser, which begins with what is already in the trash.
-    pub(super) fn start(&self, trash: Dir) {
+    pub(super) fn start(&self, trash: Arc<SyncedDir>) {
         let (wake, woken) = sync_channel(1);
         let work = Work {
             trash,
@@ -108,7 +109,7 @@ impl Drop for Eraser {
 
 /// What the thread works with.
 struct Work {
-    trash: Dir,
+    trash: Arc<SyncedDir>,
     quota: Arc<Quota>,
     stop: Stop,
     moved: AtomicU64,
@@ -129,7 +130,7 @@ impl Work {
         let mut looks = 0;
         while let Ok(left) = self.empty() {
             // A project that is not empty soon may never be: a tenant can put a file into any project.
-            looks = if self.quota.release_unused(&self.trash) {
+            looks = if self.quota.release_unused(&self.trash.dir) {
                 looks + 1
             } else {
                 0
@@ -154,7 +155,7 @@ impl Work {
         let mut pace = Pace::new();
         loop {
             let (mut stuck, mut moving) = (false, false);
-            match self.trash.names() {
+            match self.trash.dir.names() {
                 Err(error) => return Ok(report(&error)),
                 Ok(names) => {
                     for name in names {
@@ -176,16 +177,16 @@ impl Work {
 
     /// Erases one entry of the trash.
     fn erase(&self, name: &CStr, pace: &mut Pace) -> Result<Result<Outcome, Stopped>, DiskError> {
-        match remove(&self.trash, name) {
+        match remove(&self.trash.dir, name) {
             Ok(()) => return Ok(Ok(Outcome::Gone)),
-            Err(Errno::ENOTEMPTY) => match self.quota.destroy(&self.trash, name)? {
+            Err(Errno::ENOTEMPTY) => match self.quota.destroy(&self.trash.dir, name)? {
                 Destroyed::NoSubvolume => {}
                 Destroyed::Gone => return Ok(Ok(Outcome::Gone)),
                 Destroyed::Holds(nested) => return Ok(Ok(self.move_all_up(nested, name))),
             },
-            Err(errno) => return Ok(Ok(stuck(&self.trash, name, errno))),
+            Err(errno) => return Ok(Ok(stuck(&self.trash.dir, name, errno))),
         }
-        let dir = self.trash.child(name)?;
+        let dir = self.trash.dir.child(name)?;
         self.quota.note_erasing(&dir);
         let mut outcome = Outcome::Gone;
         // The directory of a volume: its project must be noted before it is gone. If it cannot be opened, the loop below
@@ -218,8 +219,8 @@ impl Work {
             }
         }
         drop(dir);
-        if let (false, Err(errno)) = (matches!(outcome, Outcome::Stuck), remove(&self.trash, name)) {
-            outcome = stuck(&self.trash, name, errno);
+        if let (false, Err(errno)) = (matches!(outcome, Outcome::Stuck), remove(&self.trash.dir, name)) {
+            outcome = stuck(&self.trash.dir, name, errno);
         }
         Ok(Ok(outcome))
     }
@@ -240,8 +241,8 @@ impl Work {
     fn move_up(&self, dir: &Dir, name: &CStr, volume: &CStr) -> nix::Result<()> {
         loop {
             let to = self.numbered(volume);
-            let moved = match dir.move_to(name, &self.trash, &to) {
-                Err(Errno::EPERM) => loosen(dir, name).and_then(|()| dir.move_to(name, &self.trash, &to)),
+            let moved = match dir.move_to(name, &self.trash.dir, &to) {
+                Err(Errno::EPERM) => loosen(dir, name).and_then(|()| dir.move_to(name, &self.trash.dir, &to)),
                 moved => moved,
             };
             if moved != Err(Errno::EEXIST) {

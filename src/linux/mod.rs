@@ -6,6 +6,7 @@
 
 mod background;
 mod dir;
+mod durable;
 mod eraser;
 mod layout;
 mod mountinfo;
@@ -35,7 +36,7 @@ impl Host for Linux {
         target::mounted(target)
     }
 
-    fn unbind(&self, id: &VolumeId, target: &TargetPath, data: Option<Inode>) -> Result<bool, BindError> {
+    fn unbind(&self, id: &VolumeId, target: &TargetPath, data: &dyn Fn() -> Option<Inode>) -> Result<bool, BindError> {
         target::unbind(id, target, data)
     }
 }

@@ -1,11 +1,12 @@
 //! Opens a pool: checks that it is the right disk, locks it, and finds its volumes.
 
 use std::collections::HashMap;
+use std::ffi::CStr;
 use std::fs::File;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex};
 
 use jiff::Timestamp;
 use nix::errno::Errno;
@@ -16,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 
 use super::dir::{Dir, failed};
+use super::durable::SyncedDir;
 use super::eraser::Eraser;
 use super::layout::{IDENTITY, LOCK, META, NEW, NEW_IDENTITY, TRASH, VOLUMES};
 use super::pool::{PoolDisk, space};
@@ -56,7 +58,7 @@ pub(super) fn open(config: &PoolConfig) -> Result<Opened, Unusable> {
     }
     let (disk, Identity { id, foreign, .. }) = lock_and_identify(config, &root, &mount)?;
     let volumes = recover(config, &root, &disk)?;
-    disk.eraser.start(root.child(TRASH)?);
+    disk.eraser.start(Arc::clone(&disk.trash));
     Ok(Opened {
         id,
         filesystem: mount.filesystem,
@@ -71,6 +73,7 @@ fn lock_and_identify(
     root: &Dir,
     mount: &mountinfo::Entry,
 ) -> Result<(PoolDisk, Identity), Unusable> {
+    require_pool_or_empty(root)?;
     let meta = root.ensure_child(META)?;
     let lock = lock(&meta)?;
     let volumes = root.ensure_child(VOLUMES)?;
@@ -80,18 +83,20 @@ fn lock_and_identify(
     meta.sync().and_then(|()| root.sync())?;
     let quota = Arc::new(Quota::find(config.quotas, &volumes, mount)?);
     quota.prepare_trash(&trash)?;
+    let there = root.stat(c"").map_err(|errno| root.failed_itself("stat", errno))?;
     let disk = PoolDisk {
         path: config.path.clone(),
-        identity: root.inode()?,
+        identity: there.inode,
+        mount_id: there.mount_id,
         meta,
         new,
-        trash,
+        trash: Arc::new(SyncedDir::new(trash)),
         usage: UsageCounter::new(config.name.clone(), root.child(VOLUMES)?),
-        volumes,
+        volumes: SyncedDir::new(volumes),
         eraser: Eraser::new(config.name.clone(), Arc::clone(&quota)),
         quota,
         counter: AtomicU64::new(0),
-        unsettled: AtomicBool::new(false),
+        unsynced: Mutex::default(),
         _lock: lock,
     };
     Ok((disk, identity))
@@ -105,7 +110,7 @@ fn recover(config: &PoolConfig, root: &Dir, disk: &PoolDisk) -> Result<Vec<PoolV
     syncfs(root).map_err(|errno| failed("sync the filesystem of", config.path.clone(), errno))?;
     let mut volumes = disk.load()?;
     disk.enforce_all(&volumes);
-    disk.quota.sweep(&disk.volumes);
+    disk.quota.sweep(&disk.volumes.dir);
     log_enforcement(config, disk);
     find_mounts(disk, &mut volumes)?;
     Ok(volumes)
@@ -184,6 +189,42 @@ fn lock(meta: &Dir) -> Result<Flock<File>, Unusable> {
         )),
         errno => meta.failed("lock", LOCK, errno).into(),
     })
+}
+
+/// Refuses a directory that is not a pool and has something in it: it is somebody else's, and a pool empties its `trash`.
+fn require_pool_or_empty(root: &Dir) -> Result<(), Unusable> {
+    if let Some(meta) = root.find_child(META)?
+        && meta.read(IDENTITY)?.is_some()
+    {
+        return Ok(());
+    }
+    let mut foreign = Vec::new();
+    for name in root.names()? {
+        let name = name?;
+        // What a process leaves that dies before it has written the identity; `volumes` are looked at later.
+        let name_is = |known: &CStr| name.as_c_str() == known;
+        let allowed = name_is(META) || name_is(VOLUMES) || name_is(c"lost+found");
+        let unused_trash = || name_is(TRASH) && is_empty(root, &name);
+        if !(allowed || unused_trash()) {
+            foreign.push(name.to_string_lossy().into_owned());
+        }
+    }
+    if foreign.is_empty() {
+        return Ok(());
+    }
+    foreign.sort_unstable();
+    let (count, path) = (foreign.len(), root.path().display());
+    foreign.truncate(3);
+    Err(Unusable(format!(
+        "{path} is not a pool and not empty ({count} entries, such as {}); a pool is made only in an empty directory: configure one, or \
+         move these files away",
+        foreign.join(", ")
+    )))
+}
+
+fn is_empty(dir: &Dir, name: &CStr) -> bool {
+    let mut names = dir.child(name).and_then(|child| child.names());
+    names.as_mut().is_ok_and(|names| names.next().is_none())
 }
 
 /// The identity of the pool. Makes a new one only if there are no volumes and no id is expected.

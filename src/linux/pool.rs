@@ -3,11 +3,12 @@
 //! A volume appears in `volumes/` by one rename and leaves it by one rename; everything that a rename makes visible is
 //! synced before the rename, and the rename is synced before the call is answered.
 
+use std::collections::BTreeSet;
 use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, Flock, OFlag};
@@ -17,13 +18,16 @@ use nix::unistd::{Gid, Uid, fchown};
 use tracing::warn;
 
 use super::dir::{Dir, absent};
+use super::durable::SyncedDir;
 use super::eraser::Eraser;
 use super::layout::{self, DATA, NEW_RECORD, RECORD, dir_name};
 use super::quota::Quota;
 use super::usage::UsageCounter;
 use super::{sys, target};
 use crate::volume::access::{MountOptions, TargetPath};
-use crate::volume::disk::{BindError, Disk, DiskError, DiskErrorKind, Inode, Measure, PoolVolume, Unusable};
+use crate::volume::disk::{
+    Absent, BindError, Disk, DiskError, DiskErrorKind, Inode, Inspection, Measure, PoolVolume, Unusable,
+};
 use crate::volume::id::VolumeId;
 use crate::volume::quota::QuotaKind;
 use crate::volume::record::{Directory, Record};
@@ -37,60 +41,66 @@ pub(super) struct PoolDisk {
     pub(super) identity: Inode,
     pub(super) meta: Dir,
     pub(super) new: Dir,
-    pub(super) volumes: Dir,
-    pub(super) trash: Dir,
+    pub(super) volumes: SyncedDir,
+    pub(super) trash: Arc<SyncedDir>,
     pub(super) quota: Arc<Quota>,
     pub(super) usage: UsageCounter,
     pub(super) eraser: Eraser,
     pub(super) counter: AtomicU64,
-    /// Set when a rename took effect but could not be synced; the next call syncs first.
-    pub(super) unsettled: AtomicBool,
+    /// Volumes whose record was replaced, and whose directory could not be synced.
+    pub(super) unsynced: Mutex<BTreeSet<VolumeId>>,
+    /// The mount that the pool was opened through.
+    pub(super) mount_id: u64,
     pub(super) _lock: Flock<File>,
 }
 
 impl Disk for PoolDisk {
-    fn present(&self) -> Result<(), Unusable> {
+    fn present(&self) -> Result<(), Absent> {
         let path = self.path.display();
         let there = sys::statx(AT_FDCWD, &self.path).map_err(|errno| {
             Unusable(format!(
                 "{path} is gone ({errno}); mount its disk again or make it reachable"
             ))
-        })?;
+        });
+        let there = there.map_err(Absent::Unusable)?;
         if there.inode != self.identity {
-            return Err(Unusable(format!(
+            return Err(Absent::Unusable(Unusable(format!(
                 "{path} is another directory now than when hostdir opened it: its disk was unmounted or replaced; \
                  mount the old disk again, or restart hostdir to accept the new one"
-            )));
+            ))));
         }
-        if self.unsettled.load(Ordering::Acquire) {
-            self.settle()
-                .map_err(|error| Unusable(format!("{path} does not accept writes: {}", error.with_cause())))?;
+        if there.mount_id != self.mount_id {
+            return Err(Absent::Remounted);
         }
         Ok(())
     }
 
-    fn writable(&self) -> Result<(), Unusable> {
-        const PROBE: &CStr = c"probe";
-        let flags = OFlag::O_WRONLY | OFlag::O_CREAT;
-        let tried = match self.meta.open_beneath(PROBE, flags, Mode::S_IRUSR | Mode::S_IWUSR) {
-            // Another call may have removed the file first.
-            Ok(_) => match self.meta.unlink(PROBE) {
-                Err(Errno::ENOENT) => Ok(()),
-                unlinked => unlinked,
-            },
-            Err(Errno::ENOSPC | Errno::EDQUOT) => Ok(()),
-            Err(errno) => Err(errno),
-        };
-        tried.map_err(|errno| {
-            let path = self.path.display();
-            Unusable(format!(
-                "{path} cannot be written to ({errno}); check the disk and how it is mounted"
-            ))
+    fn inspect(&self) -> Result<Inspection, Absent> {
+        self.present()?;
+        Ok(Inspection {
+            writable: self.check_writable(),
+            space: space(&self.volumes.dir).map_err(Unusable::from),
+            enforcement: self.enforcement(),
         })
     }
 
-    fn space(&self) -> Result<Space, DiskError> {
-        space(&self.volumes)
+    fn is_settled(&self) -> bool {
+        self.trash.is_settled() && self.volumes.is_settled() && self.unsynced().is_empty()
+    }
+
+    fn settle(&self) -> Result<(), DiskError> {
+        let unsynced = self.unsynced().clone();
+        for id in unsynced {
+            if let Some(volume) = self.volumes.dir.find_child(&dir_name(&id))? {
+                volume.sync()?;
+            }
+            self.unsynced().remove(&id);
+        }
+        // The destination of a delete before its source, or else a crash could lose the volume.
+        self.trash.settle()?;
+        self.volumes.settle()?;
+        self.eraser.wake();
+        Ok(())
     }
 
     fn create(&self, record: &Record) -> Result<(), DiskError> {
@@ -98,14 +108,14 @@ impl Disk for PoolDisk {
         let id = dir_name(&record.id);
         let created = self.write_new(&name, record).and_then(|()| {
             self.new
-                .move_to(&name, &self.volumes, &id)
-                .map_err(|errno| self.volumes.failed("create", &id, errno))
+                .move_to(&name, &self.volumes.dir, &id)
+                .map_err(|errno| self.volumes.dir.failed("create", &id, errno))
         });
         if let Err(error) = created {
             self.remove_new(&name);
             return Err(error);
         }
-        self.settle_or(|| self.volumes.sync())
+        self.volumes.sync(self.volumes.changed()).map_err(unsettled)
     }
 
     fn make_directory(&self, record: &Record) -> Result<Record, DiskError> {
@@ -133,7 +143,7 @@ impl Disk for PoolDisk {
     }
 
     fn enforcement(&self) -> Result<QuotaKind, String> {
-        self.quota.enforcement(&self.volumes)
+        self.quota.enforcement(&self.volumes.dir)
     }
 
     fn unenforced(&self, id: &VolumeId) -> Option<String> {
@@ -170,18 +180,22 @@ impl Disk for PoolDisk {
 
     fn discard(&self, id: &VolumeId) -> Result<(), DiskError> {
         let name = dir_name(id);
-        match self.move_to_trash(&self.volumes, &name) {
+        let volumes = &self.volumes.dir;
+        match self.move_to_trash(volumes, &name) {
             // Either the volume or the trash is missing: rename(2) returns the same error for both.
-            Err(Errno::ENOENT) if self.volumes.stat(&name).err() != Some(Errno::ENOENT) => {
+            Err(Errno::ENOENT) if volumes.stat(&name).err() != Some(Errno::ENOENT) => {
                 let verb = "discard (the trash directory is missing; restart hostdir to make it again)";
-                return Err(self.volumes.failed(verb, &name, Errno::ENOENT));
+                return Err(volumes.failed(verb, &name, Errno::ENOENT));
             }
             Ok(()) | Err(Errno::ENOENT) => {}
-            Err(errno) => return Err(self.volumes.failed("discard", &name, errno)),
+            Err(errno) => return Err(volumes.failed("discard", &name, errno)),
         }
         self.quota.forget(id);
         self.usage.forget(id);
-        self.settle_or(|| self.settle())?;
+        let (gone_to, gone_from) = (self.trash.changed(), self.volumes.changed());
+        // The destination before the source, or else a crash could lose the volume.
+        let synced = self.trash.sync(gone_to).and_then(|()| self.volumes.sync(gone_from));
+        synced.map_err(unsettled)?;
         self.eraser.wake();
         Ok(())
     }
@@ -191,7 +205,7 @@ impl PoolDisk {
     /// The volumes on the disk.
     pub(super) fn load(&self) -> Result<Vec<PoolVolume>, DiskError> {
         let mut found = Vec::new();
-        for name in self.volumes.names()? {
+        for name in self.volumes.dir.names()? {
             let name = name?;
             match name.to_str().map(VolumeId::parse) {
                 Ok(Ok(id)) => {
@@ -199,7 +213,7 @@ impl PoolDisk {
                     found.push(PoolVolume::new(id, record));
                 }
                 Ok(Err(_)) | Err(_) => {
-                    warn!(path = %self.volumes.path().display(), ?name, "not a volume of hostdir; ignoring it");
+                    warn!(path = %self.volumes.dir.path().display(), ?name, "not a volume of hostdir; ignoring it");
                 }
             }
         }
@@ -207,7 +221,7 @@ impl PoolDisk {
     }
 
     fn read_record(&self, id: &VolumeId) -> Result<Record, String> {
-        let read = || self.volumes.child(&dir_name(id))?.read(RECORD);
+        let read = || self.volumes.dir.child(&dir_name(id))?.read(RECORD);
         let bytes = read()
             .map_err(|error| error.with_cause())?
             .ok_or("volume.json is missing")?;
@@ -238,7 +252,7 @@ impl PoolDisk {
     /// Moves an entry into the trash, under a name that is free there.
     fn move_to_trash(&self, dir: &Dir, name: &CStr) -> nix::Result<()> {
         loop {
-            let moved = dir.move_to(name, &self.trash, &self.numbered(&name.to_string_lossy()));
+            let moved = dir.move_to(name, &self.trash.dir, &self.numbered(&name.to_string_lossy()));
             if moved != Err(Errno::EEXIST) {
                 return moved;
             }
@@ -263,16 +277,19 @@ impl PoolDisk {
 
     fn open_volume(&self, id: &VolumeId) -> Result<Dir, DiskError> {
         let name = dir_name(id);
-        self.volumes.find_child(&name)?.ok_or_else(|| {
+        self.volumes.dir.find_child(&name)?.ok_or_else(|| {
             let verb = "find (somebody removed it; delete the volume and create it again)";
-            self.volumes.failed(verb, &name, Errno::ENOENT)
+            self.volumes.dir.failed(verb, &name, Errno::ENOENT)
         })
     }
 
     fn replace_record(&self, volume: &Dir, record: &Record) -> Result<(), DiskError> {
         volume.write(NEW_RECORD, &json(record)?)?;
         volume.rename(NEW_RECORD, RECORD)?;
-        self.settle_or(|| volume.sync())
+        volume.sync().map_err(|error| {
+            self.unsynced().insert(record.id.clone());
+            unsettled(error)
+        })
     }
 
     /// Sets the limits of the volumes that were found.
@@ -281,31 +298,40 @@ impl PoolDisk {
     }
 
     fn open_data(&self, id: &VolumeId) -> Result<Dir, DiskError> {
-        layout::open_data(&self.volumes, id)
+        layout::open_data(&self.volumes.dir, id)
     }
 
-    /// Makes every rename durable. Syncs the destination before the source, or else a crash could lose the volume.
-    fn settle(&self) -> Result<(), DiskError> {
-        // Cleared first, so that what another call leaves unsettled from now on stays marked.
-        self.unsettled.store(false, Ordering::Release);
-        let settled = self.trash.sync().and_then(|()| self.volumes.sync());
-        settled.inspect_err(|_| self.unsettled.store(true, Ordering::Release))
+    fn unsynced(&self) -> MutexGuard<'_, BTreeSet<VolumeId>> {
+        self.unsynced.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Syncs a change that took effect. If that fails, the change is not undone: it may be durable anyway.
-    fn settle_or(&self, sync: impl FnOnce() -> Result<(), DiskError>) -> Result<(), DiskError> {
-        sync().map_err(|error| {
-            self.unsettled.store(true, Ordering::Release);
-            DiskError {
-                kind: DiskErrorKind::Unsettled,
-                ..error
-            }
+    fn check_writable(&self) -> Result<(), Unusable> {
+        const PROBE: &CStr = c"probe";
+        let flags = OFlag::O_WRONLY | OFlag::O_CREAT;
+        let tried = match self.meta.open_beneath(PROBE, flags, Mode::S_IRUSR | Mode::S_IWUSR) {
+            Ok(_) => self.meta.unlink(PROBE),
+            Err(Errno::ENOSPC | Errno::EDQUOT) => Ok(()),
+            Err(errno) => Err(errno),
+        };
+        tried.map_err(|errno| {
+            let path = self.path.display();
+            Unusable(format!(
+                "{path} cannot be written to ({errno}); check the disk and how it is mounted"
+            ))
         })
     }
 
     /// A name that no other call uses.
     fn numbered(&self, name: &str) -> CString {
         layout::numbered(name, self.counter.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
+/// The sync of a change failed that is not undone: it may be durable anyway.
+fn unsettled(error: DiskError) -> DiskError {
+    DiskError {
+        kind: DiskErrorKind::Unsettled,
+        ..error
     }
 }
 

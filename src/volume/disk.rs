@@ -58,6 +58,35 @@ pub(crate) struct Inode {
 #[error("{0}")]
 pub(crate) struct Unusable(pub(crate) String);
 
+/// Why a pool is not the one that was opened.
+#[derive(Clone, Debug)]
+pub(crate) enum Absent {
+    /// The same directory, but its disk was unmounted and mounted again: the pool has to be opened again.
+    Remounted,
+    Unusable(Unusable),
+}
+
+impl From<Absent> for Unusable {
+    fn from(absent: Absent) -> Self {
+        match absent {
+            Absent::Remounted => {
+                Self("its disk was mounted again, and the pool is being opened again; the call will be retried".into())
+            }
+            Absent::Unusable(why) => why,
+        }
+    }
+}
+
+/// How a pool is that is still the one that was opened.
+#[derive(Clone, Debug)]
+pub(crate) struct Inspection {
+    /// Whether a file can be made on it. A full pool is writable: deletes still work.
+    pub(crate) writable: Result<(), Unusable>,
+    pub(crate) space: Result<Space, Unusable>,
+    /// Which quotas limit volumes, or why none do.
+    pub(crate) enforcement: Result<QuotaKind, String>,
+}
+
 /// A failed step on the disk.
 #[derive(Debug, Error)]
 #[error("cannot {verb} {path}")]
@@ -168,14 +197,17 @@ pub(crate) struct Opened {
 /// Every verb takes effect as a whole or not at all, and is durable when it returns without an error; repeating it is
 /// harmless. A failed verb has changed nothing, unless its error is [`DiskErrorKind::Unsettled`].
 pub(crate) trait Disk: Send + Sync {
-    /// Checks that the pool is still the one that was opened, and that every change on it is durable (changes whose sync
-    /// failed are synced again here). Cheap enough for every call.
-    fn present(&self) -> Result<(), Unusable>;
+    /// Checks that the pool is still the one that was opened. Cheap enough for every call, but it may hang as any other.
+    fn present(&self) -> Result<(), Absent>;
 
-    /// Checks that a file can be made on the pool. A full pool passes: deletes still work.
-    fn writable(&self) -> Result<(), Unusable>;
+    /// Finds out how the pool is.
+    fn inspect(&self) -> Result<Inspection, Absent>;
 
-    fn space(&self) -> Result<Space, DiskError>;
+    /// Whether every change that took effect is durable. Does not touch the disk.
+    fn is_settled(&self) -> bool;
+
+    /// Makes changes durable that took effect although their sync failed ([`DiskErrorKind::Unsettled`]).
+    fn settle(&self) -> Result<(), DiskError>;
 
     /// Records a new volume, without a directory.
     fn create(&self, record: &Record) -> Result<(), DiskError>;
@@ -230,5 +262,5 @@ pub(crate) trait Host: Send + Sync {
     ///
     /// # Errors
     /// The target holds something that is not proven to be this volume, or a system call failed.
-    fn unbind(&self, id: &VolumeId, target: &TargetPath, data: Option<Inode>) -> Result<bool, BindError>;
+    fn unbind(&self, id: &VolumeId, target: &TargetPath, data: &dyn Fn() -> Option<Inode>) -> Result<bool, BindError>;
 }

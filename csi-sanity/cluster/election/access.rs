@@ -1,21 +1,8 @@
 //! Who may write the Leases, and how hostdir reports who leads.
 
-use super::broken::*;
-use super::*;
-use crate::lab::{Lab, PATIENCE, Thaw, is_ready, lab, report};
-use crate::mode::Mode;
-use crate::objects::{claim_of, class, on_node, pod};
-use crate::rights::{Holder, token};
-use anyhow::{Context, Result, ensure};
-use hostdir_lab::cluster::{ControllerManager, NAMESPACE};
-use hostdir_lab::prove::target_dir;
-use hostdir_lab::{SetOnDrop, needs};
-use k8s_openapi::api::coordination::v1::Lease;
-use serde_json::{Value, json};
-use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use super::{Election, LEASE, POLICY, RESIZER_LEASE, name_of};
+use hostdir_lab::cluster::NAMESPACE;
+use hostdir_lab::needs;
 
 /// Only a token that is bound to a running Pod can write a Lease, and only with that Pod's name.
 #[needs(Root, Go, Cluster)]

@@ -1,20 +1,13 @@
 //! Guards that break something, and repair it on drop.
 
-use super::*;
-use crate::lab::{Lab, PATIENCE, Thaw, is_ready, lab, report};
-use crate::mode::Mode;
-use crate::objects::{claim_of, class, on_node, pod};
-use crate::rights::{Holder, token};
-use anyhow::{Context, Result, ensure};
+use super::{Election, POLICY};
+use crate::lab::{Lab, PATIENCE};
+use anyhow::{Result, ensure};
 use hostdir_lab::cluster::{ControllerManager, NAMESPACE};
 use hostdir_lab::prove::target_dir;
-use hostdir_lab::{SetOnDrop, needs};
-use k8s_openapi::api::coordination::v1::Lease;
 use serde_json::{Value, json};
-use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::cell::Cell;
+use std::time::Instant;
 
 /// A node on which things are broken, until this is dropped.
 pub(super) struct BrokenNode<'a> {
@@ -131,7 +124,8 @@ impl<'a> GhostController<'a> {
     }
 
     pub(super) fn hang_driver(&self) {
-        self.sh(&format!("kill -STOP $(cat {}/driver)", Self::DIR));
+        let hung = self.election.lab.nodes[self.node].sh(&format!("kill -STOP $(cat {}/driver)", Self::DIR));
+        hung.unwrap_or_else(|error| panic!("the ghost's driver does not run: {error:#}\n{}", self.log()));
     }
 
     pub(super) fn sh(&self, script: &str) -> String {

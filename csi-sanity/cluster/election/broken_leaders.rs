@@ -1,20 +1,11 @@
 //! Leaders that hang, die, pause or lose their network.
 
-use super::broken::*;
-use super::*;
-use crate::lab::{Lab, PATIENCE, Thaw, is_ready, lab, report};
-use crate::mode::Mode;
-use crate::objects::{claim_of, class, on_node, pod};
-use crate::rights::{Holder, token};
-use anyhow::{Context, Result, ensure};
-use hostdir_lab::cluster::{ControllerManager, NAMESPACE};
-use hostdir_lab::prove::target_dir;
-use hostdir_lab::{SetOnDrop, needs};
-use k8s_openapi::api::coordination::v1::Lease;
-use serde_json::{Value, json};
-use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::{AtomicBool, Ordering};
+use super::broken::{BrokenNode, CutOff, GhostController};
+use super::{CLASS, Election, LEASE};
+use crate::objects::{claim_of, pod};
+use hostdir_lab::cluster::NAMESPACE;
+use hostdir_lab::needs;
+use serde_json::Value;
 use std::time::{Duration, Instant};
 
 /// One process of the leader hangs or dies, while everything else is healthy.

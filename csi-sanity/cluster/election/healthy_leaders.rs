@@ -1,19 +1,9 @@
 //! Healthy leaders keep the Lease while the API server is slow, and hand it over in a rolling update.
 
-use super::broken::*;
-use super::*;
-use crate::lab::{Lab, PATIENCE, Thaw, is_ready, lab, report};
-use crate::mode::Mode;
-use crate::objects::{claim_of, class, on_node, pod};
-use crate::rights::{Holder, token};
-use anyhow::{Context, Result, ensure};
-use hostdir_lab::cluster::{ControllerManager, NAMESPACE};
-use hostdir_lab::prove::target_dir;
+use super::Election;
+use crate::lab::Thaw;
+use hostdir_lab::cluster::NAMESPACE;
 use hostdir_lab::{SetOnDrop, needs};
-use k8s_openapi::api::coordination::v1::Lease;
-use serde_json::{Value, json};
-use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 

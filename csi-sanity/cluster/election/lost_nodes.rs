@@ -1,20 +1,11 @@
 //! Leaders on nodes that were removed, or have no kubelet.
 
-use super::broken::*;
-use super::*;
-use crate::lab::{Lab, PATIENCE, Thaw, is_ready, lab, report};
-use crate::mode::Mode;
-use crate::objects::{claim_of, class, on_node, pod};
-use crate::rights::{Holder, token};
-use anyhow::{Context, Result, ensure};
-use hostdir_lab::cluster::{ControllerManager, NAMESPACE};
-use hostdir_lab::prove::target_dir;
-use hostdir_lab::{SetOnDrop, needs};
-use k8s_openapi::api::coordination::v1::Lease;
-use serde_json::{Value, json};
-use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::{AtomicBool, Ordering};
+use super::Election;
+use super::broken::{BrokenNode, GhostController, SoonerNotReady, WithoutPolicy};
+use crate::lab::is_ready;
+use hostdir_lab::cluster::NAMESPACE;
+use hostdir_lab::needs;
+use serde_json::json;
 use std::time::{Duration, Instant};
 
 /// A node is removed the wrong way: its kubelet is dead and its Node deleted, but its containers still run.

@@ -10,19 +10,16 @@ mod broken_leaders;
 mod healthy_leaders;
 mod lost_nodes;
 
-use crate::lab::{Lab, PATIENCE, Thaw, is_ready, lab, report};
+use crate::lab::{Lab, PATIENCE, is_ready, lab, report};
 use crate::mode::Mode;
 use crate::objects::{claim_of, class, on_node, pod};
 use crate::rights::{Holder, token};
-use anyhow::{Context, Result, ensure};
-use hostdir_lab::cluster::{ControllerManager, NAMESPACE};
-use hostdir_lab::prove::target_dir;
-use hostdir_lab::{SetOnDrop, needs};
+use anyhow::{Context, Result};
+use hostdir_lab::cluster::NAMESPACE;
 use k8s_openapi::api::coordination::v1::Lease;
 use serde_json::{Value, json};
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 pub(super) const LEASE: &str = "hostdir-csi";

@@ -8,6 +8,7 @@ mod found;
 mod orphans;
 mod reconcile;
 mod status;
+mod tasks;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -31,11 +32,11 @@ use crate::volume::node::Inventory;
 use crate::volume::{Node, Reason};
 use assignments::ApiAssignments;
 use cache::NodeCache;
-use deletes::Deletes;
-use found::OnDisk;
+use found::{Found, OnDisk};
 use orphans::find_orphans;
 use reconcile::{Failed, Reconciler};
 use status::Publisher;
+use tasks::Tasks;
 
 /// How often a node compares its pools with its HostVolumes.
 const PERIOD: Duration = Duration::from_secs(10);
@@ -83,22 +84,19 @@ impl Agent {
             assignments: Arc::clone(&self.assignments),
             events: Events::new(self.client.clone(), self.name.to_string(), self.runtime.clone()),
         });
-        let deletes = Deletes::new(
-            Arc::clone(&self.cache),
-            Arc::clone(&reconciler),
-            Arc::clone(&self.metrics),
-        );
+        let tasks = Tasks::new(Arc::clone(&reconciler), Arc::clone(&self.metrics));
         let passes = Passes {
             publisher: Publisher::new(&self.name, self.client.clone(), self.runtime.clone()),
             node,
             cache: Arc::clone(&self.cache),
             reconciler,
+            tasks: Arc::clone(&tasks),
             metrics: Arc::clone(&self.metrics),
             unusable: HashMap::new(),
         };
         tokio::select! {
             () = follow("watch HostVolumes", watch, &self.metrics, &*self.cache) => anyhow::anyhow!("the API watch has ended"),
-            () = deletes.run() => anyhow::anyhow!("the task that deletes volumes has ended"),
+            () = deletes::run(&self.cache, &tasks, &self.metrics) => anyhow::anyhow!("the task that deletes volumes has ended"),
             error = passes.run() => error,
         }
     }
@@ -110,6 +108,7 @@ struct Passes {
     node: Arc<Node>,
     cache: Arc<NodeCache>,
     reconciler: Arc<Reconciler>,
+    tasks: Arc<Tasks>,
     metrics: Arc<Metrics>,
     /// The pools that cannot be used, and since when.
     unusable: HashMap<PoolName, Instant>,
@@ -162,7 +161,14 @@ impl Passes {
         let on_disk = OnDisk::new(inventory);
         let too_early = |pool| self.unusable.get(pool).is_some_and(|since| since.elapsed() < PATIENCE);
         for volume in volumes.iter().filter(|volume| !too_early(&volume.pool)) {
-            let Err(Failed { task, why }) = self.reconciler.reconcile(volume, on_disk.find(volume)) else {
+            let found = on_disk.find(volume);
+            if let Found::Record(record) = found
+                && volume.spec.bytes > record.spec.bytes
+            {
+                self.tasks.start(volume.clone(), Some(record.clone()));
+                continue;
+            }
+            let Err(Failed { task, why }) = self.reconciler.reconcile(volume, found) else {
                 continue;
             };
             self.metrics.failed(task);

@@ -54,9 +54,9 @@ impl Node {
         }
         let has = record.spec.bytes;
         if allocated <= has {
-            return Ok(has);
+            return pool.settle().map(|()| has);
         }
-        pool.grow_allocated(record, allocated)?;
+        pool.begin_call()?.grow_allocated(record, allocated)?;
         info!(volume.id = %id, node = %self.name, pool = %pool.config.name, size = %allocated, "volume expanded");
         Ok(allocated)
     }

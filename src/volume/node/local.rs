@@ -4,7 +4,7 @@ use jiff::Timestamp;
 use tracing::{info, warn};
 
 use super::Node;
-use super::pool::{OpenPool, Pool};
+use super::open_pool::OpenPool;
 use crate::volume::control::{Control, CreateRequest, Health, Volume};
 use crate::volume::disk::PoolVolume;
 use crate::volume::error::{Error, Reason};
@@ -19,11 +19,14 @@ impl Health for Node {
     /// # Errors
     /// [`Reason::NotReady`] names each pool that is not usable.
     fn probe(&self, all: bool) -> Result<bool, Error> {
-        let check = |pool: &Pool| pool.get(&self.host).and_then(|open| open.disk.writable());
         let bad: Vec<String> = self
             .pools
             .iter()
-            .filter_map(|pool| check(pool).err().map(|why| format!("pool {}: {why}", pool.config.name)))
+            .filter_map(|pool| {
+                pool.writable()
+                    .err()
+                    .map(|why| format!("pool {}: {why}", pool.config.name))
+            })
             .collect();
         if bad.is_empty() || (!all && bad.len() < self.pools.len()) {
             Ok(true)
@@ -77,7 +80,7 @@ impl Control for Node {
     fn list(&self, after: Option<&VolumeId>, max: usize) -> Result<Vec<Volume>, Error> {
         let mut volumes = Vec::new();
         for pool in &self.pools {
-            let open = pool.get(&self.host).map_err(|why| {
+            let open = pool.get().map_err(|why| {
                 let pool = pool.config.name.clone();
                 self.error(None, Reason::PoolUnusable { pool, why })
             })?;
@@ -101,7 +104,7 @@ impl Control for Node {
         let room = match self.pool(pool) {
             Err(Reason::NoSuchPool { .. }) => return None,
             Err(reason) => Err(reason),
-            Ok(pool) => pool.room().map_err(Reason::from),
+            Ok(pool) => pool.room(),
         };
         Some(room.unwrap_or_else(|why| {
             warn!(node = %self.name, pool = %pool, %why, "cannot determine the room of the pool; reporting no capacity");
@@ -118,6 +121,7 @@ impl Node {
     fn try_create(&self, id: &VolumeId, request: &CreateRequest) -> Result<Volume, Reason> {
         let _lock = self.locks.lock_volume(id)?;
         if let Some((pool, volume)) = self.look_up(id)?.found {
+            pool.settle()?;
             return self.existing(&pool, volume, request);
         }
         if !request.topology.admits(&self.name) {
@@ -142,7 +146,7 @@ impl Node {
             ready: false,
             created: Timestamp::now(),
         };
-        pool.create(record.clone())?;
+        pool.begin_call()?.create(record.clone())?;
         info!(volume.id = %id, node = %self.name, pool = %pool.config.name, size = %record.spec.bytes, "volume created");
         Ok(self.volume(record, &pool))
     }
@@ -154,9 +158,9 @@ impl Node {
         let has = record.spec.bytes;
         match size.growth(has) {
             Growth::Impossible => Err(Reason::Shrink { has }),
-            Growth::None => Ok(has),
+            Growth::None => pool.settle().map(|()| has),
             Growth::To(bytes) => {
-                pool.grow(record, bytes)?;
+                pool.begin_call()?.grow(record, bytes)?;
                 info!(volume.id = %id, node = %self.name, pool = %pool.config.name, size = %bytes, "volume expanded");
                 Ok(bytes)
             }

@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::volume::access::{MountOptions, TargetPath};
 use crate::volume::disk::{
-    BindError, Disk, DiskError, DiskErrorKind, Host, Inode, Measure, Opened, PoolConfig, PoolVolume, Unusable, Usage,
-    took_effect,
+    Absent, BindError, Disk, DiskError, DiskErrorKind, Host, Inode, Inspection, Measure, Opened, PoolConfig,
+    PoolVolume, Unusable, Usage, took_effect,
 };
 use crate::volume::id::{PoolName, VolumeId};
 use crate::volume::quota::QuotaKind;
@@ -171,7 +171,7 @@ impl Host for Memory {
         Ok(state.mounts.get(target).copied())
     }
 
-    fn unbind(&self, _: &VolumeId, target: &TargetPath, _: Option<Inode>) -> Result<bool, BindError> {
+    fn unbind(&self, _: &VolumeId, target: &TargetPath, _: &dyn Fn() -> Option<Inode>) -> Result<bool, BindError> {
         Ok(self.lock().mounts.remove(target).is_some())
     }
 }
@@ -194,26 +194,35 @@ impl MemoryDisk {
 }
 
 impl Disk for MemoryDisk {
-    fn present(&self) -> Result<(), Unusable> {
+    fn present(&self) -> Result<(), Absent> {
         let absent = self.memory.lock().pools.get(&self.pool).is_none_or(|pool| pool.absent);
         if absent {
-            Err(Unusable("its disk is absent".into()))
+            Err(Absent::Unusable(Unusable("its disk is absent".into())))
         } else {
             Ok(())
         }
     }
 
-    fn writable(&self) -> Result<(), Unusable> {
-        Ok(self.memory.lock().attempt("writable")?)
+    fn inspect(&self) -> Result<Inspection, Absent> {
+        self.present()?;
+        let writable = self.memory.lock().attempt("writable").map_err(Unusable::from);
+        Ok(Inspection {
+            writable,
+            space: Ok(Space {
+                total: Bytes(10 << 30),
+                available: Bytes(10 << 30),
+                ..Space::default()
+            }),
+            enforcement: self.enforcement(),
+        })
     }
 
-    fn space(&self) -> Result<Space, DiskError> {
-        self.memory.lock().attempt("space")?;
-        Ok(Space {
-            total: Bytes(10 << 30),
-            available: Bytes(10 << 30),
-            ..Space::default()
-        })
+    fn is_settled(&self) -> bool {
+        true
+    }
+
+    fn settle(&self) -> Result<(), DiskError> {
+        Ok(())
     }
 
     fn create(&self, record: &Record) -> Result<(), DiskError> {

@@ -11,6 +11,7 @@ mod local;
 mod locks;
 #[cfg(test)]
 mod memory;
+mod open_pool;
 mod pool;
 mod publish;
 mod selftest;
@@ -31,7 +32,8 @@ use super::id::{NodeName, PoolName, VolumeId};
 use super::pool_status::{PoolStatus, PoolUsage};
 use super::record::PoolId;
 use locks::VolumeLocks;
-use pool::{OpenPool, Pool};
+use open_pool::OpenPool;
+use pool::Pool;
 
 pub(crate) use publish::PublishRequest;
 pub(crate) use selftest::SelfTest;
@@ -76,9 +78,10 @@ impl Node {
         assignments: Arc<dyn Assignments>,
         pools: Vec<PoolConfig>,
     ) -> Self {
-        let pools: Vec<Pool> = pools.into_iter().map(Pool::new).collect();
+        let watch = |config| Pool::new(config, Arc::clone(&host));
+        let pools: Vec<Pool> = pools.into_iter().map(watch).collect();
         for pool in &pools {
-            if let Err(why) = pool.get(&host) {
+            if let Err(why) = pool.get() {
                 tracing::error!(node = %name, pool = %pool.config.name, %why, "cannot use a pool; continuing without it");
             }
         }
@@ -114,7 +117,8 @@ impl Node {
                 unusable: Some((pool, why)),
                 ..
             } => return Err(Reason::PoolUnusable { pool, why }),
-            Lookup { .. } => return Ok(()),
+            // An earlier call may have deleted it, and failed to make that durable.
+            Lookup { .. } => return self.settle_all(),
         };
         if let (Some(uid), Ok(record)) = (uid, &volume.record)
             && record.uid != Some(uid)
@@ -124,9 +128,14 @@ impl Node {
         if let Some(mount) = self.live_mounts(&pool, volume).into_iter().next() {
             return Err(Reason::Mounted(mount.target));
         }
-        pool.discard(id)?;
+        pool.begin_call()?.discard(id)?;
         info!(volume.id = %id, node = %self.name, pool = %pool.config.name, "volume deleted");
         Ok(())
+    }
+
+    fn settle_all(&self) -> Result<(), Reason> {
+        let mut known = self.pools.iter().filter_map(Pool::known);
+        known.try_for_each(|pool| pool.settle())
     }
 
     /// All volumes on the pools that can be used, and the pools that cannot.
@@ -134,7 +143,7 @@ impl Node {
         let mut inventory = Inventory::default();
         for pool in &self.pools {
             let name = &pool.config.name;
-            match pool.get(&self.host) {
+            match pool.get() {
                 Ok(open) => {
                     let volumes = open.volumes().into_iter();
                     inventory.volumes.extend(volumes.map(|volume| (name.clone(), volume)));
@@ -148,7 +157,7 @@ impl Node {
     /// The current status of the pools.
     pub(crate) fn pools(&self) -> Vec<NodePool> {
         let of = |pool: &Pool| {
-            let status = pool.status(&self.host);
+            let status = pool.status();
             let allocated = pool.allocated();
             NodePool {
                 name: pool.config.name.clone(),
@@ -180,6 +189,12 @@ impl Node {
         live
     }
 
+    /// The pool that has the volume, also while its disk cannot be used.
+    fn known_pool_of(&self, id: &VolumeId) -> Option<Arc<OpenPool>> {
+        let known = self.pools.iter().filter_map(Pool::known);
+        known.into_iter().find(|pool| pool.volume(id).is_some())
+    }
+
     fn require(&self, id: &VolumeId) -> Result<(Arc<OpenPool>, PoolVolume), Reason> {
         self.look_up(id)?.required(None)
     }
@@ -192,7 +207,7 @@ impl Node {
         };
         for pool in &self.pools {
             let name = &pool.config.name;
-            let open = match pool.get(&self.host) {
+            let open = match pool.get() {
                 Ok(open) => open,
                 Err(why) => {
                     lookup.unusable = Some((name.clone(), why));
@@ -218,7 +233,7 @@ impl Node {
                 known: known.join(", "),
             });
         };
-        pool.get(&self.host).map_err(|why| Reason::PoolUnusable {
+        pool.get().map_err(|why| Reason::PoolUnusable {
             pool: name.clone(),
             why,
         })

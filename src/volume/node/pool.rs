@@ -1,101 +1,145 @@
-//! A pool of a node: which volumes it has, and how much of it is allocated to them.
+//! A configured pool, with a thread of its own that watches its disk.
+//!
+//! A disk may hang at any moment, and then every call that asks it hangs, too. So only this thread asks a disk how it is: it opens
+//! the pool, inspects it every two seconds, and keeps the answer. Probe, capacity, the HostNode and every look-up read that answer;
+//! an inspection that does not return is itself the answer that the disk hangs. A pool that cannot be opened is tried again: the
+//! other pools and the mounts of running pods must not suffer from one bad disk.
 
-use std::collections::BTreeMap;
-use std::ops::Bound;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use tracing::{error, info};
+use tracing::{info, warn};
 
-use crate::volume::access::{AccessMode, TargetPath};
-use crate::volume::disk::{Disk, DiskError, Host, Mount, Opened, PoolConfig, PoolVolume, Unusable, took_effect};
-use crate::volume::error::Reason;
-use crate::volume::id::VolumeId;
+use super::open_pool::OpenPool;
+use crate::volume::disk::{Absent, Host, Inspection, PoolConfig, Unusable};
 use crate::volume::pool_status::PoolStatus;
-use crate::volume::quota::QuotaPolicy;
-use crate::volume::record::{PoolId, Record};
-use crate::volume::room::Space;
 use crate::volume::size::Bytes;
 
-/// A configured pool, open or not. A pool that cannot be opened stays closed and is tried again whenever it is needed: the
-/// other pools and the mounts of running pods must not suffer from one bad disk. For the same reason it is opened on a
-/// thread of its own: a disk may also hang.
+/// How often the disk is inspected.
+const PERIOD: Duration = Duration::from_secs(2);
+
+/// An inspection that takes longer means that the disk hangs. A busy disk answers sooner.
+const HANGS: Duration = Duration::from_secs(5);
+
+/// How long a call waits for a new inspection of a pool that could not be used at the last one.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// Dropping it ends the thread, as soon as the disk answers.
 pub(super) struct Pool {
     pub(super) config: PoolConfig,
-    opening: Arc<Opening>,
+    watched: Arc<Watched>,
 }
 
-struct Opening {
+struct Watched {
     state: Mutex<State>,
     changed: Condvar,
 }
 
-enum State {
-    /// Not open, and why. The next call tries again.
-    Closed(Unusable),
-    Opening(Instant),
-    Open(Arc<OpenPool>),
+struct State {
+    /// The pool once it was opened. Its volumes stay known while its disk cannot be used.
+    open: Option<Arc<OpenPool>>,
+    /// The answer of the last inspection.
+    last: Result<Inspection, Unusable>,
+    /// When the running inspection began.
+    since: Option<Instant>,
+    /// How many inspections have ended.
+    ended: u64,
+    /// A call waits for an inspection.
+    wanted: bool,
+    stop: bool,
 }
 
-/// How long after the start of opening a pool a call still waits for it. Later calls do not wait at all.
-const PATIENCE: Duration = Duration::from_secs(1);
-
 impl Pool {
-    pub(super) fn new(config: PoolConfig) -> Self {
-        let state = Mutex::new(State::Closed(Unusable("not opened yet".into())));
-        let opening = Arc::new(Opening {
-            state,
+    /// Begins to open the pool.
+    pub(super) fn new(config: PoolConfig, host: Arc<dyn Host>) -> Self {
+        let state = State {
+            open: None,
+            last: Err(Unusable("it has not been opened yet".into())),
+            since: Some(Instant::now()),
+            ended: 0,
+            wanted: false,
+            stop: false,
+        };
+        let watched = Arc::new(Watched {
+            state: Mutex::new(state),
             changed: Condvar::new(),
         });
-        Self { config, opening }
-    }
-
-    /// Opens the pool unless it is open already, and checks that it is still the one that was opened.
-    pub(super) fn get(&self, host: &Arc<dyn Host>) -> Result<Arc<OpenPool>, Unusable> {
-        let pool = self.opened(host)?;
-        pool.disk.present()?;
-        Ok(pool)
-    }
-
-    fn opened(&self, host: &Arc<dyn Host>) -> Result<Arc<OpenPool>, Unusable> {
-        let mut state = self.opening.lock();
-        if matches!(*state, State::Closed(_)) {
-            *state = State::Opening(Instant::now());
-            self.begin(Arc::clone(host))
-                .inspect_err(|why| *state = State::Closed(why.clone()))?;
+        let (shared, pool) = (Arc::clone(&watched), config.clone());
+        let thread = thread::Builder::new().name(format!("watch {}", config.name));
+        if let Err(error) = thread.spawn(move || shared.run(&pool, &*host)) {
+            let why = format!("cannot start a thread to watch it: {error}; restart hostdir on this node");
+            watched.end(Err(Unusable(why)), None);
         }
+        Self { config, watched }
+    }
+
+    /// The pool, if it can be used.
+    pub(super) fn get(&self) -> Result<Arc<OpenPool>, Unusable> {
+        self.inspected().map(|(pool, _)| pool)
+    }
+
+    /// The pool and its last inspection. Does not touch the disk, and waits for a second at most.
+    fn inspected(&self) -> Result<(Arc<OpenPool>, Inspection), Unusable> {
+        let (arrived, mut state) = (Instant::now(), self.watched.lock());
+        let before = state.ended;
         loop {
-            let left = match &*state {
-                State::Open(pool) => return Ok(Arc::clone(pool)),
-                State::Closed(why) => return Err(why.clone()),
-                State::Opening(since) => PATIENCE.saturating_sub(since.elapsed()),
-            };
-            if left.is_zero() {
-                return Err(Unusable(format!(
-                    "{} is still being opened; if this persists, its disk hangs: check the kernel log",
-                    self.config.path.display()
-                )));
+            self.refuse_if_hung(&state)?;
+            match (&state.open, &state.last) {
+                (Some(pool), Ok(inspection)) => return Ok((Arc::clone(pool), inspection.clone())),
+                (_, Err(why)) if state.ended > before => return Err(why.clone()),
+                _ => {}
             }
-            state = self
-                .opening
-                .changed
-                .wait_timeout(state, left)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
+            let left = PATIENCE.saturating_sub(arrived.elapsed());
+            if left.is_zero() {
+                return Err(self.unanswered(&state));
+            }
+            state.wanted = true;
+            self.watched.changed.notify_all();
+            let waited = self.watched.changed.wait_timeout(state, left);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
-    /// The current status of the pool.
-    pub(super) fn status(&self, host: &Arc<dyn Host>) -> PoolStatus {
-        let look = || {
-            let pool = self.get(host)?;
-            pool.disk.writable()?;
-            let space = pool.disk.space()?;
-            Ok((pool, space))
-        };
-        look().map_or_else(
-            |why: Unusable| PoolStatus {
+    fn refuse_if_hung(&self, state: &State) -> Result<(), Unusable> {
+        match state.since {
+            Some(since) if since.elapsed() > HANGS => Err(self.unanswered(state)),
+            _ => Ok(()),
+        }
+    }
+
+    fn unanswered(&self, state: &State) -> Unusable {
+        let path = self.config.path.display();
+        match (&state.open, state.since, &state.last) {
+            (None, Some(_), _) => Unusable(format!(
+                "{path} is still being opened; if this persists, its disk hangs: check the kernel log"
+            )),
+            (Some(_), Some(since), _) => Unusable(format!(
+                "{path} has not answered for {} s: its disk hangs; check the kernel log",
+                since.elapsed().as_secs()
+            )),
+            (_, None, Err(why)) => why.clone(),
+            (_, None, Ok(_)) => Unusable(format!("{path} has not been inspected yet")),
+        }
+    }
+
+    /// The pool, if it was ever opened: its volumes stay known while its disk cannot be used.
+    pub(super) fn known(&self) -> Option<Arc<OpenPool>> {
+        self.watched.lock().open.clone()
+    }
+
+    /// Checks that the pool can be used for new volumes.
+    pub(super) fn writable(&self) -> Result<(), Unusable> {
+        self.inspected().and_then(|(_, inspection)| inspection.writable)
+    }
+
+    pub(super) fn status(&self) -> PoolStatus {
+        let usable = self.inspected().and_then(|(pool, inspection)| {
+            inspection.writable?;
+            Ok((pool, inspection.space?, inspection.enforcement))
+        });
+        usable.map_or_else(
+            |why| PoolStatus {
                 limits: self.config.limits,
                 id: None,
                 filesystem: None,
@@ -104,277 +148,90 @@ impl Pool {
                 enforcement: None,
                 unenforced: 0,
             },
-            |(pool, space)| pool.status(space),
+            |(pool, space, enforcement)| pool.status(space, enforcement),
         )
     }
 
-    /// The sum of what is allocated to its volumes; zero while the pool is not open.
+    /// The sum of what is allocated to its volumes; zero while it was never opened.
     pub(super) fn allocated(&self) -> Bytes {
-        match &*self.opening.lock() {
-            State::Open(pool) => pool.lock().allocated,
-            State::Closed(_) | State::Opening(_) => Bytes(0),
-        }
+        self.known().map_or(Bytes(0), |pool| pool.allocated())
     }
 
-    fn begin(&self, host: Arc<dyn Host>) -> Result<(), Unusable> {
-        let (config, opening) = (self.config.clone(), Arc::clone(&self.opening));
-        let open = move || {
-            let opened = host
-                .open(&config)
-                .map(|opened| Arc::new(OpenPool::new(&config, opened)));
-            *opening.lock() = opened.map_or_else(State::Closed, State::Open);
-            opening.changed.notify_all();
-        };
-        let spawned = thread::Builder::new()
-            .name(format!("open {}", self.config.name))
-            .spawn(open);
-        spawned
-            .map(drop)
-            .map_err(|error| Unusable(format!("cannot start a thread to open it: {error}")))
+    /// Waits for an inspection that begins after this call.
+    #[cfg(test)]
+    pub(super) fn inspect_now(&self) {
+        let mut state = self.watched.lock();
+        let target = state.ended + if state.since.is_some() { 2 } else { 1 };
+        while state.ended < target {
+            state.wanted = true;
+            self.watched.changed.notify_all();
+            state = self.watched.changed.wait(state).unwrap();
+        }
     }
 }
 
-impl Opening {
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.watched.lock().stop = true;
+        self.watched.changed.notify_all();
+    }
+}
+
+impl Watched {
+    fn run(&self, config: &PoolConfig, host: &dyn Host) {
+        loop {
+            let open = self.lock().open.clone();
+            let opened = match open {
+                Some(pool) => Ok(pool),
+                None => host.open(config).map(|opened| Arc::new(OpenPool::new(config, opened))),
+            };
+            match opened {
+                Ok(pool) => match pool.inspect() {
+                    Ok(inspection) => self.end(Ok(inspection), Some(pool)),
+                    Err(Absent::Unusable(why)) => self.end(Err(why), Some(pool)),
+                    Err(Absent::Remounted) => {
+                        info!(pool = %config.name, path = %config.path.display(), "its disk was mounted again: opening the pool again");
+                        self.end(Err(Absent::Remounted.into()), None);
+                        // The pool is locked until the calls that use it have ended.
+                        drop(pool);
+                    }
+                },
+                Err(why) => self.end(Err(why), None),
+            }
+            if self.wait() {
+                return;
+            }
+        }
+    }
+
+    fn end(&self, answer: Result<Inspection, Unusable>, open: Option<Arc<OpenPool>>) {
+        let mut state = self.lock();
+        if let (Err(why), true) = (&answer, state.last.as_ref().err() != answer.as_ref().err()) {
+            warn!(%why, "cannot use a pool; trying again");
+        }
+        if open.is_some() && answer.is_ok() && state.last.is_err() && state.open.is_some() {
+            info!("a pool can be used again");
+        }
+        state.open = open;
+        state.last = answer;
+        state.since = None;
+        state.ended = state.ended.saturating_add(1);
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    /// Waits until the next inspection is due, and notes that it begins. Returns whether to stop.
+    fn wait(&self) -> bool {
+        let idle = |state: &mut State| !state.wanted && !state.stop;
+        let waited = self.changed.wait_timeout_while(self.lock(), PERIOD, idle);
+        let (mut state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        state.wanted = false;
+        state.since = Some(Instant::now());
+        state.stop
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         // A panic leaves no change half done: each is one assignment.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-pub(super) struct OpenPool {
-    pub(super) config: PoolConfig,
-    pub(super) id: PoolId,
-    pub(super) filesystem: String,
-    /// Bytes that were in use on the filesystem when the pool was made.
-    foreign: Bytes,
-    pub(super) disk: Box<dyn Disk>,
-    volumes: Mutex<Volumes>,
-}
-
-#[derive(Default)]
-struct Volumes {
-    by_id: BTreeMap<VolumeId, PoolVolume>,
-    /// Sum of the sizes in `by_id` and of volumes whose records are being written.
-    allocated: Bytes,
-}
-
-impl Volumes {
-    fn allocate(&mut self, bytes: Bytes) {
-        self.allocated = self.allocated.plus(bytes);
-    }
-
-    fn give_back(&mut self, bytes: Bytes) {
-        self.allocated = self.allocated.less(bytes);
-    }
-}
-
-impl OpenPool {
-    fn new(config: &PoolConfig, opened: Opened) -> Self {
-        let Opened {
-            id,
-            filesystem,
-            foreign,
-            volumes: found,
-            disk,
-        } = opened;
-        let mut volumes = Volumes::default();
-        for volume in found {
-            match &volume.record {
-                Ok(record) => volumes.allocate(record.spec.bytes),
-                Err(why) => {
-                    error!(volume.id = %volume.id, pool = %config.name, why, "cannot read the record of a volume");
-                }
-            }
-            volumes.by_id.insert(volume.id.clone(), volume);
-        }
-        info!(
-            pool = %config.name, pool.id = %id, path = %config.path.display(), filesystem,
-            volumes = volumes.by_id.len(), allocated = %volumes.allocated, "pool opened"
-        );
-        Self {
-            config: config.clone(),
-            id,
-            filesystem,
-            foreign,
-            disk,
-            volumes: Mutex::new(volumes),
-        }
-    }
-
-    pub(super) fn volume(&self, id: &VolumeId) -> Option<PoolVolume> {
-        self.lock().by_id.get(id).cloned()
-    }
-
-    pub(super) fn volumes(&self) -> Vec<PoolVolume> {
-        self.lock().by_id.values().cloned().collect()
-    }
-
-    /// At most `max` readable records in the order of their ids, from the first id after `after`.
-    pub(super) fn records_after(&self, after: Option<&VolumeId>, max: usize) -> Vec<Record> {
-        let start = after.map_or(Bound::Unbounded, Bound::Excluded);
-        let volumes = self.lock();
-        let from = volumes.by_id.range::<VolumeId, _>((start, Bound::Unbounded));
-        let sound = from.filter_map(|(_, volume)| volume.record.as_ref().ok());
-        sound.take(max).cloned().collect()
-    }
-
-    /// The largest volume that may be created now.
-    pub(super) fn room(&self) -> Result<Bytes, DiskError> {
-        let space = self.disk.space()?;
-        Ok(self.config.limits.room(space, self.foreign, self.lock().allocated))
-    }
-
-    fn status(&self, space: Space) -> PoolStatus {
-        let enforcement = self.disk.enforcement();
-        PoolStatus {
-            limits: self.config.limits,
-            id: Some(self.id),
-            filesystem: Some(self.filesystem.clone()),
-            foreign: self.foreign,
-            space: Ok(space),
-            unenforced: self.unenforced(enforcement.is_ok()),
-            enforcement: Some(enforcement),
-        }
-    }
-
-    /// Records a new volume, if there is room for it.
-    pub(super) fn create(&self, record: Record) -> Result<(), Reason> {
-        self.allocate(record.spec.bytes)?;
-        self.write(record)
-    }
-
-    /// Records a new volume that a controller has allocated room for.
-    pub(super) fn create_allocated(&self, record: Record) -> Result<(), Reason> {
-        self.lock().allocate(record.spec.bytes);
-        self.write(record)
-    }
-
-    fn write(&self, record: Record) -> Result<(), Reason> {
-        let written = self.disk.create(&record);
-        let mut volumes = self.lock();
-        if took_effect(&written) {
-            let volume = PoolVolume::new(record.id.clone(), Ok(record));
-            volumes.by_id.insert(volume.id.clone(), volume);
-        } else {
-            volumes.give_back(record.spec.bytes);
-        }
-        Ok(written?)
-    }
-
-    /// Gives a volume a larger size, if there is room for it.
-    pub(super) fn grow(&self, record: Record, bytes: Bytes) -> Result<(), Reason> {
-        let has = record.spec.bytes;
-        self.allocate(bytes.less(has)).map_err(|reason| match reason {
-            Reason::NoRoom { pool, room, .. } => Reason::NoRoomToGrow {
-                pool,
-                wanted: bytes,
-                room: has.plus(room),
-            },
-            other => other,
-        })?;
-        self.resize(record, bytes)
-    }
-
-    /// Gives a volume a larger size that a controller has allocated room for.
-    pub(super) fn grow_allocated(&self, record: Record, bytes: Bytes) -> Result<(), Reason> {
-        self.lock().allocate(bytes.less(record.spec.bytes));
-        self.resize(record, bytes)
-    }
-
-    fn resize(&self, mut record: Record, bytes: Bytes) -> Result<(), Reason> {
-        let more = bytes.less(record.spec.bytes);
-        record.spec.bytes = bytes;
-        let written = self.disk.resize(&record);
-        let mut volumes = self.lock();
-        if !took_effect(&written) {
-            volumes.give_back(more);
-        } else if let Some(volume) = volumes.by_id.get_mut(&record.id) {
-            volume.record = Ok(record);
-        }
-        Ok(written?)
-    }
-
-    /// Allocates room before the record is written, so that two concurrent calls cannot both get the last of it.
-    fn allocate(&self, bytes: Bytes) -> Result<(), Reason> {
-        let space = self.disk.space()?;
-        let mut volumes = self.lock();
-        let room = self.config.limits.room(space, self.foreign, volumes.allocated);
-        if bytes > room {
-            return Err(Reason::NoRoom {
-                pool: self.config.name.clone(),
-                wanted: bytes,
-                room,
-            });
-        }
-        volumes.allocate(bytes);
-        Ok(())
-    }
-
-    /// Refuses a volume without a limit if quotas are required.
-    pub(super) fn require_limit(&self, id: &VolumeId) -> Result<(), Reason> {
-        if self.config.quotas.policy != QuotaPolicy::Required {
-            return Ok(());
-        }
-        let why = self.disk.enforcement().err().or_else(|| self.disk.unenforced(id));
-        why.map_or(Ok(()), |why| {
-            let pool = self.config.name.clone();
-            Err(Reason::Unenforced { pool, why })
-        })
-    }
-
-    /// How many volumes with data have no limit; all of them, if the pool's quotas do not work (`enforced` is false).
-    fn unenforced(&self, enforced: bool) -> usize {
-        let volumes = self.lock();
-        let with_data = volumes
-            .by_id
-            .values()
-            .filter(|volume| volume.record.as_ref().is_ok_and(|record| record.ready));
-        with_data
-            .filter(|volume| !enforced || self.disk.unenforced(&volume.id).is_some())
-            .count()
-    }
-
-    /// Makes the directory of a volume and notes its new record.
-    pub(super) fn make_directory(&self, record: &Record) -> Result<(), Reason> {
-        let record = self.disk.make_directory(record)?;
-        if let Some(volume) = self.lock().by_id.get_mut(&record.id) {
-            volume.record = Ok(record);
-        }
-        Ok(())
-    }
-
-    /// Discards a volume and frees its room.
-    pub(super) fn discard(&self, id: &VolumeId) -> Result<(), Reason> {
-        let discarded = self.disk.discard(id);
-        if took_effect(&discarded) {
-            let mut volumes = self.lock();
-            if let Some(PoolVolume { record: Ok(record), .. }) = volumes.by_id.remove(id) {
-                volumes.give_back(record.spec.bytes);
-            }
-        }
-        Ok(discarded?)
-    }
-
-    /// Notes that a volume is mounted at a target with this access mode.
-    pub(super) fn note_mount(&self, id: &VolumeId, target: &TargetPath, mode: AccessMode) {
-        if let Some(volume) = self.lock().by_id.get_mut(id) {
-            volume.mounts.retain(|mount| mount.target != *target);
-            volume.mounts.push(Mount {
-                target: target.clone(),
-                mode: Some(mode),
-            });
-        }
-    }
-
-    /// Notes that a volume is no longer mounted at a target.
-    pub(super) fn forget_mount(&self, id: &VolumeId, target: &TargetPath) {
-        if let Some(volume) = self.lock().by_id.get_mut(id) {
-            volume.mounts.retain(|mount| mount.target != *target);
-        }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Volumes> {
-        // A panic leaves no change half done: each is one statement on one map.
-        self.volumes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -10,7 +10,7 @@ use tracing::info;
 use uuid::Uuid;
 
 use super::Node;
-use super::pool::OpenPool;
+use super::open_pool::OpenPool;
 use crate::volume::access::{AccessMode, MountOptions, TargetPath};
 use crate::volume::disk::{BindError, Mount, PoolVolume};
 use crate::volume::error::{Error, Reason};
@@ -46,6 +46,8 @@ impl Node {
         let PublishRequest { id, target, mode, .. } = request;
         let _lock = self.locks.lock_target(id, target)?;
         let (pool, volume) = self.find_or_record(request)?;
+        pool.settle()?;
+        let pool = pool.begin_call()?;
         let record = volume.record.clone().map_err(Reason::BrokenRecord)?;
         refuse_conflicts(&self.live_mounts(&pool, volume), request)?;
         self.ensure_directory(&pool, record)?;
@@ -98,15 +100,19 @@ impl Node {
 
     fn try_unpublish(&self, id: &VolumeId, target: &TargetPath) -> Result<(), Reason> {
         let _lock = self.locks.lock_target(id, target)?;
-        let found = self.look_up(id).ok().and_then(|lookup| lookup.found);
-        // A disk that does not answer must not keep the pod from ending: then the mount table has to prove that the mount is
-        // this volume's.
-        let data = found.as_ref().and_then(|(pool, _)| pool.disk.data(id).ok().flatten());
+        let found = self.known_pool_of(id);
+        // Only where the mount table does not prove that the mount is this volume's: a disk that hangs must not keep a pod from
+        // ending.
+        let data = || {
+            let (pool, _) = self.look_up(id).ok()?.found?;
+            let call = pool.begin_call().ok()?;
+            call.disk.data(id).ok()?
+        };
         let unmounted = self
             .host
-            .unbind(id, target, data)
+            .unbind(id, target, &data)
             .map_err(|source| bind(target, source))?;
-        if let Some((pool, _)) = found {
+        if let Some(pool) = found {
             pool.forget_mount(id, target);
         }
         if unmounted {
@@ -127,7 +133,7 @@ impl Node {
                 return Err(Reason::Predecessor { there, wanted });
             }
             // The earlier volume never had data.
-            pool.discard(id)?;
+            pool.begin_call()?.discard(id)?;
             lookup.found = None;
         }
         if lookup.found.is_some() {
@@ -174,7 +180,7 @@ impl Node {
             ready: false,
             created: Timestamp::now(),
         };
-        pool.create_allocated(record.clone())?;
+        pool.begin_call()?.create_allocated(record.clone())?;
         Ok((pool, PoolVolume::new(assigned.id, Ok(record))))
     }
 }

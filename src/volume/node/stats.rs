@@ -28,7 +28,7 @@ impl Node {
         let there = self.host.mounted(&target).map_err(|_| not_mounted())?;
         let mounted = there.ok_or_else(not_mounted)?;
         let record = volume.record.map_err(Reason::BrokenRecord)?;
-        let usage = match pool.disk.measure(&record, mounted)? {
+        let usage = match pool.begin_call()?.disk.measure(&record, mounted)? {
             Measure::Takes(usage) => usage,
             Measure::Elsewhere => return Err(not_mounted()),
             Measure::Counting => {
@@ -37,7 +37,7 @@ impl Node {
             }
         };
         let inodes = pool.config.quotas.inodes(record.spec.bytes);
-        Ok(of_volume(&record, usage, inodes, pool.disk.space()?))
+        Ok(of_volume(&record, usage, inodes, pool.space()?))
     }
 }
 

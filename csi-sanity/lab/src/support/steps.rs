@@ -11,7 +11,7 @@ use super::wait_until;
 /// injected everywhere.
 fn check_count(call: Call, steps: &[&str]) {
     let (least, names): (usize, &[&str]) = match call {
-        Call::Create => (10, &["mkdirat", "write", "fsync", "renameat2"]),
+        Call::Create => (9, &["mkdirat", "write", "fsync", "renameat2"]),
         Call::FirstPublish => (
             20,
             &[
@@ -157,7 +157,7 @@ fn check_refusal(scene: &Scene, call: Call, status: &Status, at: &str) {
                 "{at}: refused, but the volume has grown: {message}"
             ),
             Call::DeleteUnused | Call::DeleteAndErase => {
-                assert!(scene.exists(), "{at}: refused, but the volume is gone: {message}")
+                assert!(scene.exists(), "{at}: refused, but the volume is gone: {message}");
             }
             Call::Unpublish => {}
         }

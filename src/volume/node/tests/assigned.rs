@@ -147,7 +147,7 @@ fn a_volume_that_was_ready_elsewhere_is_never_made_anew() {
     let refusal = node.publish("a", host_volume.uid).unwrap_err();
     assert!(matches!(refusal, Reason::DataMissing { .. }), "{refusal}");
     assert!(refusal.to_string().contains(&lost.to_string()), "{refusal}");
-    node.fixture.memory.set_absent(&pool("other"), true);
+    node.fixture.set_absent(&pool("other"), true);
     let refusal = node.publish("a", host_volume.uid).unwrap_err();
     assert!(
         matches!(refusal, Reason::PoolUnusable { .. }),

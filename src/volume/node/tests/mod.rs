@@ -6,6 +6,7 @@ mod sizes;
 use std::sync::Arc;
 
 use super::memory::Memory;
+use super::pool::Pool;
 use super::{Inventory, Node, PublishRequest};
 use crate::volume::access::{AccessMode, MountOptions, TargetPath};
 use crate::volume::control::{Control, CreateRequest, Health, Parameters};
@@ -88,6 +89,12 @@ impl Fixture {
             .publish(&publish(volume, "/t", AccessMode::SingleNodeWriter))
             .unwrap();
         self.node.unpublish(&id(volume), &target("/t")).unwrap();
+    }
+
+    /// Takes a pool's disk away, or brings it back; the node has noticed.
+    fn set_absent(&self, pool: &PoolName, absent: bool) {
+        self.memory.set_absent(pool, absent);
+        self.node.pools.iter().for_each(Pool::inspect_now);
     }
 
     fn room(&self) -> u64 {
@@ -175,7 +182,7 @@ fn a_used_volume_without_its_directory_is_never_published_empty() {
 fn what_may_be_on_an_absent_disk_is_not_said_to_be_gone() {
     let fixture = Fixture::new();
     fixture.used("a");
-    fixture.memory.set_absent(&pool("default"), true);
+    fixture.set_absent(&pool("default"), true);
     for error in [
         fixture.node.delete(&id("a")).unwrap_err(),
         fixture.node.delete(&id("never-made")).unwrap_err(),
@@ -189,7 +196,7 @@ fn what_may_be_on_an_absent_disk_is_not_said_to_be_gone() {
         .node
         .unpublish(&id("a"), &target("/t"))
         .expect("a pod must be able to end");
-    fixture.memory.set_absent(&pool("default"), false);
+    fixture.set_absent(&pool("default"), false);
     fixture.node.delete(&id("a")).unwrap();
 }
 
@@ -204,10 +211,10 @@ fn a_pool_that_was_absent_at_start_is_opened_when_it_is_there() {
         "{error}"
     );
     fixture.node.probe(false).expect("one pool is fine");
-    fixture.memory.set_absent(&pool("other"), true);
+    fixture.set_absent(&pool("other"), true);
     fixture.node.probe(false).expect_err("no pool is fine");
-    fixture.memory.set_absent(&pool("other"), false);
-    fixture.memory.set_absent(&pool("default"), false);
+    fixture.set_absent(&pool("other"), false);
+    fixture.set_absent(&pool("default"), false);
     fixture.node.probe(true).unwrap();
     fixture.node.create(&request("a", 1)).unwrap();
 }

@@ -1,0 +1,60 @@
+//! Volumes are reconciled on threads of their own where a disk has to work: one that hangs holds up nothing else.
+
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tracing::warn;
+
+use super::found::Found;
+use super::reconcile::{Failed, Reconciler};
+use crate::metrics::Metrics;
+use crate::volume::host_volume::HostVolume;
+use crate::volume::id::VolumeId;
+use crate::volume::record::Record;
+
+pub(super) struct Tasks {
+    reconciler: Arc<Reconciler>,
+    metrics: Arc<Metrics>,
+    /// The volumes that a thread is working on now.
+    running: Mutex<HashSet<VolumeId>>,
+}
+
+impl Tasks {
+    pub(super) fn new(reconciler: Arc<Reconciler>, metrics: Arc<Metrics>) -> Arc<Self> {
+        Arc::new(Self {
+            reconciler,
+            metrics,
+            running: Mutex::default(),
+        })
+    }
+
+    /// Reconciles a volume, unless a thread is working on it already. `record` is what was found on the disk, if it was looked at.
+    pub(super) fn start(self: &Arc<Self>, volume: HostVolume, record: Option<Record>) {
+        if !self.running().insert(volume.id.clone()) {
+            return;
+        }
+        let this = Arc::clone(self);
+        tokio::task::spawn_blocking(move || {
+            let _running = Running(&this, &volume.id);
+            let found = record.as_ref().map_or(Found::Unknown, Found::Record);
+            if let Err(Failed { task, why }) = this.reconciler.reconcile(&volume, found) {
+                this.metrics.failed(task);
+                warn!(volume.id = %volume.id, node = %volume.node, %why, task, "cannot reconcile a volume; trying again");
+            }
+        });
+    }
+
+    fn running(&self) -> MutexGuard<'_, HashSet<VolumeId>> {
+        // Each change is one statement, so a panic leaves nothing half-done.
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A volume that a thread is working on. Dropped when it ends, even by a panic.
+struct Running<'a>(&'a Tasks, &'a VolumeId);
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        self.0.running().remove(self.1);
+    }
+}
