@@ -13,7 +13,7 @@ use hostdir::csi::proto::{CreateVolumeRequest, GetCapacityRequest, Topology, Top
 use hostdir::k8s::api::{DirectorySpec, HostNode, HostNodeSpec, HostVolume, HostVolumeSpec};
 use hostdir_lab::client::create_request as request_for;
 use hostdir_lab::cluster::ControllerManager;
-use hostdir_lab::{Cluster, Csi};
+use hostdir_lab::{Cluster, Csi, Driver};
 use k8s_openapi::api::core::v1::Node;
 use kube::api::{Api, DeleteParams, Patch, PatchParams, PostParams};
 use kube::config::{KubeConfigOptions, Kubeconfig};
@@ -133,23 +133,18 @@ impl Process {
             .spawn()?;
         Ok(Self(child))
     }
+}
 
-    fn hostdir(cluster: &Cluster, socket: &Path, args: &[String]) -> anyhow::Result<Self> {
-        let endpoint = [format!("--endpoint=unix://{}", socket.display())];
-        let args = [args, &endpoint].concat();
-        Self::start(env!("CARGO_BIN_EXE_hostdir"), &cluster.kubeconfig, &args)
-    }
+/// Makes a directory for the socket of a driver.
+fn directory(scratch: &Path, name: &str) -> anyhow::Result<PathBuf> {
+    let dir = scratch.join(name);
+    std::fs::create_dir_all(&dir)?;
+    Ok(dir)
+}
 
-    /// Current and peak resident memory, in MiB.
-    fn memory(&self) -> anyhow::Result<(f64, f64)> {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.0.id()))?;
-        let field = |name: &str| {
-            let line = status.lines().find_map(|line| line.strip_prefix(name));
-            let number = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<f64>().ok());
-            number.unwrap_or_default() / 1024.0
-        };
-        Ok((field("VmRSS:"), field("VmHWM:")))
-    }
+/// A hostdir with its socket in a directory, and the API server of the cluster.
+fn hostdir(cluster: &Cluster, dir: &Path, args: &[&str]) -> Driver {
+    Driver::with_args(dir, args).kubeconfig(&cluster.kubeconfig)
 }
 
 /// Connects to a driver, and waits until it is ready.
@@ -204,12 +199,12 @@ async fn crowd(cluster: &Cluster, client: &Client, scratch: &Path) -> anyhow::Re
         "made {NODES} HostNodes and {VOLUMES} HostVolumes in {:.0?}",
         start.elapsed()
     );
-    let socket = scratch.join("controller.sock");
+    let driver = hostdir(cluster, &directory(scratch, "controller")?, &["controller"]);
     let start = Instant::now();
-    let controller = Process::hostdir(cluster, &socket, &["controller".into()])?;
-    let csi = connect(&socket).await;
+    let controller = driver.spawn();
+    let csi = connect(&driver.socket).await;
     println!("controller ready            {:>10.1} s", start.elapsed().as_secs_f64());
-    let (now, most) = controller.memory()?;
+    let (now, most) = controller.memory();
     println!("resident memory             {now:>10.1} MiB (peak {most:.1})");
 
     let mut times = Vec::new();
@@ -250,7 +245,7 @@ async fn crowd(cluster: &Cluster, client: &Client, scratch: &Path) -> anyhow::Re
     }
     let (p50, p99) = percentiles(times);
     println!("DeleteVolume, never used    {p50:>10.2} ms p50, {p99:.2} ms p99");
-    let (now, most) = controller.memory()?;
+    let (now, most) = controller.memory();
     println!("resident memory at the end  {now:>10.1} MiB (peak {most:.1})");
     Ok(())
 }
@@ -273,9 +268,9 @@ async fn claims(cluster: &Cluster, client: &Client, scratch: &Path) -> anyhow::R
         "provisioner": "hostdir.csi", "volumeBindingMode": "Immediate",
     });
     cluster.kubectl.apply(&class.to_string())?;
-    let socket = scratch.join("claims.sock");
-    let _controller = Process::hostdir(cluster, &socket, &["controller".into()])?;
-    drop(connect(&socket).await);
+    let driver = hostdir(cluster, &directory(scratch, "claims")?, &["controller"]);
+    let _controller = driver.spawn();
+    drop(connect(&driver.socket).await);
     for (what, sidecar, manager) in [
         ("stock (5/10, 20/30)", (5, 10), (20, 30)),
         ("sidecar 100/200, manager 20/30", (100, 200), (20, 30)),
@@ -287,7 +282,7 @@ async fn claims(cluster: &Cluster, client: &Client, scratch: &Path) -> anyhow::R
             ..ControllerManager::default()
         })?;
         let args = [
-            format!("--csi-address={}", socket.display()),
+            format!("--csi-address={}", driver.socket.display()),
             format!("--kubeconfig={}", cluster.kubeconfig),
             "--strict-topology".into(),
             "--immediate-topology=false".into(),
@@ -379,16 +374,16 @@ async fn agent(cluster: &Cluster, client: &Client, scratch: &Path) -> anyhow::Re
         }
     })
     .await?;
-    let socket = scratch.join("node.sock");
     let pool = format!("--pool=default={}", scratch.join("pool").display());
-    let args = ["node".into(), "--node-name=bench-node".into(), pool];
-    let agent = Process::hostdir(cluster, &socket, &args)?;
-    drop(connect(&socket).await);
+    let args = ["node", "--node-name=bench-node", pool.as_str()];
+    let driver = hostdir(cluster, &directory(scratch, "node")?, &args);
+    let agent = driver.spawn();
+    drop(connect(&driver.socket).await);
     tokio::time::sleep(Duration::from_secs(15)).await;
     let before = requests(cluster)?;
     tokio::time::sleep(IDLE).await;
     let asked = requests(cluster)? - before;
-    let (now, most) = agent.memory()?;
+    let (now, most) = agent.memory();
     println!(
         "node agent, {AGENT_VOLUMES} HostVolumes: {now:.1} MiB resident (peak {most:.1}), {:.1} requests to the API server per minute",
         asked / IDLE.as_secs_f64() * 60.0

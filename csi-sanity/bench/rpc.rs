@@ -169,15 +169,8 @@ impl Served {
             .count()
     }
 
-    /// `VmRSS`, see proc_pid_status(5).
     pub(crate) fn resident_mib(&self) -> f64 {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.process.pid())).expect("read the status");
-        let line = status
-            .lines()
-            .find_map(|line| line.strip_prefix("VmRSS:"))
-            .expect("VmRSS in the status");
-        let kib: f64 = line.trim().trim_end_matches(" kB").parse().expect("a number");
-        kib / 1024.0
+        self.process.memory().0
     }
 }
 

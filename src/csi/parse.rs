@@ -13,6 +13,7 @@ use super::proto::volume_capability::AccessType;
 use super::proto::volume_capability::access_mode::Mode;
 use super::proto::{CapacityRange, Topology, TopologyRequirement, VolumeCapability};
 use crate::volume::access::{AccessMode, MountOptions, TargetPath};
+use crate::volume::error::subject;
 use crate::volume::id::{NodeName, PoolName, VolumeId};
 use crate::volume::record::{Claim, Directory};
 use crate::volume::size::{Bytes, SizeRange};
@@ -33,11 +34,8 @@ fn invalid(why: impl Into<String>) -> Status {
 
 /// Returns a function that prefixes a refusal with the volume, and with the node if it is known.
 pub(super) fn about(volume: impl Display, node: Option<&NodeName>) -> impl Fn(Status) -> Status {
-    let whose = node.map_or_else(
-        || format!("volume {volume}"),
-        |node| format!("volume {volume} on node {node}"),
-    );
-    move |status| Status::new(status.code(), format!("{whose}: {}", status.message()))
+    let subject = subject(Some(&volume), node);
+    move |status| Status::new(status.code(), format!("{subject}{}", status.message()))
 }
 
 /// CreateVolume's `name`: any Unicode but control characters, 1 to 128 bytes.

@@ -1,5 +1,7 @@
 //! Why the core refuses a call. The gRPC edge maps each [`Reason`] to a status code; here they are sentences for people.
 
+use std::fmt::Display;
+
 use thiserror::Error;
 use uuid::Uuid;
 
@@ -32,7 +34,7 @@ impl Error {
 }
 
 /// What a message is about, followed by a colon. Every message of hostdir that names a volume begins with it.
-pub(crate) fn subject(volume: Option<&VolumeId>, node: Option<&NodeName>) -> String {
+pub(crate) fn subject(volume: Option<&impl Display>, node: Option<&NodeName>) -> String {
     match (volume, node) {
         (Some(volume), Some(node)) => format!("volume {volume} on node {node}: "),
         (Some(volume), None) => format!("volume {volume}: "),

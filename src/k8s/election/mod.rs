@@ -1,9 +1,9 @@
 //! Every controller watches the leader and itself: it sends heartbeats, and takes over the Lease of a leader that must not
 //! lead. [`crate::leader`] makes the decisions.
 
-mod announcer;
-mod api;
+mod events;
 mod failing;
+mod leases;
 mod report;
 mod watchdog;
 
@@ -23,9 +23,9 @@ use crate::k8s::client::{Problem, request_within};
 use crate::leader::identity;
 use crate::metrics::Metrics;
 use crate::volume::Fence;
-use announcer::Announcer;
-use api::Elections;
+use events::Announcer;
 use failing::Failing;
+use leases::Elections;
 
 pub(crate) use report::report;
 

@@ -7,7 +7,7 @@ use jiff::Timestamp;
 use k8s_openapi::api::coordination::v1::Lease;
 use kube::{Client, ResourceExt};
 
-use super::api::{Elections, HAND_OVER, Reading, election};
+use super::leases::{Elections, HAND_OVER, Reading, election};
 use crate::leader::Guilt;
 use crate::volume::Reason;
 

@@ -10,8 +10,8 @@ use kube::{Resource, ResourceExt};
 use tokio::time::{sleep, timeout};
 use tracing::{info, warn};
 
-use super::api::{HAND_OVER, Reading};
 use super::failing::Failing;
+use super::leases::{HAND_OVER, Reading};
 use super::{FRESH, Guard, answers};
 use crate::k8s::client::Problem;
 use crate::leader::{LeaseState, Obstacle, TakeOver, Verdict, Watchdog};

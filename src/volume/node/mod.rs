@@ -4,7 +4,8 @@
 //! - [`publish`]: mount and unmount; the first publish of a volume makes its directory.
 //! - [`expand`] and [`stats`]: sizes.
 //! - [`local`]: what a node does itself in local mode and a [controller](super::controller) does in elected mode.
-//! - [`pool`]: which volumes a pool has, and how much of it is allocated.
+//! - [`pool_health`]: pools are opened and inspected, and a disk that hangs is noticed.
+//! - [`open_pool`]: which volumes a pool has, and how much of it is allocated.
 
 mod expand;
 mod local;
@@ -12,7 +13,7 @@ mod locks;
 #[cfg(test)]
 mod memory;
 mod open_pool;
-mod pool;
+mod pool_health;
 mod publish;
 mod selftest;
 mod stats;
@@ -33,7 +34,7 @@ use super::pool_status::{PoolStatus, PoolUsage};
 use super::record::PoolId;
 use locks::VolumeLocks;
 use open_pool::OpenPool;
-use pool::Pool;
+use pool_health::Pool;
 
 pub(crate) use publish::PublishRequest;
 pub(crate) use selftest::SelfTest;

@@ -189,6 +189,17 @@ impl Process {
         Pid::from_raw(self.child.id().try_into().expect("a process id"))
     }
 
+    /// Current and peak resident memory, in MiB: `VmRSS` and `VmHWM`, see proc_pid_status(5).
+    pub fn memory(&self) -> (f64, f64) {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("read the status");
+        let field = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name));
+            let kib = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<f64>().ok());
+            kib.expect("a figure of memory") / 1024.0
+        };
+        (field("VmRSS:"), field("VmHWM:"))
+    }
+
     pub fn faults(&self) -> &Faults {
         self.faults.as_ref().expect("the driver was started with faults")
     }

@@ -6,7 +6,7 @@ mod sizes;
 use std::sync::Arc;
 
 use super::memory::Memory;
-use super::pool::Pool;
+use super::pool_health::Pool;
 use super::{Inventory, Node, PublishRequest};
 use crate::volume::access::{AccessMode, MountOptions, TargetPath};
 use crate::volume::control::{Control, CreateRequest, Health, Parameters};
