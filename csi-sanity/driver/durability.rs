@@ -29,6 +29,26 @@ fn a_failed_sync_is_repeated_before_the_next_answer() {
     assert!(client.capacity("default") > 0);
 }
 
+/// A delete is two changes, one of the trash and one of the volumes: the retry must make both durable.
+#[needs(Root)]
+fn a_failed_sync_of_the_trash_is_repeated_for_both_directories() {
+    let scratch = Scratch::new();
+    let driver = Driver::new(&scratch)
+        .pool("default", &scratch.path("pool"))
+        .with_faults();
+    let (process, client) = start(&driver);
+    client.create("pvc-0").unwrap();
+    process.faults().arm(Step::Named("fsync", 0), Fault::Fail(Errno::EIO));
+    assert_eq!(client.delete("pvc-0").unwrap_err().code(), Code::Unavailable);
+    process.faults().arm(Step::Never, Fault::Die);
+    client.delete("pvc-0").unwrap();
+    let steps = process.faults().disarm();
+    assert!(
+        steps.iter().filter(|step| **step == "fsync").count() >= 2,
+        "DeleteVolume was answered without both syncs: {steps:?}"
+    );
+}
+
 #[needs(Root)]
 fn system_calls_come_in_an_order_that_survives_power_cuts() {
     let scratch = Scratch::new();

@@ -126,6 +126,15 @@ fn a_disk_that_hangs_later_is_noticed_and_named_and_recovers() {
     client.publish("on-slow", &pools.target("on-slow")).unwrap();
     wait_until("all pools are ready", || is_ready(&driver.socket));
     let frozen = pools.freeze();
+    let (csi, size) = (client.csi().clone(), 2 << 20);
+    let hanging = client.block_on(async {
+        let expand = tokio::spawn(async move { csi.expand("on-slow", size).await });
+        // Until it has been sent.
+        tokio::task::yield_now().await;
+        client.csi().info().await.unwrap();
+        Some(expand)
+    });
+    let hanging = hanging.expect("it was started");
     wait_until("the pool has no room", || client.capacity("slow") == 0);
     let status = client.create_as(on_slow("more")).unwrap_err();
     assert_eq!(status.code(), Code::Unavailable);
@@ -139,11 +148,13 @@ fn a_disk_that_hangs_later_is_noticed_and_named_and_recovers() {
     assert_eq!(client.capacity("slow"), 0);
     assert!(client.capacity("default") > 0);
     pools.default_pool_works(&client, "pvc-1");
-    // A pod on the hanging disk can end.
+    // A pod on the hanging disk can end, also while another call for its volume hangs.
     let since = Instant::now();
     client.unpublish("on-slow", &pools.target("on-slow")).unwrap();
     assert!(since.elapsed() < SOON, "unpublishing took {:?}", since.elapsed());
+    assert!(!hanging.is_finished(), "the call for the volume does not hang");
     drop(frozen);
+    drop(client.block_on(hanging));
     wait_until("all pools are ready again", || is_ready(&driver.socket));
     wait_until("the volume can be deleted", || client.delete("on-slow").is_ok());
 }

@@ -93,7 +93,7 @@ fn a_second_process_on_a_pool_says_so_and_takes_over_when_the_first_ends() {
     let (_second, other) = start(&second);
     for status in [other.probe().unwrap_err(), other.create("pvc-2").unwrap_err()] {
         assert!(
-            status.message().contains("another hostdir process serves it"),
+            status.message().contains("a hostdir process still serves it"),
             "{status}"
         );
     }

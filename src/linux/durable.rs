@@ -54,9 +54,14 @@ impl SyncedDir {
         let synced = self.dir.sync();
         match synced {
             Ok(()) => self.durable.store(covered, Ordering::Release),
-            Err(_) => drop(self.owed.fetch_max(change, Ordering::AcqRel)),
+            Err(_) => self.owe(Change(change)),
         }
         synced
+    }
+
+    /// Notes a change that its caller gave up to make durable.
+    pub(super) fn owe(&self, Change(change): Change) {
+        self.owed.fetch_max(change, Ordering::AcqRel);
     }
 
     /// Whether no failed sync has left a change open.

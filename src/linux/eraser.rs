@@ -159,6 +159,7 @@ impl Work {
                 Err(error) => return Ok(report(&error)),
                 Ok(names) => {
                     for name in names {
+                        self.stop.rest(Duration::ZERO)?;
                         match name.and_then(|name| self.erase(&name, &mut pace)) {
                             Ok(Ok(Outcome::Gone)) => {}
                             Ok(Ok(Outcome::Shrunk)) => moving = true,

@@ -73,7 +73,9 @@ fn lock_and_identify(
     root: &Dir,
     mount: &mountinfo::Entry,
 ) -> Result<(PoolDisk, Identity), Unusable> {
-    require_pool_or_empty(root)?;
+    if config.expected.is_none() {
+        require_pool_or_empty(root)?;
+    }
     let meta = root.ensure_child(META)?;
     let lock = lock(&meta)?;
     let volumes = root.ensure_child(VOLUMES)?;
@@ -184,7 +186,7 @@ fn lock(meta: &Dir) -> Result<Flock<File>, Unusable> {
         .map_err(|errno| meta.failed("create", LOCK, errno))?;
     Flock::lock(File::from(file), FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
         Errno::EWOULDBLOCK => Unusable(format!(
-            "another hostdir process serves it (it holds {}/lock); it can be used when that process has ended",
+            "a hostdir process still serves it (it holds {}/lock); it can be used when that process has ended",
             meta.path().display()
         )),
         errno => meta.failed("lock", LOCK, errno).into(),
@@ -196,6 +198,10 @@ fn require_pool_or_empty(root: &Dir) -> Result<(), Unusable> {
     if let Some(meta) = root.find_child(META)?
         && meta.read(IDENTITY)?.is_some()
     {
+        return Ok(());
+    }
+    // That has lost its identity: more is said of it later.
+    if !is_empty(root, VOLUMES) && root.find_child(VOLUMES)?.is_some() {
         return Ok(());
     }
     let mut foreign = Vec::new();

@@ -3,7 +3,7 @@
 //! A volume appears in `volumes/` by one rename and leaves it by one rename; everything that a rename makes visible is
 //! synced before the rename, and the rename is synced before the call is answered.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::path::PathBuf;
@@ -47,8 +47,8 @@ pub(super) struct PoolDisk {
     pub(super) usage: UsageCounter,
     pub(super) eraser: Eraser,
     pub(super) counter: AtomicU64,
-    /// Volumes whose record was replaced, and whose directory could not be synced.
-    pub(super) unsynced: Mutex<BTreeSet<VolumeId>>,
+    /// Volumes whose record was replaced, and whose directory could not be synced, with how often that failed.
+    pub(super) unsynced: Mutex<BTreeMap<VolumeId, u64>>,
     /// The mount that the pool was opened through.
     pub(super) mount_id: u64,
     pub(super) _lock: Flock<File>,
@@ -90,11 +90,15 @@ impl Disk for PoolDisk {
 
     fn settle(&self) -> Result<(), DiskError> {
         let unsynced = self.unsynced().clone();
-        for id in unsynced {
+        for (id, failures) in unsynced {
             if let Some(volume) = self.volumes.dir.find_child(&dir_name(&id))? {
                 volume.sync()?;
             }
-            self.unsynced().remove(&id);
+            // Unless it has failed once more meanwhile.
+            let mut unsynced = self.unsynced();
+            if unsynced.get(&id) == Some(&failures) {
+                unsynced.remove(&id);
+            }
         }
         // The destination of a delete before its source, or else a crash could lose the volume.
         self.trash.settle()?;
@@ -194,8 +198,11 @@ impl Disk for PoolDisk {
         self.usage.forget(id);
         let (gone_to, gone_from) = (self.trash.changed(), self.volumes.changed());
         // The destination before the source, or else a crash could lose the volume.
-        let synced = self.trash.sync(gone_to).and_then(|()| self.volumes.sync(gone_from));
-        synced.map_err(unsettled)?;
+        self.trash.sync(gone_to).map_err(|error| {
+            self.volumes.owe(gone_from);
+            unsettled(error)
+        })?;
+        self.volumes.sync(gone_from).map_err(unsettled)?;
         self.eraser.wake();
         Ok(())
     }
@@ -287,7 +294,7 @@ impl PoolDisk {
         volume.write(NEW_RECORD, &json(record)?)?;
         volume.rename(NEW_RECORD, RECORD)?;
         volume.sync().map_err(|error| {
-            self.unsynced().insert(record.id.clone());
+            *self.unsynced().entry(record.id.clone()).or_default() += 1;
             unsettled(error)
         })
     }
@@ -301,7 +308,7 @@ impl PoolDisk {
         layout::open_data(&self.volumes.dir, id)
     }
 
-    fn unsynced(&self) -> MutexGuard<'_, BTreeSet<VolumeId>> {
+    fn unsynced(&self) -> MutexGuard<'_, BTreeMap<VolumeId, u64>> {
         self.unsynced.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

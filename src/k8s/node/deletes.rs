@@ -24,7 +24,7 @@ pub(super) async fn run(cache: &NodeCache, tasks: &Arc<Tasks>, metrics: &Metrics
         known.retain(|id, _| deleting.iter().any(|volume| volume.id == *id));
         for volume in deleting {
             known.entry(volume.id.clone()).or_insert_with(Instant::now);
-            tasks.start(volume, None);
+            tasks.reconcile(volume, None);
         }
         let oldest = known.values().map(Instant::elapsed).max().unwrap_or_default();
         metrics.set_deletes(known.len(), oldest);

@@ -140,8 +140,7 @@ impl Passes {
             let inventory = self.node.inventory();
             self.note_unusable(&inventory.unusable);
             self.reconcile_all(&volumes, &inventory);
-            let assignments = &self.reconciler.assignments;
-            orphans = find_orphans(&self.node, &self.cache, assignments, &self.metrics, inventory.volumes);
+            orphans = find_orphans(&self.node, &self.cache, &self.tasks, inventory.volumes);
         }
         self.metrics.set_orphans(orphans.len());
         if let Err(why) = self.publisher.publish(&self.node, &self.metrics, &orphans) {
@@ -165,7 +164,7 @@ impl Passes {
             if let Found::Record(record) = found
                 && volume.spec.bytes > record.spec.bytes
             {
-                self.tasks.start(volume.clone(), Some(record.clone()));
+                self.tasks.reconcile(volume.clone(), Some(record.clone()));
                 continue;
             }
             let Err(Failed { task, why }) = self.reconciler.reconcile(volume, found) else {

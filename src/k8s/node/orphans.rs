@@ -1,22 +1,22 @@
 //! Volumes on the pools of this node that have no HostVolume.
 
-use tracing::warn;
+use std::sync::Arc;
+
 use uuid::Uuid;
 
-use super::assignments::ApiAssignments;
 use super::cache::NodeCache;
-use crate::metrics::Metrics;
+use super::reconcile::Failed;
+use super::tasks::Tasks;
+use crate::volume::Node;
 use crate::volume::disk::PoolVolume;
 use crate::volume::host_volume::HostVolumeStore as _;
 use crate::volume::id::{PoolName, VolumeId};
-use crate::volume::{Node, Reason};
 
 /// Finds the orphans among the volumes on the pools. Discards those that never had data, and returns the rest.
 pub(super) fn find_orphans(
     node: &Node,
     cache: &NodeCache,
-    assignments: &ApiAssignments,
-    metrics: &Metrics,
+    tasks: &Arc<Tasks>,
     found: Vec<(PoolName, PoolVolume)>,
 ) -> Vec<(PoolName, PoolVolume)> {
     let unassigned: Vec<_> = found
@@ -37,13 +37,9 @@ pub(super) fn find_orphans(
             continue;
         }
         let unused = volume.record.as_ref().ok().filter(|record| !record.ready);
-        let Some(uid) = unused.and_then(|record| record.uid) else {
-            orphans.push((pool, volume));
-            continue;
-        };
-        if let Err(why) = discard_unused(node, assignments, &volume.id, uid) {
-            metrics.failed("discard an unused volume");
-            warn!(volume.id = %volume.id, node = %node.name(), %why, "cannot discard a volume that was never used; trying again");
+        match unused.and_then(|record| record.uid) {
+            Some(uid) => discard_unused(tasks, volume.id, uid),
+            None => orphans.push((pool, volume)),
         }
     }
     orphans
@@ -62,9 +58,13 @@ fn is_assigned(cache: &NodeCache, volume: &PoolVolume) -> bool {
 }
 
 /// Asks the API server first: a first publish may be running while the watch is late.
-fn discard_unused(node: &Node, assignments: &ApiAssignments, id: &VolumeId, uid: Uuid) -> Result<(), Reason> {
-    match assignments.store.get(id)? {
-        Some(volume) if volume.uid == uid => Ok(()),
-        _ => node.delete_of(id, uid).map_err(|error| *error.reason),
-    }
+fn discard_unused(tasks: &Arc<Tasks>, id: VolumeId, uid: Uuid) {
+    tasks.start(id.clone(), move |reconciler| {
+        let discard = || match reconciler.assignments.store.get(&id)? {
+            Some(volume) if volume.uid == uid => Ok(()),
+            _ => reconciler.node.delete_of(&id, uid).map_err(|error| *error.reason),
+        };
+        let task = "discard an unused volume";
+        discard().map_err(|why| Failed { task, why })
+    });
 }

@@ -29,17 +29,28 @@ impl Tasks {
     }
 
     /// Reconciles a volume, unless a thread is working on it already. `record` is what was found on the disk, if it was looked at.
-    pub(super) fn start(self: &Arc<Self>, volume: HostVolume, record: Option<Record>) {
-        if !self.running().insert(volume.id.clone()) {
+    pub(super) fn reconcile(self: &Arc<Self>, volume: HostVolume, record: Option<Record>) {
+        self.start(volume.id.clone(), move |reconciler| {
+            let found = record.as_ref().map_or(Found::Unknown, Found::Record);
+            reconciler.reconcile(&volume, found)
+        });
+    }
+
+    /// Works on a volume, unless a thread does so already.
+    pub(super) fn start(
+        self: &Arc<Self>,
+        id: VolumeId,
+        work: impl FnOnce(&Reconciler) -> Result<(), Failed> + Send + 'static,
+    ) {
+        if !self.running().insert(id.clone()) {
             return;
         }
         let this = Arc::clone(self);
         tokio::task::spawn_blocking(move || {
-            let _running = Running(&this, &volume.id);
-            let found = record.as_ref().map_or(Found::Unknown, Found::Record);
-            if let Err(Failed { task, why }) = this.reconciler.reconcile(&volume, found) {
+            let _running = Running(&this, &id);
+            if let Err(Failed { task, why }) = work(&this.reconciler) {
                 this.metrics.failed(task);
-                warn!(volume.id = %volume.id, node = %volume.node, %why, task, "cannot reconcile a volume; trying again");
+                warn!(volume.id = %id, node = %this.reconciler.node.name(), %why, task, "cannot reconcile a volume; trying again");
             }
         });
     }

@@ -31,9 +31,15 @@ impl VolumeLocks {
     }
 
     /// Locks a volume and a target: two volumes must not race for one target either.
-    pub(super) fn lock_target(&self, id: &VolumeId, target: &TargetPath) -> Result<VolumeLock<'_>, Reason> {
+    pub(super) fn lock_volume_and_target(&self, id: &VolumeId, target: &TargetPath) -> Result<VolumeLock<'_>, Reason> {
         self.hold(vec![Key::Volume(id.clone()), Key::Target(target.clone())])
             .map_err(|()| Reason::Running(format!("this volume or {target}")))
+    }
+
+    /// Locks a target, for a call that changes nothing of the volume.
+    pub(super) fn lock_target(&self, target: &TargetPath) -> Result<VolumeLock<'_>, Reason> {
+        self.hold(vec![Key::Target(target.clone())])
+            .map_err(|()| Reason::Running(target.to_string()))
     }
 
     fn hold(&self, keys: Vec<Key>) -> Result<VolumeLock<'_>, ()> {
@@ -82,8 +88,8 @@ mod tests {
     fn two_volumes_do_not_race_for_a_target() {
         let locks = VolumeLocks::default();
         let target = TargetPath::parse("/t").unwrap();
-        let _first = locks.lock_target(&id("a"), &target).unwrap();
-        assert!(locks.lock_target(&id("b"), &target).is_err());
+        let _first = locks.lock_volume_and_target(&id("a"), &target).unwrap();
+        assert!(locks.lock_volume_and_target(&id("b"), &target).is_err());
         assert!(
             locks.lock_volume(&id("b")).is_ok(),
             "a refused call left its volume locked"

@@ -37,6 +37,7 @@ struct State {
 struct PoolState {
     id: PoolId,
     absent: bool,
+    remounted: bool,
     volumes: BTreeMap<VolumeId, Record>,
     directories: HashSet<VolumeId>,
 }
@@ -46,6 +47,7 @@ impl Default for PoolState {
         Self {
             id: PoolId::random(),
             absent: false,
+            remounted: false,
             volumes: BTreeMap::new(),
             directories: HashSet::new(),
         }
@@ -60,6 +62,16 @@ impl Memory {
     /// Makes the next call of this verb fail.
     pub(super) fn fail(&self, verb: &'static str, kind: DiskErrorKind) {
         self.lock().failing.insert(verb, kind);
+    }
+
+    /// Mounts the disk of a pool again; or another one in its place.
+    pub(super) fn remount(&self, pool: &PoolName, another: bool) {
+        let mut state = self.lock();
+        let pool = state.pools.entry(pool.clone()).or_default();
+        pool.remounted = true;
+        if another {
+            pool.id = PoolId::random();
+        }
     }
 
     /// Removes a pool's disk, or brings it back.
@@ -150,6 +162,10 @@ impl Host for Memory {
         if pool.absent {
             return Err(Unusable("its disk is absent".into()));
         }
+        if config.expected.is_some_and(|expected| expected != pool.id) {
+            return Err(Unusable("it is another pool".into()));
+        }
+        pool.remounted = false;
         let volume = |(id, record): (&VolumeId, &Record)| PoolVolume::new(id.clone(), Ok(record.clone()));
         Ok(Opened {
             id: pool.id,
@@ -195,11 +211,10 @@ impl MemoryDisk {
 
 impl Disk for MemoryDisk {
     fn present(&self) -> Result<(), Absent> {
-        let absent = self.memory.lock().pools.get(&self.pool).is_none_or(|pool| pool.absent);
-        if absent {
-            Err(Absent::Unusable(Unusable("its disk is absent".into())))
-        } else {
-            Ok(())
+        match self.memory.lock().pools.get(&self.pool) {
+            Some(pool) if pool.remounted => Err(Absent::Remounted),
+            Some(pool) if !pool.absent => Ok(()),
+            _ => Err(Absent::Unusable(Unusable("its disk is absent".into()))),
         }
     }
 

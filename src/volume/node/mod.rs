@@ -39,6 +39,11 @@ use pool_health::Pool;
 pub(crate) use publish::PublishRequest;
 pub(crate) use selftest::SelfTest;
 
+/// How many calls may wait for disks at the same time, on all pools and on one: with the threads that other work needs, below the
+/// number of threads that may block.
+const CALLS_MAX: usize = 384;
+const CALLS_MAX_PER_POOL: usize = 64;
+
 /// The pools of this node, and the verbs on them. All verbs block; calls for different volumes run in parallel.
 pub(crate) struct Node {
     name: NodeName,
@@ -68,7 +73,7 @@ pub(crate) struct NodePool {
 struct Lookup {
     found: Option<(Arc<OpenPool>, PoolVolume)>,
     unusable: Option<(PoolName, Unusable)>,
-    open: Vec<PoolId>,
+    open: Vec<Arc<OpenPool>>,
 }
 
 impl Node {
@@ -79,7 +84,8 @@ impl Node {
         assignments: Arc<dyn Assignments>,
         pools: Vec<PoolConfig>,
     ) -> Self {
-        let watch = |config| Pool::new(config, Arc::clone(&host));
+        let calls_max = (CALLS_MAX / pools.len().max(1)).clamp(1, CALLS_MAX_PER_POOL);
+        let watch = |config| Pool::new(config, Arc::clone(&host), calls_max);
         let pools: Vec<Pool> = pools.into_iter().map(watch).collect();
         for pool in &pools {
             if let Err(why) = pool.get() {
@@ -119,12 +125,12 @@ impl Node {
                 ..
             } => return Err(Reason::PoolUnusable { pool, why }),
             // An earlier call may have deleted it, and failed to make that durable.
-            Lookup { .. } => return self.settle_all(),
+            Lookup { open, .. } => return open.iter().try_for_each(OpenPool::settle),
         };
         if let (Some(uid), Ok(record)) = (uid, &volume.record)
             && record.uid != Some(uid)
         {
-            return Ok(());
+            return pool.settle();
         }
         if let Some(mount) = self.live_mounts(&pool, volume).into_iter().next() {
             return Err(Reason::Mounted(mount.target));
@@ -132,11 +138,6 @@ impl Node {
         pool.begin_call()?.discard(id)?;
         info!(volume.id = %id, node = %self.name, pool = %pool.config.name, "volume deleted");
         Ok(())
-    }
-
-    fn settle_all(&self) -> Result<(), Reason> {
-        let mut known = self.pools.iter().filter_map(Pool::known);
-        known.try_for_each(|pool| pool.settle())
     }
 
     /// All volumes on the pools that can be used, and the pools that cannot.
@@ -215,7 +216,7 @@ impl Node {
                     continue;
                 }
             };
-            lookup.open.push(open.id);
+            lookup.open.push(Arc::clone(&open));
             if let Some(volume) = open.volume(id) {
                 if let Some((other, _)) = &lookup.found {
                     return Err(Reason::Ambiguous(other.config.name.clone(), name.clone()));
@@ -255,9 +256,13 @@ impl Lookup {
                 ..
             } => Err(Reason::PoolUnusable { pool, why }),
             Self { open, .. } => match made_on {
-                Some(made_on) if !open.contains(&made_on) => Err(Reason::data_missing(made_on, &open)),
+                Some(made_on) if !ids(&open).contains(&made_on) => Err(Reason::data_missing(made_on, &ids(&open))),
                 Some(_) | None => Err(Reason::NoSuchVolume),
             },
         }
     }
+}
+
+fn ids(pools: &[Arc<OpenPool>]) -> Vec<PoolId> {
+    pools.iter().map(|pool| pool.id).collect()
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::ops::Bound;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tracing::{error, info};
 
@@ -23,41 +23,70 @@ pub(super) struct OpenPool {
     pub(super) filesystem: String,
     /// Bytes that were in use on the filesystem when the pool was made.
     foreign: Bytes,
-    pub(super) disk: Box<dyn Disk>,
+    pub(super) disk: ClosedElsewhere,
     volumes: Mutex<Volumes>,
     /// The filesystem at the last inspection.
     space: Mutex<Result<Space, Unusable>>,
     calls: Calls,
 }
 
-/// How many calls may wait for the disk at the same time. Calls that a hung disk holds must leave threads for the other pools.
-const CALLS_MAX: usize = 64;
-
 /// How long a call waits for one of these.
 const CALL_PATIENCE: Duration = Duration::from_secs(2);
 
-#[derive(Default)]
+/// The calls that may wait for the disk now.
 struct Calls {
-    running: Mutex<usize>,
+    /// How many there may be: those that a hung disk holds must leave threads for the other pools.
+    max: usize,
+    running: Mutex<RunningCalls>,
     ended: Condvar,
 }
 
+#[derive(Default)]
+struct RunningCalls {
+    /// When each began, by its number: the first is the oldest.
+    since: BTreeMap<u64, Instant>,
+    next: u64,
+}
+
+/// A disk is closed on a thread of its own: that waits for the eraser, which may hang.
+pub(super) struct ClosedElsewhere(Option<Box<dyn Disk>>);
+
+impl std::ops::Deref for ClosedElsewhere {
+    type Target = dyn Disk;
+
+    fn deref(&self) -> &Self::Target {
+        self.0.as_deref().expect("there until it is dropped")
+    }
+}
+
+impl Drop for ClosedElsewhere {
+    fn drop(&mut self) {
+        let disk = self.0.take();
+        // Without a thread it is closed here.
+        let _ = std::thread::Builder::new()
+            .name("close".into())
+            .spawn(move || drop(disk));
+    }
+}
+
 /// A call that may wait for the disk of a pool, until it ends.
-pub(super) struct DiskCall(Arc<OpenPool>);
+pub(super) struct DiskCall {
+    pool: Arc<OpenPool>,
+    number: u64,
+}
 
 impl std::ops::Deref for DiskCall {
     type Target = OpenPool;
 
     fn deref(&self) -> &OpenPool {
-        &self.0
+        &self.pool
     }
 }
 
 impl Drop for DiskCall {
     fn drop(&mut self) {
-        let calls = &self.0.calls;
-        *calls.running.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
-        calls.ended.notify_one();
+        self.pool.running_calls().since.remove(&self.number);
+        self.pool.calls.ended.notify_one();
     }
 }
 
@@ -79,7 +108,7 @@ impl Volumes {
 }
 
 impl OpenPool {
-    pub(super) fn new(config: &PoolConfig, opened: Opened) -> Self {
+    pub(super) fn new(config: &PoolConfig, opened: Opened, calls_max: usize) -> Self {
         let Opened {
             id,
             filesystem,
@@ -106,10 +135,14 @@ impl OpenPool {
             id,
             filesystem,
             foreign,
-            disk,
+            disk: ClosedElsewhere(Some(disk)),
             volumes: Mutex::new(volumes),
             space: Mutex::new(Err(Unusable("it has not been inspected yet".into()))),
-            calls: Calls::default(),
+            calls: Calls {
+                max: calls_max,
+                running: Mutex::default(),
+                ended: Condvar::new(),
+            },
         }
     }
 
@@ -128,19 +161,39 @@ impl OpenPool {
             pool: self.config.name.clone(),
             why,
         };
-        let running = self.calls.running.lock().unwrap_or_else(PoisonError::into_inner);
-        let full = |running: &mut usize| *running >= CALLS_MAX;
-        let waited = self.calls.ended.wait_timeout_while(running, CALL_PATIENCE, full);
+        let full = |running: &mut RunningCalls| running.since.len() >= self.calls.max;
+        let waited = self
+            .calls
+            .ended
+            .wait_timeout_while(self.running_calls(), CALL_PATIENCE, full);
         let (mut running, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
         if timeout.timed_out() {
-            let why = format!("{CALLS_MAX} calls wait for its disk already; the call will be retried");
+            let why = format!(
+                "{} calls wait for its disk already; the call will be retried",
+                self.calls.max
+            );
             return Err(unusable(Unusable(why)));
         }
-        *running += 1;
+        let number = running.next;
+        running.next += 1;
+        running.since.insert(number, Instant::now());
         drop(running);
-        let call = DiskCall(Arc::clone(self));
+        let call = DiskCall {
+            pool: Arc::clone(self),
+            number,
+        };
         self.disk.present().map_err(|absent| unusable(absent.into()))?;
         Ok(call)
+    }
+
+    /// For how long the oldest running call has waited for the disk.
+    pub(super) fn oldest_call(&self) -> Option<Duration> {
+        let running = self.running_calls();
+        running.since.values().next().map(Instant::elapsed)
+    }
+
+    fn running_calls(&self) -> MutexGuard<'_, RunningCalls> {
+        self.calls.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Makes durable what earlier calls left open, before an answer relies on it.

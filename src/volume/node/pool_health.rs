@@ -13,6 +13,7 @@ use tracing::{info, warn};
 
 use super::open_pool::OpenPool;
 use crate::volume::disk::{Absent, Host, Inspection, PoolConfig, Unusable};
+use crate::volume::id::PoolName;
 use crate::volume::pool_status::PoolStatus;
 use crate::volume::size::Bytes;
 
@@ -21,6 +22,9 @@ const PERIOD: Duration = Duration::from_secs(2);
 
 /// An inspection that takes longer means that the disk hangs. A busy disk answers sooner.
 const HANGS: Duration = Duration::from_secs(5);
+
+/// A call that takes longer means the same. An inspection waits for no sync, so a filesystem that defers its writes may pass it.
+const CALL_HANGS: Duration = Duration::from_secs(30);
 
 /// How long a call waits for a new inspection of a pool that could not be used at the last one.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -32,6 +36,7 @@ pub(super) struct Pool {
 }
 
 struct Watched {
+    name: PoolName,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -52,7 +57,7 @@ struct State {
 
 impl Pool {
     /// Begins to open the pool.
-    pub(super) fn new(config: PoolConfig, host: Arc<dyn Host>) -> Self {
+    pub(super) fn new(config: PoolConfig, host: Arc<dyn Host>, calls_max: usize) -> Self {
         let state = State {
             open: None,
             last: Err(Unusable("it has not been opened yet".into())),
@@ -62,12 +67,13 @@ impl Pool {
             stop: false,
         };
         let watched = Arc::new(Watched {
+            name: config.name.clone(),
             state: Mutex::new(state),
             changed: Condvar::new(),
         });
         let (shared, pool) = (Arc::clone(&watched), config.clone());
         let thread = thread::Builder::new().name(format!("watch {}", config.name));
-        if let Err(error) = thread.spawn(move || shared.run(&pool, &*host)) {
+        if let Err(error) = thread.spawn(move || shared.run(pool, &*host, calls_max)) {
             let why = format!("cannot start a thread to watch it: {error}; restart hostdir on this node");
             watched.end(Err(Unusable(why)), None);
         }
@@ -82,29 +88,36 @@ impl Pool {
     /// The pool and its last inspection. Does not touch the disk, and waits for a second at most.
     fn inspected(&self) -> Result<(Arc<OpenPool>, Inspection), Unusable> {
         let (arrived, mut state) = (Instant::now(), self.watched.lock());
-        let before = state.ended;
+        // A running inspection began before this call.
+        let fresh = state.ended + if state.since.is_some() { 2 } else { 1 };
         loop {
             self.refuse_if_hung(&state)?;
             match (&state.open, &state.last) {
                 (Some(pool), Ok(inspection)) => return Ok((Arc::clone(pool), inspection.clone())),
-                (_, Err(why)) if state.ended > before => return Err(why.clone()),
+                (_, Err(why)) if state.ended >= fresh => return Err(why.clone()),
                 _ => {}
             }
-            let left = PATIENCE.saturating_sub(arrived.elapsed());
+            let running = state.since.map_or(Duration::ZERO, |since| since.elapsed());
+            let left = PATIENCE.saturating_sub(running.max(arrived.elapsed()));
             if left.is_zero() {
                 return Err(self.unanswered(&state));
             }
-            state.wanted = true;
-            self.watched.changed.notify_all();
+            if !std::mem::replace(&mut state.wanted, true) {
+                self.watched.changed.notify_all();
+            }
             let waited = self.watched.changed.wait_timeout(state, left);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
     fn refuse_if_hung(&self, state: &State) -> Result<(), Unusable> {
-        match state.since {
-            Some(since) if since.elapsed() > HANGS => Err(self.unanswered(state)),
-            _ => Ok(()),
+        if state.since.is_some_and(|since| since.elapsed() > HANGS) {
+            return Err(self.unanswered(state));
+        }
+        let oldest = state.open.as_ref().and_then(|pool| pool.oldest_call());
+        match oldest.filter(|age| *age > CALL_HANGS) {
+            Some(age) => Err(self.hangs(age)),
+            None => Ok(()),
         }
     }
 
@@ -114,10 +127,7 @@ impl Pool {
             (None, Some(_), _) => Unusable(format!(
                 "{path} is still being opened; if this persists, its disk hangs: check the kernel log"
             )),
-            (Some(_), Some(since), _) => Unusable(format!(
-                "{path} has not answered for {} s: its disk hangs; check the kernel log",
-                since.elapsed().as_secs()
-            )),
+            (Some(_), Some(since), _) => self.hangs(since.elapsed()),
             (_, None, Err(why)) => why.clone(),
             (_, None, Ok(_)) => Unusable(format!("{path} has not been inspected yet")),
         }
@@ -126,6 +136,13 @@ impl Pool {
     /// The pool, if it was ever opened: its volumes stay known while its disk cannot be used.
     pub(super) fn known(&self) -> Option<Arc<OpenPool>> {
         self.watched.lock().open.clone()
+    }
+
+    fn hangs(&self, age: Duration) -> Unusable {
+        let (path, seconds) = (self.config.path.display(), age.as_secs());
+        Unusable(format!(
+            "{path} has not answered for {seconds} s: its disk hangs; check the kernel log"
+        ))
     }
 
     /// Checks that the pool can be used for new volumes.
@@ -178,14 +195,19 @@ impl Drop for Pool {
 }
 
 impl Watched {
-    fn run(&self, config: &PoolConfig, host: &dyn Host) {
+    fn run(&self, mut config: PoolConfig, host: &dyn Host, calls_max: usize) {
         loop {
-            let open = self.lock().open.clone();
-            let opened = match open {
-                Some(pool) => Ok(pool),
-                None => host.open(config).map(|opened| Arc::new(OpenPool::new(config, opened))),
-            };
-            match opened {
+            let known = self.lock().open.clone();
+            let open = known.map_or_else(
+                || {
+                    host.open(&config)
+                        .map(|opened| Arc::new(OpenPool::new(&config, opened, calls_max)))
+                },
+                Ok,
+            );
+            // From now on no other pool, and no empty directory, can take its place.
+            config.expected = open.as_ref().map_or(config.expected, |pool| Some(pool.id));
+            match open {
                 Ok(pool) => match pool.inspect() {
                     Ok(inspection) => self.end(Ok(inspection), Some(pool)),
                     Err(Absent::Unusable(why)) => self.end(Err(why), Some(pool)),
@@ -207,10 +229,10 @@ impl Watched {
     fn end(&self, answer: Result<Inspection, Unusable>, open: Option<Arc<OpenPool>>) {
         let mut state = self.lock();
         if let (Err(why), true) = (&answer, state.last.as_ref().err() != answer.as_ref().err()) {
-            warn!(%why, "cannot use a pool; trying again");
+            warn!(pool = %self.name, %why, "cannot use a pool; trying again");
         }
         if open.is_some() && answer.is_ok() && state.last.is_err() && state.open.is_some() {
-            info!("a pool can be used again");
+            info!(pool = %self.name, "the pool can be used again");
         }
         state.open = open;
         state.last = answer;

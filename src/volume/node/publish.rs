@@ -9,8 +9,8 @@ use jiff::Timestamp;
 use tracing::info;
 use uuid::Uuid;
 
-use super::Node;
-use super::open_pool::OpenPool;
+use super::open_pool::{DiskCall, OpenPool};
+use super::{Node, ids};
 use crate::volume::access::{AccessMode, MountOptions, TargetPath};
 use crate::volume::disk::{BindError, Mount, PoolVolume};
 use crate::volume::error::{Error, Reason};
@@ -44,18 +44,17 @@ impl Node {
 
     fn try_publish(&self, request: &PublishRequest) -> Result<(), Reason> {
         let PublishRequest { id, target, mode, .. } = request;
-        let _lock = self.locks.lock_target(id, target)?;
+        let _lock = self.locks.lock_volume_and_target(id, target)?;
         let (pool, volume) = self.find_or_record(request)?;
         pool.settle()?;
-        let pool = pool.begin_call()?;
         let record = volume.record.clone().map_err(Reason::BrokenRecord)?;
         refuse_conflicts(&self.live_mounts(&pool, volume), request)?;
-        self.ensure_directory(&pool, record)?;
+        let call = self.ensure_directory(&pool, record)?;
         let options = MountOptions {
             read_only: request.options.read_only || mode.is_read_only(),
             ..request.options
         };
-        let mounted = pool
+        let mounted = call
             .disk
             .bind(id, target, options)
             .map_err(|source| bind(target, source))?;
@@ -67,10 +66,11 @@ impl Node {
     }
 
     /// Makes the directory of a volume that no pod has used; checks the directory of one that was used.
-    fn ensure_directory(&self, pool: &OpenPool, record: Record) -> Result<(), Reason> {
+    fn ensure_directory(&self, pool: &Arc<OpenPool>, record: Record) -> Result<DiskCall, Reason> {
         let id = record.id.clone();
+        let call = pool.begin_call()?;
         if record.ready {
-            if pool.disk.data(&id)?.is_none() {
+            if call.disk.data(&id)?.is_none() {
                 let pool_id = pool.id;
                 let here = format!("pool {} ({pool_id}) has its record, but no directory", pool.config.name);
                 return Err(Reason::DataMissing {
@@ -78,14 +78,18 @@ impl Node {
                     here,
                 });
             }
-            pool.disk.enforce(&record)?;
-            return pool.require_limit(&id);
+            call.disk.enforce(&record)?;
+            call.require_limit(&id)?;
+            return Ok(call);
         }
-        pool.require_limit(&id)?;
+        call.require_limit(&id)?;
+        // The API server may be slow, which is not the disk's fault.
+        drop(call);
         self.assignments.mark_ready(&record)?;
-        pool.make_directory(&Record { ready: true, ..record })?;
+        let call = pool.begin_call()?;
+        call.make_directory(&Record { ready: true, ..record })?;
         info!(volume.id = %id, node = %self.name, pool = %pool.config.name, pool.id = %pool.id, "volume made");
-        Ok(())
+        Ok(call)
     }
 
     /// Unmounts a volume from a target and removes the target. It also works for volumes and pools that are gone, because a
@@ -99,7 +103,8 @@ impl Node {
     }
 
     fn try_unpublish(&self, id: &VolumeId, target: &TargetPath) -> Result<(), Reason> {
-        let _lock = self.locks.lock_target(id, target)?;
+        // Not the volume: a call on it that hangs must not keep a pod from ending.
+        let _lock = self.locks.lock_target(target)?;
         let found = self.known_pool_of(id);
         // Only where the mount table does not prove that the mount is this volume's: a disk that hangs must not keep a pod from
         // ending.
@@ -145,10 +150,10 @@ impl Node {
         self.check_assignment(&assigned, *uid)?;
         match (assigned.made_on, lookup.unusable) {
             (None, _) => self.record(assigned),
-            (Some(made_on), Some((pool, why))) if !lookup.open.contains(&made_on) => {
+            (Some(made_on), Some((pool, why))) if !ids(&lookup.open).contains(&made_on) => {
                 Err(Reason::PoolUnusable { pool, why })
             }
-            (Some(made_on), _) => Err(Reason::data_missing(made_on, &lookup.open)),
+            (Some(made_on), _) => Err(Reason::data_missing(made_on, &ids(&lookup.open))),
         }
     }
 

@@ -182,6 +182,7 @@ impl Process {
             let probed = client.probe();
             !probed.is_err_and(|status| status.message().contains("is still being opened"))
         });
+        self.faults.iter().for_each(Faults::pools_are_open);
         client
     }
 

@@ -76,6 +76,8 @@ struct Plan {
     fault: Option<(Step, Fault)>,
     steps: Vec<&'static str>,
     held: Option<u64>,
+    /// Whether the pools are open: from then on the threads that watch them make no steps.
+    opened: bool,
 }
 
 impl Default for Plan {
@@ -85,6 +87,7 @@ impl Default for Plan {
             fault: Some((Step::Never, Fault::Die)),
             steps: Vec::new(),
             held: None,
+            opened: false,
         }
     }
 }
@@ -98,15 +101,26 @@ pub struct Faults {
 impl Faults {
     /// Injects `fault` at `step`, counted from now.
     pub fn arm(&self, step: Step, fault: Fault) {
-        *self.plan.lock().expect("no panic") = Plan {
+        let mut plan = self.plan.lock().expect("no panic");
+        *plan = Plan {
             fault: Some((step, fault)),
+            opened: plan.opened,
             ..Plan::default()
         };
     }
 
     /// Lets all calls pass again. Returns the steps since [`Faults::arm`], or since the process was started.
     pub fn disarm(&self) -> Vec<&'static str> {
-        std::mem::take(&mut *self.plan.lock().expect("no panic")).steps
+        let mut plan = self.plan.lock().expect("no panic");
+        let opened = plan.opened;
+        let steps = std::mem::take(&mut *plan).steps;
+        plan.opened = opened;
+        steps
+    }
+
+    /// From now on the threads that inspect the pools every two seconds make no steps.
+    pub fn pools_are_open(&self) {
+        self.plan.lock().expect("no panic").opened = true;
     }
 
     /// The steps so far since [`Faults::arm`].
@@ -277,7 +291,7 @@ fn decide(call: &libc::seccomp_notif, plan: &Mutex<Plan>) -> Option<Fault> {
         Fault::Fail(_) => *name == "clone3",
         Fault::Hold => false,
     };
-    if pointless || !is_step(call, name) {
+    if pointless || !is_step(call, name) || (plan.opened && is_inspection(call)) {
         return None;
     }
     let before = |name| plan.steps.iter().filter(|step| **step == name).count();
@@ -288,6 +302,11 @@ fn decide(call: &libc::seccomp_notif, plan: &Mutex<Plan>) -> Option<Fault> {
     };
     plan.steps.push(name);
     here.then_some(fault)
+}
+
+/// Whether a call is made by a thread that watches a pool.
+fn is_inspection(call: &libc::seccomp_notif) -> bool {
+    fs::read_to_string(format!("/proc/{}/comm", call.pid)).is_ok_and(|thread| thread.starts_with("watch "))
 }
 
 /// Whether a call is a step: calls on sockets, logs, event counters and devices (random numbers) are not.

@@ -220,6 +220,25 @@ fn a_pool_that_was_absent_at_start_is_opened_when_it_is_there() {
 }
 
 #[test]
+fn a_pool_that_is_opened_again_must_be_the_same() {
+    let fixture = Fixture::new();
+    fixture.used("a");
+    let inspect = || fixture.node.pools.iter().for_each(Pool::inspect_now);
+    fixture.memory.remount(&pool("default"), false);
+    // One inspection finds that it was mounted again, the next opens it.
+    (0..2).for_each(|_| inspect());
+    fixture.node.get(&id("a")).unwrap();
+    fixture.memory.remount(&pool("default"), true);
+    (0..2).for_each(|_| inspect());
+    for error in [
+        fixture.node.get(&id("a")).unwrap_err(),
+        fixture.node.delete(&id("a")).unwrap_err(),
+    ] {
+        assert!(matches!(*error.reason, Reason::PoolUnusable { .. }), "{error}");
+    }
+}
+
+#[test]
 fn a_volume_on_two_pools_is_touched_by_nobody() {
     let fixture = Fixture::new();
     fixture.used("a");
