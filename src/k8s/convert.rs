@@ -179,3 +179,49 @@ fn read_pool(status: &api::PoolStatus) -> anyhow::Result<PoolStatus> {
         unenforced: 0,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::volume::record::Phase;
+
+    /// As hostdir 389b711 wrote them. Every later version must read these.
+    #[test]
+    fn objects_of_earlier_versions_are_read() {
+        let object = serde_json::json!({
+            "apiVersion": "hostdir.csi/v1alpha1", "kind": "HostVolume",
+            "metadata": {
+                "name": "pvc-1", "uid": "0b5bd0f0-5b0f-4b0e-8b0a-5b5b5b5b5b5b", "resourceVersion": "42",
+                "creationTimestamp": "2026-08-01T10:20:30Z", "finalizers": ["hostdir.csi/node", "example.org/other"],
+            },
+            "spec": {
+                "node": "node-1", "pool": "default", "name": "pvc-1", "capacity": "10Mi",
+                "claim": {"namespace": "default", "name": "data"}, "directory": {"mode": "0770", "uid": 0, "gid": 0},
+            },
+            "status": {"phase": "Ready", "poolId": "ee05fa5e-7c0e-46f5-9f6a-9f3cc9a1d7a2"},
+        });
+        let volume = host_volume(serde_json::from_value(object).unwrap()).unwrap();
+        assert_eq!((volume.phase, volume.spec.bytes), (Phase::Ready, Bytes(10 << 20)));
+        assert_eq!(
+            volume.made_on.unwrap().to_string(),
+            "ee05fa5e-7c0e-46f5-9f6a-9f3cc9a1d7a2"
+        );
+        assert_eq!(volume.other_finalizers, ["example.org/other"]);
+        let object = serde_json::json!({
+            "apiVersion": "hostdir.csi/v1alpha1", "kind": "HostNode", "metadata": {"name": "node-1"}, "spec": {},
+            "status": {
+                "version": "0.1.0", "orphans": [], "orphanCount": 0,
+                "pools": [
+                    {"name": "default", "id": "ee05fa5e-7c0e-46f5-9f6a-9f3cc9a1d7a2", "filesystem": "ext4", "total": "100Gi",
+                     "free": "40Gi", "foreign": "0", "reserve": "5%", "overcommit": 1.0, "quota": "none", "unlimited": 0},
+                    {"name": "gone", "reserve": "0", "overcommit": 1.0, "unlimited": 0, "message": "its disk is missing"},
+                ],
+            },
+        });
+        let (node, pools) = pools(&serde_json::from_value(object).unwrap()).unwrap();
+        assert_eq!(node.as_str(), "node-1");
+        let usable = |name: &str| pools[&PoolName::parse(name).unwrap()].space.clone();
+        assert_eq!(usable("default").unwrap().available, Bytes(40 << 30));
+        assert_eq!(usable("gone").unwrap_err(), "its disk is missing");
+    }
+}

@@ -457,39 +457,6 @@ impl World {
             self.hand_overs
         );
     }
-
-    /// Notes which controllers are fit and since when, and checks that a fit one leads in time.
-    pub(super) fn check(&mut self) {
-        let now = self.now;
-        let calm = now >= self.frozen && now >= self.slow;
-        let mut leads = false;
-        let mut anybody = false;
-        for process in &mut self.processes {
-            let machine = &self.machines[process.machine];
-            let well = process.driver == Health::Well
-                && process.sidecar == Health::Well
-                && process.elector.seen.is_some()
-                && process.exists
-                && !process.ending
-                && process.ready
-                && machine.ready
-                && machine.kubelet <= now
-                && machine.registered <= now
-                && machine.cut_off <= now;
-            process.fit = well.then(|| process.fit.unwrap_or(now));
-            anybody |= process.fit.is_some();
-            leads |= process.fit.is_some() && process.elector.leads && self.election.holder == process.name;
-        }
-        self.missed = (calm && anybody && !leads).then(|| self.missed.unwrap_or(now));
-        let missed = self.missed.map_or(0.0, |since| now - since);
-        assert!(
-            missed < BOUND,
-            "seed {}, {now:.1} s: for {missed:.1} s some controller was fit but {:?} held the Lease; hand-overs at {:?}",
-            self.seed,
-            self.election.holder,
-            self.hand_overs
-        );
-    }
 }
 
 pub(super) fn machine() -> Machine {
