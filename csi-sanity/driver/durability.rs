@@ -3,46 +3,45 @@
 use hostdir_lab::faults::{Fault, Step};
 use hostdir_lab::scene::start;
 use hostdir_lab::scratch::names;
-use hostdir_lab::{Driver, Scratch, needs};
+use hostdir_lab::{Client, Driver, Scratch, needs};
 use nix::errno::Errno;
-use tonic::Code;
+use tonic::{Code, Status};
 
-#[needs(Root)]
-fn a_failed_sync_is_repeated_before_the_next_answer() {
+/// The steps of a call that is repeated after one of its syncs has failed. There is a volume `pvc-0` before it, and there are
+/// `volumes` after it.
+fn steps_of_retry(sync: usize, call: impl Fn(&Client) -> Result<(), Status>, volumes: &[&str]) -> Vec<&'static str> {
     let scratch = Scratch::new();
     let driver = Driver::new(&scratch)
         .pool("default", &scratch.path("pool"))
         .with_faults();
     let (process, client) = start(&driver);
     client.create("pvc-0").unwrap();
-    // The third sync is of `volumes/`, into which the volume was renamed.
-    process.faults().arm(Step::Named("fsync", 2), Fault::Fail(Errno::EIO));
-    assert_eq!(client.create("pvc-1").unwrap_err().code(), Code::Unavailable);
+    process
+        .faults()
+        .arm(Step::Named("fsync", sync), Fault::Fail(Errno::EIO));
+    assert_eq!(call(&client).unwrap_err().code(), Code::Unavailable);
     process.faults().arm(Step::Never, Fault::Die);
-    client.create("pvc-1").unwrap();
+    call(&client).unwrap();
     let steps = process.faults().disarm();
+    assert_eq!(names(scratch.path("pool/volumes")), volumes);
+    assert!(client.capacity("default") > 0);
+    steps
+}
+
+#[needs(Root)]
+fn a_failed_sync_is_repeated_before_the_next_answer() {
+    // The third sync is of `volumes/`, into which the volume was renamed.
+    let steps = steps_of_retry(2, |client| client.create("pvc-1").map(drop), &["pvc-0", "pvc-1"]);
     assert!(
         steps.contains(&"fsync"),
         "CreateVolume was answered without a sync: {steps:?}"
     );
-    assert_eq!(names(scratch.path("pool/volumes")), ["pvc-0", "pvc-1"]);
-    assert!(client.capacity("default") > 0);
 }
 
 /// A delete is two changes, one of the trash and one of the volumes: the retry must make both durable.
 #[needs(Root)]
 fn a_failed_sync_of_the_trash_is_repeated_for_both_directories() {
-    let scratch = Scratch::new();
-    let driver = Driver::new(&scratch)
-        .pool("default", &scratch.path("pool"))
-        .with_faults();
-    let (process, client) = start(&driver);
-    client.create("pvc-0").unwrap();
-    process.faults().arm(Step::Named("fsync", 0), Fault::Fail(Errno::EIO));
-    assert_eq!(client.delete("pvc-0").unwrap_err().code(), Code::Unavailable);
-    process.faults().arm(Step::Never, Fault::Die);
-    client.delete("pvc-0").unwrap();
-    let steps = process.faults().disarm();
+    let steps = steps_of_retry(0, |client| client.delete("pvc-0"), &[]);
     assert!(
         steps.iter().filter(|step| **step == "fsync").count() >= 2,
         "DeleteVolume was answered without both syncs: {steps:?}"
