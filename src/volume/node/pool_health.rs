@@ -1,7 +1,7 @@
 //! A configured pool, with a thread of its own that watches its disk.
 //!
 //! A disk may hang at any moment, and then every call that asks it hangs, too. So only this thread asks a disk how it is: it opens
-//! the pool, inspects it every two seconds, and keeps the answer. Probe, capacity, the HostNode and every look-up read that answer;
+//! the pool, inspects it every five seconds, and keeps the answer. Probe, capacity, the HostNode and every look-up read that answer;
 //! an inspection that does not return is itself the answer that the disk hangs. A pool that cannot be opened is tried again: the
 //! other pools and the mounts of running pods must not suffer from one bad disk.
 
@@ -17,8 +17,8 @@ use crate::volume::id::PoolName;
 use crate::volume::pool_status::PoolStatus;
 use crate::volume::size::Bytes;
 
-/// How often the disk is inspected.
-const PERIOD: Duration = Duration::from_secs(2);
+/// How often the disk is inspected. Each inspection writes a little, which keeps an idle disk awake.
+const PERIOD: Duration = Duration::from_secs(5);
 
 /// An inspection that takes longer means that the disk hangs. A busy disk answers sooner.
 const HANGS: Duration = Duration::from_secs(5);

@@ -118,7 +118,7 @@ impl Faults {
         steps
     }
 
-    /// From now on the threads that inspect the pools every two seconds make no steps.
+    /// From now on the threads that inspect the pools make no steps.
     pub fn pools_are_open(&self) {
         self.plan.lock().expect("no panic").opened = true;
     }
