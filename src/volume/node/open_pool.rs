@@ -30,7 +30,7 @@ pub(super) struct OpenPool {
     calls: Calls,
 }
 
-/// How long a call waits for one of these.
+/// How long a call waits for another to end when `Calls::max` run.
 const CALL_PATIENCE: Duration = Duration::from_secs(2);
 
 /// The calls that may wait for the disk now.
@@ -157,10 +157,6 @@ impl OpenPool {
 
     /// Begins a call that may wait for the disk. Checks that the pool is still the one that was opened.
     pub(super) fn begin_call(self: &Arc<Self>) -> Result<DiskCall, Reason> {
-        let unusable = |why| Reason::PoolUnusable {
-            pool: self.config.name.clone(),
-            why,
-        };
         let full = |running: &mut RunningCalls| running.since.len() >= self.calls.max;
         let waited = self
             .calls
@@ -172,7 +168,7 @@ impl OpenPool {
                 "{} calls wait for its disk already; the call will be retried",
                 self.calls.max
             );
-            return Err(unusable(Unusable(why)));
+            return Err(self.unusable(Unusable(why)));
         }
         let number = running.next;
         running.next += 1;
@@ -182,7 +178,7 @@ impl OpenPool {
             pool: Arc::clone(self),
             number,
         };
-        self.disk.present().map_err(|absent| unusable(absent.into()))?;
+        self.disk.present().map_err(|absent| self.unusable(absent.into()))?;
         Ok(call)
     }
 
@@ -206,10 +202,14 @@ impl OpenPool {
 
     pub(super) fn space(&self) -> Result<Space, Reason> {
         let space = self.space.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        space.map_err(|why| Reason::PoolUnusable {
+        space.map_err(|why| self.unusable(why))
+    }
+
+    fn unusable(&self, why: Unusable) -> Reason {
+        Reason::PoolUnusable {
             pool: self.config.name.clone(),
             why,
-        })
+        }
     }
 
     pub(super) fn allocated(&self) -> Bytes {

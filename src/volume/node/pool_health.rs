@@ -55,6 +55,13 @@ struct State {
     stop: bool,
 }
 
+impl State {
+    /// What `ended` will be once an inspection that begins after now has ended: a running one began before.
+    fn ended_after_next(&self) -> u64 {
+        self.ended + if self.since.is_some() { 2 } else { 1 }
+    }
+}
+
 impl Pool {
     /// Begins to open the pool.
     pub(super) fn new(config: PoolConfig, host: Arc<dyn Host>, calls_max: usize) -> Self {
@@ -88,8 +95,7 @@ impl Pool {
     /// The pool and its last inspection. Does not touch the disk, and waits for a second at most.
     fn inspected(&self) -> Result<(Arc<OpenPool>, Inspection), Unusable> {
         let (arrived, mut state) = (Instant::now(), self.watched.lock());
-        // A running inspection began before this call.
-        let fresh = state.ended + if state.since.is_some() { 2 } else { 1 };
+        let fresh = state.ended_after_next();
         loop {
             self.refuse_if_hung(&state)?;
             match (&state.open, &state.last) {
@@ -178,8 +184,8 @@ impl Pool {
     #[cfg(test)]
     pub(super) fn inspect_now(&self) {
         let mut state = self.watched.lock();
-        let target = state.ended + if state.since.is_some() { 2 } else { 1 };
-        while state.ended < target {
+        let fresh = state.ended_after_next();
+        while state.ended < fresh {
             state.wanted = true;
             self.watched.changed.notify_all();
             state = self.watched.changed.wait(state).unwrap();
