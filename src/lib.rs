@@ -12,7 +12,7 @@
 //! - [`leader`] is a second core, which knows nothing of volumes: it decides which controller must not lead and which one
 //!   takes over. `k8s::election` carries that out.
 //! - [`config`] reads the command line and the configuration file; [`run`] connects all parts and serves until SIGTERM;
-//!   [`metrics`] holds the metrics, and [`http`] serves them.
+//!   [`metrics`] holds the metrics, and [`http`] serves them; [`log`] writes the log; [`background`] starts threads.
 //!
 //! Dependencies point one way: from `run` to the edges, and from the edges to the cores. The edges never depend on each
 //! other.
@@ -89,12 +89,14 @@
     reason = "these pages are for developers, and are built with --document-private-items"
 )]
 
+mod background;
 pub mod config;
 pub mod csi;
 mod http;
 pub mod k8s;
 mod leader;
 mod linux;
+mod log;
 mod metrics;
 pub mod run;
 mod volume;

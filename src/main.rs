@@ -6,11 +6,5 @@ use clap::Parser;
 use hostdir::config::Cli;
 
 fn main() -> ExitCode {
-    match hostdir::run::run(Cli::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("hostdir: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    hostdir::run::run(Cli::parse())
 }

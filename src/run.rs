@@ -1,5 +1,6 @@
 //! Connects the edges to the core, and serves until SIGTERM.
 
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -7,23 +8,20 @@ use anyhow::Context;
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{info, warn};
-use tracing_subscriber::Layer as _;
-use tracing_subscriber::filter::Targets;
-use tracing_subscriber::layer::SubscriberExt as _;
-use tracing_subscriber::util::SubscriberInitExt as _;
 
 use crate::config::{
-    Cli, Command, ControllerArgs, LeaderArgs, LocalPools, LogFormat, NodeArgs, ProbeArgs, SelftestArgs, ServeArgs,
-    SidecarArg, host_name,
+    Cli, Command, ControllerArgs, LeaderArgs, LocalPools, NodeArgs, ProbeArgs, SelftestArgs, ServeArgs, SidecarArg,
+    host_name,
 };
 use crate::csi::{self, Endpoint, Listener, Question, Serving};
-use crate::http;
 use crate::k8s::{self, Agent, ApiStore, Check, Gc, GcConfig, Guard, GuardConfig};
 use crate::linux::{self, Linux};
+use crate::log::{self, LogGuard};
 use crate::metrics::Metrics;
 use crate::volume::controller::cache::ClusterCache;
 use crate::volume::host_volume::NoAssignments;
 use crate::volume::{Control, Controller, Fence, Health, Node, SelfTest};
+use crate::{background, http};
 
 /// Threads for blocking calls; further calls wait for a free thread. There are enough that calls stuck on one bad disk do
 /// not block the others; a waiting thread costs about 10 KiB.
@@ -33,12 +31,20 @@ const BLOCKING_THREADS: usize = 512;
 /// the kubelet waits before SIGKILL. To a call, SIGKILL is like a power failure: its effect is all or nothing.
 const STOP_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Runs a command until it ends.
-///
-/// # Errors
-/// The command could not be started, or failed.
-pub fn run(cli: Cli) -> anyhow::Result<()> {
-    match cli.command {
+/// Runs a command until it ends, and says on standard error why it failed.
+#[must_use]
+pub fn run(cli: Cli) -> ExitCode {
+    match command(cli.command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            log::last_line(format!("hostdir: {error:#}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn command(command: Command) -> anyhow::Result<()> {
+    match command {
         Command::Local(args) => local(args),
         Command::Node(args) => node(args),
         Command::Controller(args) => controller(args),
@@ -137,8 +143,8 @@ fn controller(args: ControllerArgs) -> anyhow::Result<()> {
         node_grace,
         unused_age,
     } = args;
-    log_to_stderr(serve.log_format, serve.log_level);
-    let process = Process::new(serve)?;
+    let log = log::to_stderr(serve.log_format, serve.log_level);
+    let process = Process::new(serve, log)?;
     let (runtime, metrics) = (process.runtime.handle().clone(), Arc::clone(&process.metrics));
     let client = runtime.block_on(k8s::client()).context("cannot reach the API server")?;
     let cache = Arc::new(ClusterCache::default());
@@ -160,11 +166,8 @@ fn controller(args: ControllerArgs) -> anyhow::Result<()> {
         };
         Guard::new(config, client.clone(), Arc::clone(&fence), Arc::clone(&metrics))
     });
-    let gc = Gc::new(config, &cache, &store, client.clone(), pod_name, runtime, &metrics);
-    std::thread::Builder::new()
-        .name("gc".into())
-        .spawn(|| gc.run())
-        .context("cannot start the garbage collection")?;
+    let mut gc = Gc::new(config, &cache, &store, client.clone(), pod_name, runtime, &metrics);
+    background::spawn("gc".into(), move || gc.run()).context("cannot start the garbage collection")?;
     let controller = Arc::new(Controller::new(store, Arc::clone(&cache), fence));
     let roles = Roles {
         health: Arc::clone(&controller) as _,
@@ -200,17 +203,17 @@ fn check_sidecar(SidecarArg { lease, address }: SidecarArg) -> (String, Check) {
     )
 }
 
-/// Sets up a process that works on this machine's pools. Drops privileges before any thread starts: threads would keep
-/// theirs.
+/// Sets up a process that works on this machine's pools. Drops privileges before any thread starts, also that of the log: threads
+/// would keep theirs.
 fn on_node(args: NodeArgs) -> anyhow::Result<(Process, LocalPools)> {
     let serve = args.serve.clone();
-    log_to_stderr(serve.log_format, serve.log_level);
     let local = args.resolve()?;
+    linux::drop_privileges().context("cannot drop privileges")?;
+    let log = log::to_stderr(serve.log_format, serve.log_level);
     if !nix::unistd::geteuid().is_root() {
         warn!("not running as root: volumes can be created and deleted, but not mounted");
     }
-    linux::drop_privileges().context("cannot drop privileges")?;
-    Ok((Process::new(serve)?, local))
+    Ok((Process::new(serve, log)?, local))
 }
 
 /// The parts of the core that answer calls on the socket.
@@ -227,10 +230,13 @@ struct Process {
     listener: Listener,
     runtime: Runtime,
     metrics: Arc<Metrics>,
+    // Dropped last: writes what is left of the log.
+    log: LogGuard,
 }
 
 impl Process {
-    fn new(serve: ServeArgs) -> anyhow::Result<Self> {
+    fn new(serve: ServeArgs, log: LogGuard) -> anyhow::Result<Self> {
+        linux::raise_descriptor_limit();
         let listener = Listener::bind(&serve.endpoint)?;
         // The runtime only parses messages, which two threads would pass back and forth; blocking calls have threads of
         // their own.
@@ -245,6 +251,7 @@ impl Process {
             listener,
             runtime,
             metrics: Arc::default(),
+            log,
         })
     }
 
@@ -255,6 +262,7 @@ impl Process {
             listener,
             runtime,
             metrics,
+            log: _log,
         } = self;
         let Roles { health, control, node } = roles;
         if let Some(address) = serve.http_endpoint {
@@ -277,12 +285,11 @@ impl Process {
         let work = runtime.spawn(work);
         let ended = runtime.block_on(async {
             tokio::select! {
-                served = csi::serve(&listener, serving, stop, STOP_TIMEOUT) => served,
+                served = csi::serve(listener, serving, stop, STOP_TIMEOUT) => served,
                 error = work => Err(error.unwrap_or_else(|panic| anyhow::anyhow!("a background task panicked (bug): {panic}"))),
             }
         });
         runtime.shutdown_background();
-        drop(listener);
         ended?;
         info!("stopped");
         Ok(())
@@ -299,21 +306,6 @@ fn stop_signal(runtime: &Runtime) -> anyhow::Result<impl Future<Output = ()> + u
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
         }
-        info!("stopping: waiting for running calls, accepting no new ones");
+        info!("stopping: waiting for the calls that run, accepting no new ones");
     })
-}
-
-fn log_to_stderr(format: LogFormat, level: tracing::Level) {
-    // Below warnings, the logs of libraries are useful only to their authors.
-    let quiet = level.min(tracing::Level::WARN);
-    let levels = Targets::new().with_target("hostdir", level).with_default(quiet);
-    let log = tracing_subscriber::fmt::layer()
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
-        .with_target(false);
-    let registry = tracing_subscriber::registry();
-    match format {
-        LogFormat::Text => registry.with(log.with_filter(levels)).init(),
-        LogFormat::Json => registry.with(log.json().with_filter(levels)).init(),
-    }
 }

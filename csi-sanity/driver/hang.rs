@@ -7,8 +7,10 @@ use std::time::{Duration, Instant};
 use hostdir_lab::disk::run;
 use hostdir_lab::scene::start;
 use hostdir_lab::{Client, Csi, Driver, Process, Scratch, needs, wait_until};
+use nix::sys::signal::Signal;
+use tokio::task::JoinHandle;
 use tokio::time::timeout;
-use tonic::Code;
+use tonic::{Code, Status};
 
 /// How long a call may take that does not need the hanging disk: far below the time for which it hangs.
 const SOON: Duration = Duration::from_secs(5);
@@ -89,6 +91,27 @@ fn on_slow(name: &str) -> hostdir::csi::proto::CreateVolumeRequest {
     }
 }
 
+/// Begins to expand a volume, on a disk that hangs.
+fn expand_in_background(client: &Client, name: &'static str) -> JoinHandle<Result<(), Status>> {
+    let csi = client.csi().clone();
+    client.block_on(async {
+        let expand = tokio::spawn(async move { csi.expand(name, 2 << 20).await.map(drop) });
+        // Until it has been sent.
+        tokio::task::yield_now().await;
+        client.csi().info().await.unwrap();
+        expand
+    })
+}
+
+/// Whether a thread of the process waits in the kernel and cannot be killed (state D, see proc_pid_stat(5)).
+fn has_stuck_thread(process: &Process) -> bool {
+    let threads = std::fs::read_dir(format!("/proc/{}/task", process.pid())).unwrap();
+    let mut stats = threads
+        .flatten()
+        .filter_map(|thread| std::fs::read_to_string(thread.path().join("stat")).ok());
+    stats.any(|stat| stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with('D')))
+}
+
 /// Whether `hostdir probe --ready` succeeds, which asks for every pool.
 fn is_ready(socket: &Path) -> bool {
     let endpoint = format!("--endpoint=unix://{}", socket.display());
@@ -126,15 +149,7 @@ fn a_disk_that_hangs_later_is_noticed_and_named_and_recovers() {
     client.publish("on-slow", &pools.target("on-slow")).unwrap();
     wait_until("all pools are ready", || is_ready(&driver.socket));
     let frozen = pools.freeze();
-    let (csi, size) = (client.csi().clone(), 2 << 20);
-    let hanging = client.block_on(async {
-        let expand = tokio::spawn(async move { csi.expand("on-slow", size).await });
-        // Until it has been sent.
-        tokio::task::yield_now().await;
-        client.csi().info().await.unwrap();
-        Some(expand)
-    });
-    let hanging = hanging.expect("it was started");
+    let hanging = expand_in_background(&client, "on-slow");
     wait_until("the pool has no room", || client.capacity("slow") == 0);
     let status = client.create_as(on_slow("more")).unwrap_err();
     assert_eq!(status.code(), Code::Unavailable);
@@ -206,4 +221,57 @@ fn a_disk_that_is_unmounted_lazily_and_mounted_again_works_again() {
     });
     client.unpublish("before", &pools.target("before")).unwrap();
     client.delete("before").unwrap();
+}
+
+/// SIGKILL does not end a thread that hangs in a system call, nor close its descriptors.
+#[needs(Root, LoopDevices)]
+fn a_killed_driver_that_hangs_keeps_no_pool_but_the_one_it_hangs_in() {
+    let pools = TwoPools::new();
+    let driver = pools.driver();
+    // The disk thaws before a driver is waited for.
+    let (process, client, next);
+    let frozen;
+    (process, client) = start(&driver);
+    client.create_as(on_slow("on-slow")).unwrap();
+    client.publish("on-slow", &pools.target("on-slow")).unwrap();
+    pools.default_pool_works(&client, "pvc-1");
+    frozen = pools.freeze();
+    drop(expand_in_background(&client, "on-slow"));
+    wait_until("the call hangs", || has_stuck_thread(&process));
+    process.signal(Signal::SIGKILL);
+    next = std::cell::RefCell::new(driver.spawn());
+    let client = next.borrow_mut().connect();
+    wait_until("the good pool is served", || client.capacity("default") > 0);
+    pools.default_pool_works(&client, "pvc-2");
+    assert!(has_stuck_thread(&process), "the killed driver is gone");
+    client.unpublish("on-slow", &pools.target("on-slow")).unwrap();
+    drop(frozen);
+    wait_until("the other pool is served", || client.capacity("slow") > 0);
+    client.delete("on-slow").unwrap();
+}
+
+#[needs(Root, LoopDevices)]
+fn a_driver_that_stops_gives_up_its_socket_and_good_pools_before_it_waits() {
+    let pools = TwoPools::new();
+    let driver = pools.driver();
+    // The disk thaws before a driver is waited for.
+    let next;
+    let (mut process, client) = start(&driver);
+    client.create_as(on_slow("on-slow")).unwrap();
+    client.publish("on-slow", &pools.target("on-slow")).unwrap();
+    let frozen = pools.freeze();
+    let expand = expand_in_background(&client, "on-slow");
+    wait_until("the call hangs", || has_stuck_thread(&process));
+    process.signal(Signal::SIGTERM);
+    wait_until("the socket is given up", || !driver.socket.exists());
+    next = std::cell::RefCell::new(driver.spawn());
+    let other = next.borrow_mut().connect();
+    wait_until("the good pool is served", || other.capacity("default") > 0);
+    pools.default_pool_works(&other, "pvc-1");
+    assert!(!process.is_dead() && !expand.is_finished(), "nothing hangs");
+    drop(frozen);
+    let _ = client.block_on(expand);
+    assert!(process.ended().success(), "{}", process.log());
+    assert!(driver.socket.exists(), "the socket of the next driver was removed");
+    wait_until("the other pool is served", || other.capacity("slow") > 0);
 }

@@ -10,6 +10,7 @@ mod crash;
 mod durability;
 mod erase;
 mod faults;
+mod flood;
 mod hang;
 mod hostile;
 mod mounts;

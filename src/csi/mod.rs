@@ -60,7 +60,7 @@ struct About {
     driver_name: Arc<str>,
     /// The node, if there is only one.
     node: Option<NodeName>,
-    /// The calls that are running.
+    /// The calls whose callers wait for an answer.
     calls: TaskTracker,
     metrics: Arc<Metrics>,
 }
@@ -79,7 +79,8 @@ fn cut(status: Status) -> Status {
 }
 
 impl<T: ?Sized + Send + Sync + 'static> Service<T> {
-    /// Runs a verb on a thread that may block. The verb runs to its end even if the caller goes away.
+    /// Runs a verb on a thread that may block. The verb runs to its end even if the caller goes away, but then it does not keep the
+    /// process from stopping.
     async fn run<A, F>(&self, call: &'static str, verb: F) -> Result<A, Status>
     where
         A: Send + 'static,
@@ -93,7 +94,8 @@ impl<T: ?Sized + Send + Sync + 'static> Service<T> {
             metrics.call_ended(call, &format!("{code:?}"), start.elapsed());
             answer
         };
-        let ended = calls.spawn_blocking(verb).await;
+        let _waiting = calls.token();
+        let ended = tokio::task::spawn_blocking(verb).await;
         let answer = ended.unwrap_or_else(|panic| {
             error!(call, %panic, "a call panicked; this is a bug");
             Err(Status::unavailable(format!(

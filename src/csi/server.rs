@@ -9,6 +9,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::StreamExt as _;
 use thiserror::Error;
 use tokio::net::UnixListener;
 use tokio::sync::Notify;
@@ -83,9 +84,12 @@ pub(crate) enum ListenError {
 
 /// A bound socket; its file is removed when this is dropped.
 pub(crate) struct Listener {
-    listener: StdListener,
-    path: PathBuf,
+    socket: StdListener,
+    file: SocketFile,
 }
+
+/// The file of a bound socket, removed when this is dropped.
+struct SocketFile(PathBuf);
 
 impl Listener {
     /// Binds the socket. Replaces one that a dead process left behind, but not one that answers.
@@ -114,19 +118,17 @@ impl Listener {
                 Ok(_) => return Err(ListenError::Taken(path.to_owned())),
             },
         }
-        let listener = StdListener::bind(path).map_err(io("listen on"))?;
-        listener.set_nonblocking(true).map_err(io("set up"))?;
-        Ok(Self {
-            listener,
-            path: path.to_owned(),
-        })
+        let socket = StdListener::bind(path).map_err(io("listen on"))?;
+        let file = SocketFile(path.to_owned());
+        socket.set_nonblocking(true).map_err(io("set up"))?;
+        Ok(Self { socket, file })
     }
 }
 
-impl Drop for Listener {
+impl Drop for SocketFile {
     fn drop(&mut self) {
-        if let Err(error) = std::fs::remove_file(&self.path) {
-            warn!(path = %self.path.display(), %error, "cannot remove the socket");
+        if let Err(error) = std::fs::remove_file(&self.0) {
+            warn!(path = %self.0.display(), %error, "cannot remove the socket");
         }
     }
 }
@@ -142,18 +144,28 @@ pub(crate) struct Serving {
     pub(crate) metrics: Arc<Metrics>,
 }
 
-/// Serves Identity, and Controller and Node if they are given, until `stop` completes. Then waits at most `patience` for
-/// running calls.
+/// Serves Identity, and Controller and Node if they are given, until `stop` completes. Then gives up the socket and the pools at
+/// once, so that another process can take over, and waits at most `patience` for the calls whose callers still wait.
 ///
 /// # Errors
 /// The socket fails.
 pub(crate) async fn serve(
-    listener: &Listener,
+    listener: Listener,
     serving: Serving,
     stop: impl Future<Output = ()>,
     patience: Duration,
 ) -> anyhow::Result<()> {
-    let incoming = UnixListenerStream::new(UnixListener::from_std(listener.listener.try_clone()?)?);
+    let Listener { socket, file } = listener;
+    let incoming =
+        UnixListenerStream::new(UnixListener::from_std(socket)?).filter_map(async |accepted| match accepted {
+            Ok(connection) => Some(Ok::<_, std::io::Error>(connection)),
+            // tonic would end on most errors, and try again at once on the others.
+            Err(error) => {
+                warn!(%error, "cannot accept a connection");
+                sleep(ACCEPT_PAUSE).await;
+                None
+            }
+        });
     let calls = TaskTracker::new();
     let Serving {
         driver_name,
@@ -176,6 +188,7 @@ pub(crate) async fn serve(
         let about = about.clone();
         ControllerServer::new(Service { subject, about })
     });
+    let pools = node.clone();
     let node = node.map(|subject| NodeServer::new(Service { subject, about }));
     let stopping = Notify::new();
     let serving = Server::builder()
@@ -185,7 +198,9 @@ pub(crate) async fn serve(
         .serve_with_incoming_shutdown(incoming, stopping.notified());
     let stopped = async {
         stop.await;
+        drop(file);
         stopping.notify_one();
+        pools.inspect(|node| node.close());
         calls.close();
         if timeout(patience, calls.wait()).await.is_err() {
             warn!(calls = calls.len(), "calls are still running; not waiting any longer");
@@ -198,6 +213,9 @@ pub(crate) async fn serve(
     }
     Ok(())
 }
+
+/// How long to wait after a failed accept(2): without descriptors, the next one fails as well.
+pub(crate) const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 
 /// How long clients have to read the last answers and disconnect. A client that hangs must not keep this process running.
 const GOODBYE: Duration = Duration::from_secs(1);

@@ -17,12 +17,12 @@ use nix::fcntl::OFlag;
 use nix::sys::stat::Mode;
 use tracing::{debug, error, warn};
 
-use super::background::{Stop, Stopped, spawn};
 use super::dir::Dir;
 use super::durable::SyncedDir;
 use super::layout::DATA;
 use super::quota::{Destroyed, Quota};
 use super::sys;
+use crate::background::{Stop, Stopped, spawn};
 use crate::volume::disk::DiskError;
 use crate::volume::id::PoolName;
 

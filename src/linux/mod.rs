@@ -4,7 +4,6 @@
 //! openat2(2) 5.6, statx(2) with `STATX_ATTR_MOUNT_ROOT` 5.8, mount_setattr(2) 5.12. Quotas need more: quotactl_fd(2) 5.14
 //! on XFS and ext4.
 
-mod background;
 mod dir;
 mod durable;
 mod eraser;
@@ -16,9 +15,10 @@ mod privileges;
 mod quota;
 mod sys;
 mod target;
+mod threads;
 mod usage;
 
-pub(crate) use privileges::drop_privileges;
+pub(crate) use privileges::{drop_privileges, raise_descriptor_limit};
 
 use crate::volume::access::TargetPath;
 use crate::volume::disk::{BindError, Host, Inode, Opened, PoolConfig, Unusable};

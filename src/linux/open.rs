@@ -22,8 +22,9 @@ use super::eraser::Eraser;
 use super::layout::{IDENTITY, LOCK, META, NEW, NEW_IDENTITY, TRASH, VOLUMES};
 use super::pool::{PoolDisk, space};
 use super::quota::Quota;
+use super::threads::ThreadedDisk;
 use super::usage::UsageCounter;
-use super::{mountinfo, target};
+use super::{mountinfo, sys, target};
 use crate::volume::access::TargetPath;
 use crate::volume::disk::{Disk, DiskError, Mount, Opened, PoolConfig, PoolVolume, Unusable};
 use crate::volume::id::VolumeId;
@@ -46,8 +47,14 @@ impl Identity {
     const FORMAT: u32 = 1;
 }
 
-/// Opens a pool and locks it. Makes it if there is none, unless a disk must be mounted there first.
+/// Opens a pool and locks it. Makes it if there is none, unless a disk must be mounted there first. The calling thread gets
+/// descriptors of its own, see [`super::threads`].
 pub(super) fn open(config: &PoolConfig) -> Result<Opened, Unusable> {
+    sys::own_descriptors().map_err(|errno| {
+        Unusable(format!(
+            "cannot open it apart from the other pools (close_range: {errno})"
+        ))
+    })?;
     let root = open_root(config)?;
     let mount = mount_of(&root)?;
     if config.require_mount && is_on_root_filesystem(&config.path, &mount) {
@@ -59,6 +66,8 @@ pub(super) fn open(config: &PoolConfig) -> Result<Opened, Unusable> {
     let (disk, Identity { id, foreign, .. }) = lock_and_identify(config, &root, &mount)?;
     let volumes = recover(config, &root, &disk)?;
     disk.eraser.start(Arc::clone(&disk.trash));
+    let disk = ThreadedDisk::new(config.name.clone(), disk)
+        .map_err(|error| Unusable(format!("cannot start a thread for the calls to its disk: {error}")))?;
     Ok(Opened {
         id,
         filesystem: mount.filesystem,
@@ -271,9 +280,10 @@ fn identify(meta: &Dir, volumes: &Dir, expected: Option<PoolId>) -> Result<Ident
 }
 
 fn make_identity(meta: &Dir, volumes: &Dir) -> Result<Identity, Unusable> {
+    let random = sys::random().map_err(|errno| Unusable(format!("cannot make an id for it (getrandom: {errno})")))?;
     let identity = Identity {
         format: Identity::FORMAT,
-        id: PoolId::random(),
+        id: PoolId::from_random(random),
         created: Timestamp::now(),
         foreign: space(volumes)?.used,
     };

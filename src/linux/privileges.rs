@@ -1,9 +1,11 @@
-//! Drops privileges for good, before this process serves anybody.
+//! Sets up the process before it serves anybody: drops privileges for good, and raises the limit of descriptors.
 
 use caps::errors::CapsError;
 use caps::{CapSet, Capability, CapsHashSet};
 use nix::sys::prctl;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use thiserror::Error;
+use tracing::warn;
 
 /// The capabilities that hostdir needs, see capabilities(7).
 const KEPT: [Capability; 6] = [
@@ -52,4 +54,14 @@ pub(crate) fn drop_privileges() -> Result<(), PrivilegeError> {
     caps::set(None, CapSet::Permitted, &kept)?;
     prctl::set_no_new_privs()?;
     Ok(())
+}
+
+/// Raises the soft limit of open files (getrlimit(2)) to the hard one: connections and calls need descriptors, and the usual soft
+/// limit of 1,024 is for programs that use select(2).
+pub(crate) fn raise_descriptor_limit() {
+    let raised =
+        getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(errno) = raised {
+        warn!(%errno, "cannot raise the limit of open files");
+    }
 }

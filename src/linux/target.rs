@@ -273,7 +273,9 @@ impl Place {
     fn unmount(&self) -> Result<(), DiskError> {
         // umount2(2) takes no descriptor; the parent's descriptor in proc(5) keeps the path from being swapped.
         let name = std::ffi::OsStr::from_bytes(self.name.to_bytes());
-        let path = Path::new("/proc/self/fd").join(self.parent_fd().to_string()).join(name);
+        let path = Path::new("/proc/thread-self/fd")
+            .join(self.parent_fd().to_string())
+            .join(name);
         for _ in 0..BUSY_TRIES {
             match umount2(&path, MntFlags::UMOUNT_NOFOLLOW) {
                 Err(Errno::EBUSY) => thread::sleep(BUSY_PAUSE),

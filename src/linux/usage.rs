@@ -10,10 +10,10 @@ use std::time::{Duration, Instant};
 
 use tracing::warn;
 
-use super::background::{Stop, Stopped, spawn};
 use super::dir::{Dir, Names, io_failed};
 use super::layout::open_data;
 use super::sys::Stat;
+use crate::background::{Stop, Stopped, spawn};
 use crate::volume::disk::{DiskError, Usage};
 use crate::volume::id::{PoolName, VolumeId};
 use crate::volume::size::Bytes;

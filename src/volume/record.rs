@@ -14,6 +14,12 @@ use super::size::Bytes;
 pub(crate) struct PoolId(Uuid);
 
 impl PoolId {
+    /// A new identity from random bytes.
+    pub(crate) fn from_random(bytes: [u8; 16]) -> Self {
+        Self(uuid::Builder::from_random_bytes(bytes).into_uuid())
+    }
+
+    #[cfg(test)]
     pub(crate) fn random() -> Self {
         Self(Uuid::new_v4())
     }

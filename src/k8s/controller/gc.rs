@@ -81,7 +81,7 @@ impl Gc {
     }
 
     /// Runs forever, on a thread of its own.
-    pub(crate) fn run(mut self) {
+    pub(crate) fn run(&mut self) {
         loop {
             std::thread::sleep(PERIOD);
             self.measure();

@@ -15,6 +15,7 @@ use super::Limit;
 use super::membership::{self, Membership, Tagged};
 use crate::linux::dir::Dir;
 use crate::linux::sys::quota::{self as sys, Project, Tag};
+use crate::linux::sys::random;
 use crate::volume::disk::{DiskError, DiskErrorKind, PoolVolume, Usage};
 use crate::volume::id::VolumeId;
 use crate::volume::quota::{ProjectRange, QuotaKind};
@@ -136,7 +137,9 @@ impl ProjectQuota {
         // An interrupted attempt may have left a project.
         let left = before.inherited && self.range.contains(before.project);
         let first = left.then_some(before.project);
-        for id in first.into_iter().chain(self.range.from(random())) {
+        // Two pools on one filesystem should not try the same ids in the same order.
+        let start = random().map_err(|errno| data.failed_itself("choose a project for", errno))?;
+        for id in first.into_iter().chain(self.range.from(u64::from_ne_bytes(start))) {
             if !self.lock().take(id, volume) {
                 continue;
             }
@@ -344,9 +347,4 @@ impl ProjectQuota {
         // Every change is one statement, and a project that a panic leaves behind counts as in use.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-/// Two pools on one filesystem should not try the same ids in the same order.
-fn random() -> u64 {
-    uuid::Uuid::new_v4().as_u64_pair().1
 }

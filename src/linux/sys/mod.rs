@@ -14,6 +14,24 @@ use nix::{NixPath, Result};
 
 use crate::volume::disk::Inode;
 
+/// Gives this thread a table of file descriptors of its own, with nothing but the standard streams in it: close_range(2),
+/// Linux 5.9. Threads that it starts share this table. The caller must not own a descriptor.
+pub(super) fn own_descriptors() -> Result<()> {
+    let (first, last) = (libc::STDERR_FILENO + 1, c_uint::MAX);
+    // SAFETY: the call takes no pointer. It closes descriptors of the new table only, of which this thread owns none.
+    let result = unsafe { libc::syscall(libc::SYS_close_range, first, last, libc::CLOSE_RANGE_UNSHARE) };
+    Errno::result(result).map(drop)
+}
+
+/// Random bytes: getrandom(2). Libraries may keep a descriptor of /dev/urandom instead, which other threads do not have.
+pub(super) fn random<const N: usize>() -> Result<[u8; N]> {
+    let mut random = [0; N];
+    // SAFETY: the kernel writes at most as many bytes as the array has.
+    let length = unsafe { libc::getrandom(random.as_mut_ptr().cast(), N, 0) };
+    // It returns as many as are asked for, up to 256.
+    Errno::result(length).map(|_| random)
+}
+
 /// What statx(2) returns about a file.
 pub(super) struct Stat {
     pub(super) inode: Inode,

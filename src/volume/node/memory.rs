@@ -26,6 +26,8 @@ struct State {
     /// Verbs whose next call fails, and how.
     failing: HashMap<&'static str, DiskErrorKind>,
     unreadable_targets: bool,
+    /// Whether the next attempt to open a pool panics.
+    panics: bool,
     /// Whether volumes are limited.
     enforcing: bool,
     /// Volumes that are not limited, and why.
@@ -77,6 +79,11 @@ impl Memory {
     /// Removes a pool's disk, or brings it back.
     pub(super) fn set_absent(&self, pool: &PoolName, absent: bool) {
         self.lock().pools.entry(pool.clone()).or_default().absent = absent;
+    }
+
+    /// Makes the next attempt to open a pool panic.
+    pub(super) fn panic_at_open(&self) {
+        self.lock().panics = true;
     }
 
     /// From now on, looking at any target fails.
@@ -157,6 +164,8 @@ fn inode(id: &VolumeId) -> Inode {
 
 impl Host for Memory {
     fn open(&self, config: &PoolConfig) -> Result<Opened, Unusable> {
+        let panics = std::mem::take(&mut self.lock().panics);
+        assert!(!panics, "the test asked for it");
         let mut state = self.lock();
         let pool = state.pools.entry(config.name.clone()).or_default();
         if pool.absent {

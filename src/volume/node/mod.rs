@@ -101,6 +101,12 @@ impl Node {
         }
     }
 
+    /// Lets no new call use the pools, for good. Each is unlocked as soon as the calls that use it have ended, so that another
+    /// process can serve it, whatever happens on the other disks.
+    pub(crate) fn close(&self) {
+        self.pools.iter().for_each(Pool::close);
+    }
+
     pub(crate) fn name(&self) -> &NodeName {
         &self.name
     }

@@ -23,7 +23,7 @@ pub(super) struct OpenPool {
     pub(super) filesystem: String,
     /// Bytes that were in use on the filesystem when the pool was made.
     foreign: Bytes,
-    pub(super) disk: ClosedElsewhere,
+    pub(super) disk: Box<dyn Disk>,
     volumes: Mutex<Volumes>,
     /// The filesystem at the last inspection.
     space: Mutex<Result<Space, Unusable>>,
@@ -46,27 +46,6 @@ struct RunningCalls {
     /// When each began, by its number: the first is the oldest.
     since: BTreeMap<u64, Instant>,
     next: u64,
-}
-
-/// A disk is closed on a thread of its own: that waits for the eraser, which may hang.
-pub(super) struct ClosedElsewhere(Option<Box<dyn Disk>>);
-
-impl std::ops::Deref for ClosedElsewhere {
-    type Target = dyn Disk;
-
-    fn deref(&self) -> &Self::Target {
-        self.0.as_deref().expect("there until it is dropped")
-    }
-}
-
-impl Drop for ClosedElsewhere {
-    fn drop(&mut self) {
-        let disk = self.0.take();
-        // Without a thread it is closed here.
-        let _ = std::thread::Builder::new()
-            .name("close".into())
-            .spawn(move || drop(disk));
-    }
 }
 
 /// A call that may wait for the disk of a pool, until it ends.
@@ -135,7 +114,7 @@ impl OpenPool {
             id,
             filesystem,
             foreign,
-            disk: ClosedElsewhere(Some(disk)),
+            disk,
             volumes: Mutex::new(volumes),
             space: Mutex::new(Err(Unusable("it has not been inspected yet".into()))),
             calls: Calls {

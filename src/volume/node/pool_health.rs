@@ -5,13 +5,14 @@
 //! an inspection that does not return is itself the answer that the disk hangs. A pool that cannot be opened is tried again: the
 //! other pools and the mounts of running pods must not suffer from one bad disk.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use tracing::{info, warn};
 
 use super::open_pool::OpenPool;
+use crate::background;
 use crate::volume::disk::{Absent, Host, Inspection, PoolConfig, Unusable};
 use crate::volume::id::PoolName;
 use crate::volume::pool_status::PoolStatus;
@@ -29,7 +30,7 @@ const CALL_HANGS: Duration = Duration::from_secs(30);
 /// How long a call waits for a new inspection of a pool that could not be used at the last one.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// Dropping it ends the thread, as soon as the disk answers.
+/// Dropping it closes it, and ends the thread as soon as the disk answers.
 pub(super) struct Pool {
     pub(super) config: PoolConfig,
     watched: Arc<Watched>,
@@ -79,8 +80,8 @@ impl Pool {
             changed: Condvar::new(),
         });
         let (shared, pool) = (Arc::clone(&watched), config.clone());
-        let thread = thread::Builder::new().name(format!("watch {}", config.name));
-        if let Err(error) = thread.spawn(move || shared.run(pool, &*host, calls_max)) {
+        let watch = move || shared.run(pool.clone(), &*host, calls_max);
+        if let Err(error) = background::spawn(format!("watch {}", config.name), watch) {
             let why = format!("cannot start a thread to watch it: {error}; restart hostdir on this node");
             watched.end(Err(Unusable(why)), None);
         }
@@ -97,6 +98,11 @@ impl Pool {
         let (arrived, mut state) = (Instant::now(), self.watched.lock());
         let fresh = state.ended_after_next();
         loop {
+            if state.stop {
+                return Err(Unusable(
+                    "hostdir is stopping on this node; the call will be retried".into(),
+                ));
+            }
             self.refuse_if_hung(&state)?;
             match (&state.open, &state.last) {
                 (Some(pool), Ok(inspection)) => return Ok((Arc::clone(pool), inspection.clone())),
@@ -180,6 +186,15 @@ impl Pool {
         self.known().map_or(Bytes(0), |pool| pool.allocated())
     }
 
+    /// Lets no new call use the pool. It is unlocked as soon as the calls that run have ended.
+    pub(super) fn close(&self) {
+        let mut state = self.watched.lock();
+        state.stop = true;
+        state.open = None;
+        drop(state);
+        self.watched.changed.notify_all();
+    }
+
     /// Waits for an inspection that begins after this call.
     #[cfg(test)]
     pub(super) fn inspect_now(&self) {
@@ -195,8 +210,7 @@ impl Pool {
 
 impl Drop for Pool {
     fn drop(&mut self) {
-        self.watched.lock().stop = true;
-        self.watched.changed.notify_all();
+        self.close();
     }
 }
 
@@ -204,28 +218,14 @@ impl Watched {
     fn run(&self, mut config: PoolConfig, host: &dyn Host, calls_max: usize) {
         loop {
             let known = self.lock().open.clone();
-            let open = known.map_or_else(
-                || {
-                    host.open(&config)
-                        .map(|opened| Arc::new(OpenPool::new(&config, opened, calls_max)))
-                },
-                Ok,
-            );
+            let inspected = catch_unwind(AssertUnwindSafe(|| inspect(known.clone(), &config, host, calls_max)));
+            let (answer, open) = inspected.unwrap_or_else(|_| {
+                let why = "inspecting it failed with an internal error, which is a bug; see hostdir's log on this node";
+                (Err(Unusable(why.into())), known)
+            });
             // From now on no other pool, and no empty directory, can take its place.
             config.expected = open.as_ref().map_or(config.expected, |pool| Some(pool.id));
-            match open {
-                Ok(pool) => match pool.inspect() {
-                    Ok(inspection) => self.end(Ok(inspection), Some(pool)),
-                    Err(Absent::Unusable(why)) => self.end(Err(why), Some(pool)),
-                    Err(Absent::Remounted) => {
-                        info!(pool = %config.name, path = %config.path.display(), "its disk was mounted again: opening the pool again");
-                        self.end(Err(Absent::Remounted.into()), None);
-                        // The pool is locked until the calls that use it have ended.
-                        drop(pool);
-                    }
-                },
-                Err(why) => self.end(Err(why), None),
-            }
+            self.end(answer, open);
             if self.wait() {
                 return;
             }
@@ -240,7 +240,8 @@ impl Watched {
         if open.is_some() && answer.is_ok() && state.last.is_err() && state.open.is_some() {
             info!(pool = %self.name, "the pool can be used again");
         }
-        state.open = open;
+        // A pool that is closed stays so.
+        state.open = open.filter(|_| !state.stop);
         state.last = answer;
         state.since = None;
         state.ended = state.ended.saturating_add(1);
@@ -261,5 +262,34 @@ impl Watched {
     fn lock(&self) -> MutexGuard<'_, State> {
         // A panic leaves no change half done: each is one assignment.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Inspects a pool, and opens it if it is not `known` yet. Returns the answer, and the pool if it is open.
+fn inspect(
+    known: Option<Arc<OpenPool>>,
+    config: &PoolConfig,
+    host: &dyn Host,
+    calls_max: usize,
+) -> (Result<Inspection, Unusable>, Option<Arc<OpenPool>>) {
+    let opened = known.map_or_else(
+        || {
+            let opened = host.open(config)?;
+            Ok(Arc::new(OpenPool::new(config, opened, calls_max)))
+        },
+        Ok,
+    );
+    let pool = match opened {
+        Ok(pool) => pool,
+        Err(why) => return (Err(why), None),
+    };
+    match pool.inspect() {
+        Ok(inspection) => (Ok(inspection), Some(pool)),
+        Err(Absent::Unusable(why)) => (Err(why), Some(pool)),
+        Err(Absent::Remounted) => {
+            info!(pool = %config.name, path = %config.path.display(), "its disk was mounted again: opening the pool again");
+            // The pool stays locked until the calls that use it have ended.
+            (Err(Absent::Remounted.into()), None)
+        }
     }
 }

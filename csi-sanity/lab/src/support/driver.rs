@@ -1,6 +1,7 @@
 //! The driver as a process.
 
 use std::fs::{self, File};
+use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus};
@@ -22,6 +23,7 @@ pub struct Driver {
     args: Vec<String>,
     kubeconfig: Option<PathBuf>,
     binary: PathBuf,
+    log_pipe: Option<OwnedFd>,
     with_faults: bool,
 }
 
@@ -52,6 +54,7 @@ impl Driver {
             args: args.iter().map(|arg| (*arg).to_owned()).collect(),
             kubeconfig: None,
             binary: crate::harness::hostdir().to_owned(),
+            log_pipe: None,
             with_faults: false,
         }
     }
@@ -65,6 +68,12 @@ impl Driver {
     /// Runs another `hostdir` binary than the one under test.
     pub fn binary(mut self, path: impl Into<PathBuf>) -> Self {
         self.binary = path.into();
+        self
+    }
+
+    /// Writes the log into this pipe instead of a file.
+    pub fn log_to(mut self, pipe: OwnedFd) -> Self {
+        self.log_pipe = Some(pipe);
         self
     }
 
@@ -104,12 +113,14 @@ impl Driver {
         if let Some(kubeconfig) = &self.kubeconfig {
             command.env("KUBECONFIG", kubeconfig);
         }
-        let log = File::options()
-            .create(true)
-            .append(true)
-            .open(&self.log)
-            .expect("open the log");
-        command.stderr(log).stdin(std::process::Stdio::null());
+        let to_file = || File::options().create(true).append(true).open(&self.log);
+        let log = self
+            .log_pipe
+            .as_ref()
+            .map_or_else(to_file, |pipe| pipe.try_clone().map(File::from));
+        command
+            .stderr(log.expect("open the log"))
+            .stdin(std::process::Stdio::null());
         die_with_the_test(&mut command);
         command
     }
@@ -199,6 +210,12 @@ impl Process {
             kib.expect("a figure of memory") / 1024.0
         };
         (field("VmRSS:"), field("VmHWM:"))
+    }
+
+    /// How many descriptors the process has open.
+    pub fn descriptors(&self) -> usize {
+        let open = fs::read_dir(format!("/proc/{}/fd", self.pid())).expect("list the descriptors");
+        open.count()
     }
 
     pub fn faults(&self) -> &Faults {

@@ -220,6 +220,39 @@ fn a_pool_that_was_absent_at_start_is_opened_when_it_is_there() {
 }
 
 #[test]
+fn a_panic_while_a_pool_is_opened_is_said_and_it_is_opened_again() {
+    let fixture = Fixture::new();
+    fixture.memory.remount(&pool("default"), false);
+    fixture.memory.panic_at_open();
+    let default = &fixture.node.pools[0];
+    // One inspection finds that it was mounted again, the next panics.
+    (0..2).for_each(|_| default.inspect_now());
+    let why = default
+        .writable()
+        .map_or_else(|why| why.to_string(), |()| String::new());
+    // The call itself may have had the pool opened again.
+    assert!(why.is_empty() || why.contains("internal error"), "{why}");
+    default.inspect_now();
+    default.writable().unwrap();
+}
+
+#[test]
+fn a_node_that_is_closed_lets_no_call_begin() {
+    let fixture = Fixture::new();
+    fixture.used("a");
+    fixture.node.close();
+    for error in [
+        fixture.node.create(&request("b", 1)).unwrap_err(),
+        fixture.node.delete(&id("a")).unwrap_err(),
+        fixture.node.probe(false).unwrap_err(),
+    ] {
+        assert!(error.to_string().contains("is stopping"), "{error}");
+    }
+    // A pod can end.
+    fixture.node.unpublish(&id("a"), &target("/pods/1")).unwrap();
+}
+
+#[test]
 fn a_pool_that_is_opened_again_must_be_the_same() {
     let fixture = Fixture::new();
     fixture.used("a");
