@@ -1,6 +1,8 @@
 //! The eraser removes everything in a deleted volume, and nothing else.
 
 use super::place::Place;
+use hostdir_lab::attributes::encrypt;
+use hostdir_lab::hostile_tree;
 use hostdir_lab::scratch::{mounts_below, names};
 use hostdir_lab::{needs, wait_until};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -137,6 +139,52 @@ fn immutable_files_are_erased() {
         );
     }
     assert!(fs::write(data.join("file"), "y").is_err(), "chattr has no effect");
+    place.delete_and_wait("pvc-1");
+}
+
+/// Whatever a tenant makes is erased.
+#[needs(Root, FileFlags)]
+fn any_tree_of_a_hostile_tenant_is_erased() {
+    let place = Place::new();
+    // The tenant must find its way to the volume.
+    fs::set_permissions(place.scratch.path(""), fs::Permissions::from_mode(0o711)).unwrap();
+    for (seed, root) in (0..8).flat_map(|seed| [(seed, false), (seed, true)]) {
+        place.used_volume("pvc-1");
+        let data = place.data("pvc-1");
+        fs::set_permissions(&data, fs::Permissions::from_mode(0o777)).unwrap();
+        place.client.publish("pvc-1", &place.target()).unwrap();
+        hostile_tree::grow(&place.target(), &place.scratch.path("outside"), seed, root);
+        assert!(!names(&data).is_empty(), "seed {seed}: there is no tree");
+        place.client.unpublish("pvc-1", &place.target()).unwrap();
+        place.client.delete("pvc-1").unwrap();
+        let trash = place.scratch.path("pool/trash");
+        wait_until(&format!("the tree of seed {seed} is erased (root: {root})"), || {
+            names(&trash).is_empty()
+        });
+    }
+    place.check_outside();
+}
+
+/// Nothing can be moved out of an encrypted directory whose key is gone.
+#[needs(Root, Encryption)]
+fn encrypted_directories_are_erased_without_their_key() {
+    let place = Place::on_disk("mkfs.ext4 -q -O encrypt");
+    place.used_volume("pvc-1");
+    let secret = place.data("pvc-1").join("secret");
+    fs::create_dir(&secret).unwrap();
+    let key = encrypt(&secret);
+    let mut deep = secret.clone();
+    for level in 0..50 {
+        deep.push(format!("level-{level}"));
+        fs::create_dir(&deep).unwrap();
+        fs::write(deep.join("file"), "secret").unwrap();
+        symlink("/", deep.join("link")).unwrap();
+    }
+    for number in 0..300 {
+        fs::create_dir_all(secret.join(format!("dir-{number}/dir"))).unwrap();
+    }
+    key.remove();
+    assert!(!secret.join("dir-1").exists(), "the directory is not locked");
     place.delete_and_wait("pvc-1");
 }
 

@@ -1,10 +1,12 @@
 //! A driver, its pool, and files outside the pool that must stay untouched.
 
+use hostdir_lab::disk::run;
 use hostdir_lab::scene::start;
 use hostdir_lab::scratch::names;
 use hostdir_lab::{Client, Driver, Process, Scratch, wait_until};
 use std::fs;
 use std::path::PathBuf;
+use std::process::Command;
 
 /// A driver with one pool, and files beside the pool.
 pub(super) struct Place {
@@ -16,7 +18,19 @@ pub(super) struct Place {
 
 impl Place {
     pub(super) fn new() -> Self {
+        Self::with(Scratch::new())
+    }
+
+    /// A place whose pool is on a disk of its own, which is made with this command.
+    pub(super) fn on_disk(mkfs: &str) -> Self {
         let scratch = Scratch::new();
+        let at = scratch.mkdir("pool").display().to_string();
+        let script = format!("truncate -s 64M {at}.img && {mkfs} {at}.img && mount -o loop {at}.img {at}");
+        run(Command::new("sh").args(["-ec", &script]));
+        Self::with(scratch)
+    }
+
+    fn with(scratch: Scratch) -> Self {
         let outside = [
             "etc/passwd",
             "pods/neighbour/file",

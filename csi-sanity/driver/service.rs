@@ -67,6 +67,30 @@ fn sigterm_lets_running_calls_end_and_leaves_no_socket() {
 }
 
 #[needs(Root)]
+fn a_call_whose_caller_has_left_does_not_delay_the_end() {
+    let scratch = Scratch::new();
+    let driver = Driver::new(&scratch)
+        .pool("default", &scratch.path("pool"))
+        .with_faults();
+    let (mut process, client) = start(&driver);
+    process.faults().arm(Step::Named("mkdirat", 0), Fault::Hold);
+    let csi = client.csi().clone();
+    let call = client.block_on(async {
+        let call = tokio::spawn(async move { csi.create(create_request("pvc-1")).await });
+        // Until it has been sent.
+        tokio::task::yield_now().await;
+        client.csi().info().await.unwrap();
+        call
+    });
+    wait_until("the call is under way", || process.faults().holds());
+    call.abort();
+    drop(client);
+    process.signal(Signal::SIGTERM);
+    assert!(process.ended().success(), "{}", process.log());
+    assert!(!process.log().contains("still running"), "{}", process.log());
+}
+
+#[needs(Root)]
 fn a_stale_socket_is_replaced_and_a_socket_in_use_is_refused() {
     let scratch = Scratch::new();
     let driver = Driver::new(&scratch).pool("default", &scratch.path("pool"));
@@ -98,7 +122,7 @@ fn a_second_process_on_a_pool_says_so_and_takes_over_when_the_first_ends() {
         );
     }
     first.kill();
-    other.probe().expect("the second process serves the pool");
+    wait_until("the second process serves the pool", || other.probe().is_ok());
     assert_eq!(other.list(0), ["pvc-1"]);
 }
 
@@ -173,7 +197,7 @@ fn the_log_is_json_and_has_no_secrets() {
         secrets: secrets(),
     };
     client.wait(client.controller().delete_volume(delete)).unwrap_err();
-    let log = process.log();
+    let log = process.log_to_its_end();
     for line in log.lines() {
         let line: serde_json::Value = serde_json::from_str(line).expect("each line is JSON");
         assert!(line["level"].is_string() && line["timestamp"].is_string(), "{line}");
@@ -201,7 +225,7 @@ fn a_node_of_elected_mode_logs_no_secrets_either() {
         ..NodePublishVolumeRequest::default()
     };
     client.wait(client.node().node_publish_volume(publish)).unwrap_err();
-    let log = process.log();
+    let log = process.log_to_its_end();
     assert!(log.contains("pvc-1"), "{log}");
     for secret in ["s3cr3t", "t0k3n"] {
         assert!(!log.contains(secret), "{secret} was logged");

@@ -14,11 +14,14 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
 
+use hostdir_lab::attributes::make_immutable;
 use hostdir_lab::disk::{Filesystem, enable_btrfs_quotas, known_to_quotas, run};
 use hostdir_lab::scene::{Call, Scene, start};
 use hostdir_lab::uml::{self, Files, Machine};
 use hostdir_lab::{Scratch, needs, steps, wait_until};
 use nix::errno::Errno;
+use nix::sys::stat::Mode;
+use nix::unistd::mkfifo;
 use place::Place;
 
 fn main() -> std::process::ExitCode {
@@ -113,6 +116,30 @@ fn sizes_hold_on_btrfs_of_this_machine() {
 #[needs(Root, Btrfs)]
 fn sizes_hold_on_btrfs_of_this_machine_with_simple_quotas() {
     on_this_machine(true);
+}
+
+/// XFS of this machine has no quotas, but flags of links.
+#[needs(Root, FlagsOfLinks)]
+fn immutable_links_and_pipes_are_erased_on_xfs_of_this_machine() {
+    let scratch = Scratch::new();
+    let image = Filesystem::Xfs.make(&scratch.path(""), DISK);
+    let disk = scratch.mkdir("disk");
+    run(Command::new("mount").args(["-o", "loop"]).arg(image).arg(&disk));
+    let place = Place::new(scratch, disk, Filesystem::Xfs, false);
+    let served = place.serve("quota: auto");
+    let target = served.volume("pvc-1", 16);
+    for dir in ["", "dir"] {
+        let dir = target.join(dir);
+        std::fs::create_dir_all(&dir).expect("make a directory");
+        std::os::unix::fs::symlink("/", dir.join("link")).expect("make a link");
+        mkfifo(&dir.join("pipe"), Mode::S_IRWXU).expect("make a pipe");
+        for name in ["link", "pipe"] {
+            make_immutable(&dir.join(name)).expect("make it immutable");
+            std::fs::remove_file(dir.join(name)).expect_err("it is immutable");
+        }
+    }
+    served.clear(&["pvc-1"]);
+    served.trash_empties();
 }
 
 /// Mounts a btrfs with quotas from a loop device, which the kernel releases with the mount.

@@ -29,8 +29,8 @@ pub(super) fn without_quotas_required_refuses_and_auto_warns(place: &Place) {
     drop(served);
 
     let served = place.serve("quota: auto");
-    let log = served.process.log();
-    assert!(log.contains("volumes are not limited") && log.contains(remedy), "{log}");
+    served.process.wait_for_log("volumes are not limited");
+    served.process.wait_for_log(remedy);
     let target = served.volume("free", 16);
     as_in_a_container(|| fill(&target.join("file"), 24 * MIB));
     fs::hard_link(target.join("file"), target.join("link")).expect("link");
@@ -63,11 +63,7 @@ pub(super) fn quota_off_lifts_limits_and_quota_auto_sets_them_again(place: &Plac
         "volume limited is not limited again"
     );
     // A volume made without a limit stays unenforced, which is logged.
-    assert!(
-        served.process.log().contains("volume is not limited to its size"),
-        "{}",
-        served.process.log()
-    );
+    served.process.wait_for_log("volume is not limited to its size");
     drop(served);
     let served = place.start();
     let refusal = served

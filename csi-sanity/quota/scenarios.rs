@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::fs;
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::process::Command;
@@ -9,10 +10,12 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use hostdir::csi::proto::volume_usage::Unit;
 use nix::errno::Errno;
+use nix::fcntl::{OFlag, openat};
+use nix::sys::stat::{Mode, mkdirat};
 use nix::sys::statvfs::statvfs;
 use tonic::Code;
 
-use super::place::{MIB, Place, as_in_a_container, fill, user_writes};
+use super::place::{MIB, Place, Served, as_in_a_container, fill, user_writes};
 use hostdir_lab::disk::run;
 use hostdir_lab::scratch::names;
 use hostdir_lab::{Client, SetOnDrop, wait_until};
@@ -194,10 +197,9 @@ pub(super) fn many_callers_get_volumes_of_their_own(place: &Place) {
         })
         .collect();
     assert_eq!(ids.len(), CALLERS * each, "two volumes share an id");
-    let log = served.process.log();
+    let log = served.process.log_to_its_end();
     assert!(!log.contains("WARN"), "{log}");
     // A restart changes no id.
-    drop(served);
     let served = place.start();
     // Opening a thousand volumes takes more than a second on slow machines.
     wait_until("the pool is open", || served.client.probe().is_ok());
@@ -298,6 +300,9 @@ pub(super) fn links_and_renames_between_volumes_are_refused(place: &Place) {
         // rename(2) checks the project on XFS and ext4, and the subvolume on btrfs.
         assert_eq!(renamed.expect_err("renamed").raw_os_error(), exdev, "{name}");
     }
+    if place.simple {
+        subvolumes_with_groups_of_their_own(&served);
+    }
     if !place.filesystem.has_projects() {
         subvolumes_of_a_tenant(place);
     }
@@ -318,6 +323,16 @@ fn subvolumes_of_a_tenant(place: &Place) {
         fs::remove_file(nested.join("file")).expect("remove");
     }
     fs::create_dir_all(nested.join("a/b")).expect("make directories");
+    // Deeper than a path that BTRFS_IOC_INO_LOOKUP returns.
+    let mut bottom: OwnedFd = fs::File::open(&nested).expect("open").into();
+    for _ in 0..17 {
+        let name = "d".repeat(250);
+        mkdirat(&bottom, name.as_str(), Mode::S_IRWXU).expect("make a directory");
+        bottom = openat(&bottom, name.as_str(), OFlag::O_DIRECTORY, Mode::empty()).expect("open");
+    }
+    let bottom_path = format!("/proc/{}/fd/{}", std::process::id(), bottom.as_raw_fd());
+    btrfs(&["subvolume", "create"], &Path::new(&bottom_path).join("deepest"));
+    drop(bottom);
     let deeper = nested.join("a/b/deeper");
     btrfs(&["subvolume", "create"], &deeper);
     fs::write(deeper.join("file"), "nested").expect("write");
@@ -328,6 +343,46 @@ fn subvolumes_of_a_tenant(place: &Place) {
             .arg(subvolume)
             .args(["ro", "true"]));
     }
+}
+
+/// With simple quotas a tenant can name the groups of a subvolume that it makes: its neighbour's, or none.
+fn subvolumes_with_groups_of_their_own(served: &Served<'_>) {
+    let place = served.place;
+    let group_of = |id: &str| {
+        let shown = run(Command::new("btrfs")
+            .args(["inspect-internal", "rootid"])
+            .arg(place.target(id)));
+        format!("26724/{}", shown.trim())
+    };
+    for (name, group) in [("foreign", group_of("to")), ("none", "1/1".to_owned())] {
+        let subvolume = place.target("from").join(name);
+        run(Command::new("btrfs")
+            .args(["subvolume", "create", "-i", &group])
+            .arg(&subvolume));
+        let inner = subvolume.join("inner");
+        run(Command::new("btrfs").args(["subvolume", "create"]).arg(&inner));
+        as_in_a_container(|| fill(&subvolume.join("file"), 6 * MIB));
+        as_in_a_container(|| fill(&inner.join("file"), 6 * MIB));
+    }
+    // The kubelet asks every minute.
+    let (_, used) = served.stats("from", Unit::Bytes);
+    assert!(used >= 16 * MIB, "only {used} of more than 16 MiB count");
+    for name in ["foreign", "none", "none/inner"] {
+        let more = place.target("from").join(name).join("more");
+        let written = as_in_a_container(|| fill(&more, 4 * MIB));
+        assert!(written < MIB, "{written} more bytes could be written into {name}");
+    }
+    let (_, used) = served.stats("to", Unit::Bytes);
+    assert!(used < 2 * MIB, "{used} bytes count towards the neighbour's limit");
+    for name in ["foreign", "none"] {
+        let subvolume = place.target("from").join(name);
+        for subvolume in [subvolume.join("inner"), subvolume] {
+            run(Command::new("btrfs").args(["subvolume", "delete"]).arg(subvolume));
+        }
+    }
+    wait_until("the space is free again", || {
+        served.stats("from", Unit::Bytes).1 < 8 * MIB
+    });
 }
 
 pub(super) fn a_restart_restores_limits(place: &Place) {

@@ -406,7 +406,7 @@ mod tests {
                 limit: None
             }
         );
-        assert_eq!(size(None).unwrap().choose(), SizeRange::DEFAULT);
+        assert_eq!(size(None).unwrap().choose(), Some(SizeRange::DEFAULT));
     }
 
     proptest! {

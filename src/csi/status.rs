@@ -50,6 +50,7 @@ fn code(reason: &Reason) -> Code {
         | Reason::Successor { .. }
         | Reason::Exclusive(_)
         | Reason::Unenforced { .. }
+        | Reason::Uncounted
         | Reason::NotReady(_) => Code::FailedPrecondition,
         Reason::Bind { source, .. } => bind_code(source),
         Reason::Disk(error) => disk_code(error.kind),

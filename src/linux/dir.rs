@@ -72,6 +72,22 @@ impl Dir {
         absent(self.child(name))
     }
 
+    /// Opens the directory that this one is in, which must be `expected`.
+    pub(super) fn parent(&self, expected: Inode) -> Result<Self, DiskError> {
+        let how = OpenHow::new()
+            .flags(OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC)
+            .resolve(ResolveFlag::RESOLVE_NO_SYMLINKS | ResolveFlag::RESOLVE_NO_XDEV);
+        let fd = openat2(&self.fd, c"..", how).map_err(|errno| self.failed("open", c"..", errno))?;
+        let mut path = self.path.clone();
+        path.pop();
+        let parent = Self { fd, path };
+        if parent.inode()? != expected {
+            // Somebody moves directories there.
+            return Err(self.failed("open", c"..", Errno::EAGAIN));
+        }
+        Ok(parent)
+    }
+
     /// Makes a directory in this one, unless there is one, and opens it.
     pub(super) fn ensure_child(&self, name: &CStr) -> Result<Self, DiskError> {
         match mkdirat(&self.fd, name, PRIVATE_DIR) {

@@ -23,7 +23,7 @@ use super::layout::DATA;
 use super::quota::{Destroyed, Quota};
 use super::sys;
 use crate::background::{Stop, Stopped, spawn};
-use crate::volume::disk::DiskError;
+use crate::volume::disk::{DiskError, Inode};
 use crate::volume::id::PoolName;
 
 /// How often to retry what could not be erased: a mount below it may be gone by then.
@@ -204,12 +204,18 @@ impl Work {
             let entry = entry?;
             let removed = match remove(&dir, &entry) {
                 // A subvolume is also moved, and destroyed later as an entry of the trash.
-                Err(Errno::ENOTEMPTY) => {
-                    if matches!(outcome, Outcome::Gone) {
-                        outcome = Outcome::Shrunk;
+                Err(Errno::ENOTEMPTY) => match self.move_up(&dir, &entry, name) {
+                    Err(Errno::ENOKEY) => match self.remove_tree(&dir, &entry, pace)? {
+                        Ok(removed) => removed,
+                        Err(stopped) => return Ok(Err(stopped)),
+                    },
+                    moved => {
+                        if matches!(outcome, Outcome::Gone) {
+                            outcome = Outcome::Shrunk;
+                        }
+                        moved
                     }
-                    self.move_up(&dir, &entry, name)
-                }
+                },
                 removed => removed,
             };
             if let Err(errno) = removed {
@@ -224,6 +230,48 @@ impl Work {
             outcome = stuck(&self.trash.dir, name, errno);
         }
         Ok(Ok(outcome))
+    }
+
+    /// Removes a directory with all that is in it, from within: nothing can be moved out of an encrypted directory whose key is gone
+    /// (fscrypt_prepare_rename in fs/crypto/hooks.c), but everything in it can be removed. Keeps one descriptor, however deep it is.
+    fn remove_tree(
+        &self,
+        parent: &Dir,
+        name: &CStr,
+        pace: &mut Pace,
+    ) -> Result<Result<nix::Result<()>, Stopped>, DiskError> {
+        // The directories above the current one, and its name in each.
+        let mut above: Vec<(Inode, CString)> = Vec::new();
+        let mut dir = parent.child(name)?;
+        loop {
+            let mut deeper = None;
+            for entry in dir.names()? {
+                let entry = entry?;
+                match remove(&dir, &entry) {
+                    Ok(()) => {}
+                    Err(Errno::ENOTEMPTY) => {
+                        deeper = Some(entry);
+                        break;
+                    }
+                    Err(errno) => return Ok(Ok(Err(errno))),
+                }
+                if let Err(stopped) = pace.step(&self.stop) {
+                    return Ok(Err(stopped));
+                }
+            }
+            if let Some(entry) = deeper {
+                let child = dir.child(&entry)?;
+                above.push((dir.inode()?, entry));
+                dir = child;
+            } else if let Some((inode, entry)) = above.pop() {
+                dir = dir.parent(inode)?;
+                if let Err(errno) = remove(&dir, &entry) {
+                    return Ok(Ok(Err(errno)));
+                }
+            } else {
+                return Ok(Ok(remove(parent, name)));
+            }
+        }
     }
 
     /// Moves subvolumes out of the one that they are in, which is destroyed on the next pass.
@@ -282,12 +330,15 @@ fn loosen(dir: &Dir, name: &CStr) -> nix::Result<()> {
         sys::clear_immutable(dir)?;
     }
     let stat = dir.stat(name)?;
-    // Only files and directories have flags, and opening anything else may have side effects.
-    if stat.is_immutable() && (stat.is_file() || stat.is_dir()) {
-        let file = dir.open_beneath(name, OFlag::O_RDONLY | OFlag::O_NONBLOCK, Mode::empty())?;
-        sys::clear_immutable(file)?;
+    if !stat.is_immutable() {
+        return Ok(());
     }
-    Ok(())
+    if stat.is_file() || stat.is_dir() {
+        let file = dir.open_beneath(name, OFlag::O_RDONLY | OFlag::O_NONBLOCK, Mode::empty())?;
+        return sys::clear_immutable(file);
+    }
+    // Opening anything else may have side effects.
+    sys::clear_immutable_at(dir, name)
 }
 
 fn stuck(dir: &Dir, name: &CStr, errno: Errno) -> Outcome {

@@ -166,11 +166,10 @@ impl Disk for PoolDisk {
         if data.inode()? != mounted {
             return Ok(Measure::Elsewhere);
         }
-        let usage = match self.quota.usage(&data, record)? {
-            None => self.usage.usage(&record.id)?,
-            counted => counted,
-        };
-        Ok(usage.map_or(Measure::Counting, Measure::Takes))
+        match self.quota.usage(&data, record)? {
+            None => self.usage.measure(&record.id),
+            Some(counted) => Ok(Measure::Takes(counted)),
+        }
     }
 
     fn data(&self, id: &VolumeId) -> Result<Option<Inode>, DiskError> {

@@ -14,7 +14,7 @@ use super::dir::{Dir, Names, io_failed};
 use super::layout::open_data;
 use super::sys::Stat;
 use crate::background::{Stop, Stopped, spawn};
-use crate::volume::disk::{DiskError, Usage};
+use crate::volume::disk::{DiskError, Measure, Usage};
 use crate::volume::id::{PoolName, VolumeId};
 use crate::volume::size::Bytes;
 
@@ -54,7 +54,8 @@ struct State {
 
 #[derive(Clone, Copy)]
 struct Count {
-    usage: Usage,
+    /// [`Measure::Takes`], or [`Measure::Uncounted`].
+    measure: Measure,
     at: Instant,
     took: Duration,
 }
@@ -81,8 +82,8 @@ impl UsageCounter {
         }
     }
 
-    /// What a volume used when its files were last counted; `None` if they never were.
-    pub(super) fn usage(&self, id: &VolumeId) -> Result<Option<Usage>, DiskError> {
+    /// What a volume used when its files were last counted.
+    pub(super) fn measure(&self, id: &VolumeId) -> Result<Measure, DiskError> {
         let mut state = self.shared.lock();
         let known = state.counts.get(id).copied();
         if known.is_none_or(|count| count.is_old()) && state.queued.insert(id.clone()) {
@@ -90,13 +91,13 @@ impl UsageCounter {
             self.enqueue(id)?;
             state = self.shared.lock();
         }
-        if known.is_some() {
-            return Ok(known.map(|count| count.usage));
+        if let Some(count) = known {
+            return Ok(count.measure);
         }
         let uncounted = |state: &mut State| state.queued.contains(id);
         let waited = self.shared.counted.wait_timeout_while(state, PATIENCE, uncounted);
         let (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
-        Ok(state.counts.get(id).map(|count| count.usage))
+        Ok(state.counts.get(id).map_or(Measure::Counting, |count| count.measure))
     }
 
     fn enqueue(&self, id: &VolumeId) -> Result<(), DiskError> {
@@ -140,11 +141,11 @@ impl Shared {
                 Err(_) => None,
             };
             if tally.as_ref().is_some_and(|tally| tally.incomplete) {
-                warn!(volume.id = %id, pool = %self.pool, depth = DEPTH,
-                    "not all files of the volume could be counted; it uses more than its statistics say");
+                warn!(volume.id = %id, pool = %self.pool, depth = DEPTH, limit = ?LONGEST,
+                    "not all files of the volume could be counted; it has no statistics");
             }
             let count = tally.map(|tally| Count {
-                usage: tally.usage(),
+                measure: tally.measure(),
                 at: Instant::now(),
                 took: start.elapsed(),
             });
@@ -250,15 +251,18 @@ impl Tally {
         }
     }
 
-    fn usage(&self) -> Usage {
+    fn measure(&self) -> Measure {
+        if self.incomplete {
+            return Measure::Uncounted;
+        }
         let (mut bytes, mut inodes) = (self.bytes, self.inodes);
         for (links, (names, shared)) in &self.shared {
             inodes += names / u64::from(*links);
             bytes += shared / u64::from(*links);
         }
-        Usage {
+        Measure::Takes(Usage {
             bytes: Bytes(bytes),
             inodes: Some(inodes),
-        }
+        })
     }
 }

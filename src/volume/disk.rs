@@ -43,6 +43,8 @@ pub(crate) enum Measure {
     Elsewhere,
     /// Its files are still being counted.
     Counting,
+    /// They could not all be counted.
+    Uncounted,
     Takes(Usage),
 }
 

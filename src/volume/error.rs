@@ -56,8 +56,14 @@ pub(crate) enum Reason {
     #[error("a volume of this name already exists with {0}; use another name or delete that volume first")]
     Exists(String),
     /// The requested size range is empty.
-    #[error("no size is both at least {} and at most {}", .0.required, .0.limit.unwrap_or_default())]
+    #[error("no size is at least {} and at most {}", .0.required.max(SizeRange::MIN), .0.limit.unwrap_or_default())]
     EmptyRange(SizeRange),
+    /// What it uses is not known.
+    #[error(
+        "its files could not all be counted: it has directories too deep, or too many files; with quotas, which count them, its \
+         usage would be known"
+    )]
+    Uncounted,
     /// The size of the volume is not in the requested range, and the volume cannot grow into it.
     #[error("its size is {has}, and volumes never shrink; request that size or more")]
     Shrink { has: Bytes },

@@ -109,6 +109,10 @@ impl SizeRange {
     /// Size of a volume if the caller specifies none.
     pub(crate) const DEFAULT: Bytes = Bytes::GIB;
 
+    /// Size of the smallest volume: smaller requests get this. On btrfs a limit of some KiB would not even admit the volume's own
+    /// directory.
+    pub(crate) const MIN: Bytes = Bytes(1 << 20);
+
     /// Whether a volume of this size is what the caller asked for.
     pub(crate) fn admits(self, size: Bytes) -> bool {
         size >= self.required && self.limit.is_none_or(|limit| size <= limit)
@@ -125,13 +129,16 @@ impl SizeRange {
         }
     }
 
-    pub(crate) fn choose(self) -> Bytes {
+    /// The size of a new volume; `None` if none is in the range.
+    pub(crate) fn choose(self) -> Option<Bytes> {
+        let least = self.required.max(Self::MIN);
         let wish = if self.required == Bytes(0) {
             Self::DEFAULT
         } else {
-            self.required
+            least
         };
-        self.limit.map_or(wish, |limit| wish.min(limit))
+        let size = self.limit.map_or(wish, |limit| wish.min(limit));
+        (size >= least).then_some(size)
     }
 }
 
@@ -174,6 +181,18 @@ mod tests {
     }
 
     #[test]
+    fn small_requests_get_the_smallest_volume() {
+        let range = |required, limit: Option<u64>| SizeRange {
+            required: Bytes(required),
+            limit: limit.map(Bytes),
+        };
+        assert_eq!(range(1, None).choose(), Some(SizeRange::MIN));
+        assert_eq!(range(1, Some(2 << 20)).choose(), Some(SizeRange::MIN));
+        assert_eq!(range(0, Some(4096)).choose(), None);
+        assert_eq!(range(2 << 20, Some(1 << 20)).choose(), None);
+    }
+
+    #[test]
     fn volumes_grow_and_never_shrink() {
         let range = |required, limit: Option<u64>| SizeRange {
             required: Bytes(required),
@@ -198,7 +217,10 @@ mod tests {
         #[test]
         fn the_chosen_size_is_admitted(required in 0_u64..1 << 50, above in proptest::option::of(0_u64..1 << 50)) {
             let range = SizeRange { required: Bytes(required), limit: above.map(|above| Bytes(required + above)) };
-            prop_assert!(range.admits(range.choose()));
+            match range.choose() {
+                Some(size) => prop_assert!(range.admits(size) && size >= SizeRange::MIN),
+                None => prop_assert!(range.limit.is_some_and(|limit| limit < SizeRange::MIN)),
+            }
         }
 
         #[test]

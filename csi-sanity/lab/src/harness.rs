@@ -32,6 +32,10 @@ pub enum Need {
     FileFlags,
     /// Loop devices.
     LoopDevices,
+    /// ext4 that can encrypt directories, on a loop device.
+    Encryption,
+    /// XFS on a loop device, on a kernel that gives flags to links and pipes (file_setattr, Linux 6.17).
+    FlagsOfLinks,
     /// btrfs on a loop device.
     Btrfs,
     /// User-Mode Linux.
@@ -240,9 +244,28 @@ impl Need {
                 has_loop_devices() || (modprobe("loop") && has_loop_devices()),
                 "there are no loop devices",
             ),
+            Self::Encryption => {
+                never(
+                    Path::new("/sys/fs/ext4/features/encryption").exists(),
+                    "ext4 cannot encrypt on this kernel",
+                )?;
+                Self::LoopDevices.unmet()
+            }
+            Self::FlagsOfLinks => {
+                never(
+                    knows("xfs") || (modprobe("xfs") && knows("xfs")),
+                    "this kernel has no XFS",
+                )?;
+                never(
+                    crate::support::attributes::links_can_have_flags(),
+                    "this kernel gives no flags to links (Linux 6.17 does)",
+                )?;
+                Self::LoopDevices.unmet()?;
+                have(packages::UML)
+            }
             Self::Btrfs => {
                 never(
-                    knows_btrfs() || (modprobe("btrfs") && knows_btrfs()),
+                    knows("btrfs") || (modprobe("btrfs") && knows("btrfs")),
                     "this kernel has no btrfs",
                 )?;
                 Self::LoopDevices.unmet()?;
@@ -288,8 +311,9 @@ fn has_loop_devices() -> bool {
     Path::new("/dev/loop-control").exists()
 }
 
-fn knows_btrfs() -> bool {
-    std::fs::read_to_string("/proc/filesystems").is_ok_and(|known| known.contains("btrfs"))
+fn knows(filesystem: &str) -> bool {
+    let known = std::fs::read_to_string("/proc/filesystems");
+    known.is_ok_and(|known| known.split_whitespace().any(|known| known == filesystem))
 }
 
 fn has_file_flags() -> bool {

@@ -15,6 +15,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
 use nix::unistd::syncfs;
+use tracing::warn;
 
 use super::Limit;
 use crate::linux::dir::Dir;
@@ -106,6 +107,10 @@ impl Qgroups {
         let subvolume = subvolume(data)?;
         let group = self.group(subvolume);
         let wanted = limit.bytes.map(|bytes| bytes.0);
+        if self.simple {
+            // What cannot be found now is found when the usage is asked for.
+            let _ = self.adopt_nested(data, subvolume);
+        }
         if self.limited(group) == wanted {
             return Ok(());
         }
@@ -116,9 +121,35 @@ impl Qgroups {
         sys::limit_qgroup(data, group, wanted).map_err(|errno| data.failed_itself("limit the quota group of", errno))
     }
 
+    /// With simple quotas: brings the subvolumes that a tenant has made in a volume under the limit of the volume. The kernel does
+    /// so itself, unless the tenant names other groups, or none (`BTRFS_SUBVOL_QGROUP_INHERIT`), which needs no privilege.
+    fn adopt_nested(&self, data: &Dir, volume: u64) -> nix::Result<()> {
+        let own = sys::upper(volume);
+        let mut parents = vec![volume];
+        while let Some(parent) = parents.pop() {
+            let mut from = 0;
+            loop {
+                let nested = sys::subvolumes_in(data, parent, from)?;
+                let Some(last) = nested.last() else { break };
+                from = last.id + 1;
+                for subvolume in nested.iter().map(|nested| nested.id) {
+                    adopt(data, subvolume, own)?;
+                    parents.push(subvolume);
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// What a subvolume uses; `None` if quotas do not count it now.
     pub(super) fn usage(&self, data: &Dir) -> Result<Option<Usage>, DiskError> {
-        let group = self.group(subvolume(data)?);
+        let subvolume = subvolume(data)?;
+        if self.simple
+            && let Err(errno) = self.adopt_nested(data, subvolume)
+        {
+            warn!(path = %data.path().display(), %errno, "cannot find the subvolumes in a volume; they may exceed its limit");
+        }
+        let group = self.group(subvolume);
         // The usage on the disk changes only when the filesystem commits; add what is on its way there.
         let under_way = self.read(group, "rsv_data").unwrap_or_default();
         let usage = |bytes| Usage {
@@ -197,6 +228,23 @@ impl Qgroups {
     }
 }
 
+/// Puts a subvolume into the group `own`, and takes it out of hostdir's other groups.
+fn adopt(data: &Dir, subvolume: u64, own: u64) -> nix::Result<()> {
+    let groups = sys::groups_of(data, subvolume)?;
+    let foreign = groups
+        .iter()
+        .filter(|group| **group != own && **group >> 48 == sys::LEVEL);
+    for group in foreign {
+        warn!(path = %data.path().display(), subvolume, group = group & ((1 << 48) - 1),
+            "a subvolume in a volume counted towards another volume's limit; now it counts towards its own");
+        sys::leave_qgroup(data, subvolume, *group)?;
+    }
+    if groups.contains(&own) {
+        return Ok(());
+    }
+    sys::join_qgroup(data, subvolume, own)
+}
+
 /// Makes a subvolume, unless there is one. Replaces an empty directory.
 pub(super) fn ensure_subvolume(dir: &Dir, name: &CStr) -> Result<Dir, DiskError> {
     if let Some(found) = dir.find_child(name)? {
@@ -248,12 +296,15 @@ pub(super) fn destroy(dir: &Dir, name: &CStr, destroyed: impl Fn(u64)) -> Result
         let _ = sys::limit_qgroup(dir, group, None);
     }
     sys::make_writable(&top).map_err(failed)?;
-    let nested = sys::subvolumes_in(dir, id).map_err(failed)?;
+    // The others are found when these are gone.
+    let nested = sys::subvolumes_in(dir, id, 0).map_err(failed)?;
     if !nested.is_empty() {
         let located = nested.into_iter().map(|nested| {
-            let path = sys::path_in_subvolume(&top, id, nested.directory).map_err(failed)?;
-            let within = if path.is_empty() { c"." } else { path.as_c_str() };
-            let within = top.child(within)?;
+            let names = sys::names_up_from(&top, id, nested.directory).map_err(failed)?;
+            let within = names
+                .iter()
+                .rev()
+                .try_fold(top.child(c".")?, |at, name| at.child(name))?;
             // A read-only subvolume cannot be moved.
             sys::make_writable(within.child(&nested.name)?).map_err(failed)?;
             Ok((within, nested.name))

@@ -41,7 +41,7 @@ struct FsInfo {
 struct InodeLookup {
     tree: u64,
     object: u64,
-    name: [u8; 4080],
+    _name: [u8; 4080],
 }
 
 /// `struct btrfs_ioctl_search_args`.
@@ -130,20 +130,31 @@ pub(in crate::linux) fn subvolume_of(file: impl AsFd) -> Result<u64> {
     look_up(file, 0, TOP_INODE).map(|found| found.tree)
 }
 
-/// The path of a directory within its subvolume, empty for the top.
-pub(in crate::linux) fn path_in_subvolume(file: impl AsFd, subvolume: u64, directory: u64) -> Result<CString> {
-    let found = look_up(file, subvolume, directory)?;
-    let path = CStr::from_bytes_until_nul(&found.name).map_err(|_| Errno::ENAMETOOLONG)?;
-    let path = path.to_bytes();
-    // The kernel appends a slash.
-    CString::new(path.strip_suffix(b"/").unwrap_or(path)).map_err(|_| Errno::EINVAL)
+/// The names that lead from the top of a subvolume to a directory in it, the last one first. BTRFS_IOC_INO_LOOKUP knows no paths
+/// of more than 4,080 bytes, so this climbs from name to name.
+pub(in crate::linux) fn names_up_from(file: impl AsFd, subvolume: u64, directory: u64) -> Result<Vec<CString>> {
+    const INODE_REF: u32 = 12;
+    /// `struct btrfs_inode_ref`: index, length of the name that follows.
+    const REFERENCE: usize = 10;
+    let (mut names, mut at) = (Vec::new(), directory);
+    while at != TOP_INODE {
+        // A directory has one name.
+        let item = search(&file, subvolume, at, INODE_REF, 0)?.into_iter().next();
+        let Item { offset: parent, bytes } = item.ok_or(Errno::ENOENT)?;
+        let length = bytes.get(8..REFERENCE).and_then(|length| length.try_into().ok());
+        let length = usize::from(u16::from_le_bytes(length.ok_or(Errno::EIO)?));
+        let name = bytes.get(REFERENCE..REFERENCE + length).ok_or(Errno::EIO)?;
+        names.push(CString::new(name).map_err(|_| Errno::EIO)?);
+        at = parent;
+    }
+    Ok(names)
 }
 
 fn look_up(file: impl AsFd, tree: u64, object: u64) -> Result<InodeLookup> {
     let mut lookup = InodeLookup {
         tree,
         object,
-        name: [0; 4080],
+        _name: [0; 4080],
     };
     // SAFETY: the kernel reads and fills the structure, whose size is encoded in the ioctl number.
     unsafe { raw::inode_lookup(file.as_fd().as_raw_fd(), &raw mut lookup) }?;
@@ -196,45 +207,63 @@ pub(in crate::linux) fn destroy_subvolume(file: impl AsFd, id: u64) -> Result<()
 
 /// A subvolume inside another.
 pub(in crate::linux) struct Nested {
+    pub(in crate::linux) id: u64,
     /// The inode number of the directory that it is in.
     pub(in crate::linux) directory: u64,
     pub(in crate::linux) name: CString,
 }
 
-/// Subvolumes directly inside a subvolume, as many as one call returns: call it again when these are gone.
-pub(in crate::linux) fn subvolumes_in(file: impl AsFd, id: u64) -> Result<Vec<Nested>> {
+/// Subvolumes directly inside a subvolume, from the id `from`, as many as one call returns.
+pub(in crate::linux) fn subvolumes_in(file: impl AsFd, id: u64, from: u64) -> Result<Vec<Nested>> {
     const ROOT_REF: u32 = 156;
     /// `struct btrfs_root_ref`: directory, sequence, length of the name that follows.
     const REFERENCE: usize = 18;
-    let nested = |item: &[u8]| {
-        let directory = item.get(..8)?.try_into().map(u64::from_le_bytes).ok()?;
-        let length = item.get(16..REFERENCE)?.try_into().map(u16::from_le_bytes).ok()?;
-        let name = item.get(REFERENCE..REFERENCE + usize::from(length))?;
+    let nested = |Item { offset, bytes }: &Item| {
+        let directory = bytes.get(..8)?.try_into().map(u64::from_le_bytes).ok()?;
+        let length = bytes.get(16..REFERENCE)?.try_into().map(u16::from_le_bytes).ok()?;
+        let name = bytes.get(REFERENCE..REFERENCE + usize::from(length))?;
         Some(Nested {
+            id: *offset,
             directory,
             name: CString::new(name).ok()?,
         })
     };
-    let items = roots(file, id, ROOT_REF)?;
-    Ok(items.iter().filter_map(|item| nested(item)).collect())
+    let items = search(file, ROOT_TREE, id, ROOT_REF, from)?;
+    Ok(items.iter().filter_map(nested).collect())
 }
 
 /// Whether there is a subvolume of this id, even if it is destroyed and not cleaned up yet.
 pub(in crate::linux) fn exists(file: impl AsFd, id: u64) -> Result<bool> {
     const ROOT_ITEM: u32 = 132;
-    roots(file, id, ROOT_ITEM).map(|items| !items.is_empty())
+    search(file, ROOT_TREE, id, ROOT_ITEM, 0).map(|items| !items.is_empty())
 }
 
-/// Items about a subvolume in the root tree, as many as one call returns.
-fn roots(file: impl AsFd, id: u64, kind: u32) -> Result<Vec<Vec<u8>>> {
-    const ROOT_TREE: u64 = 1;
+/// The quota groups that a quota group is in, as many as one call returns.
+pub(in crate::linux) fn groups_of(file: impl AsFd, qgroup: u64) -> Result<Vec<u64>> {
+    const QUOTA_TREE: u64 = 8;
+    const RELATION: u32 = 246;
+    // Relations are stored both ways; the group that is in another has the lower number.
+    let items = search(file, QUOTA_TREE, qgroup, RELATION, qgroup)?;
+    Ok(items.iter().map(|item| item.offset).collect())
+}
+
+const ROOT_TREE: u64 = 1;
+
+/// An item of a tree: what its key says beside the object and the kind, and its content.
+struct Item {
+    offset: u64,
+    bytes: Vec<u8>,
+}
+
+/// Items of one kind about an object in a tree, from an offset, as many as one call returns.
+fn search(file: impl AsFd, tree: u64, object: u64, kind: u32, from: u64) -> Result<Vec<Item>> {
     /// `struct btrfs_ioctl_search_header`: transaction, object, offset, kind, length.
     const HEADER: usize = 32;
     let mut search = Search {
-        tree: ROOT_TREE,
-        min_object: id,
-        max_object: id,
-        min_offset: 0,
+        tree,
+        min_object: object,
+        max_object: object,
+        min_offset: from,
         max_offset: u64::MAX,
         min_transaction: 0,
         max_transaction: u64::MAX,
@@ -253,11 +282,15 @@ fn roots(file: impl AsFd, id: u64, kind: u32) -> Result<Vec<Vec<u8>>> {
         let Some((header, after)) = rest.split_at_checked(HEADER) else {
             break;
         };
+        let offset = header[16..24].try_into().map(u64::from_ne_bytes).unwrap_or_default();
         let length = header[28..].try_into().map(u32::from_ne_bytes).unwrap_or_default();
         let Some((item, next)) = after.split_at_checked(length as usize) else {
             break;
         };
-        found.push(item.to_vec());
+        found.push(Item {
+            offset,
+            bytes: item.to_vec(),
+        });
         rest = next;
     }
     Ok(found)

@@ -165,6 +165,35 @@ pub(super) fn clear_immutable(file: impl AsFd) -> Result<()> {
     Errno::result(set).map(drop)
 }
 
+/// Like [`clear_immutable`], for what must not be opened, such as a FIFO or a symbolic link: file_setattr(2), Linux 6.17. Older
+/// kernels give such files no flags.
+pub(super) fn clear_immutable_at(dir: impl AsFd, name: &CStr) -> Result<()> {
+    /// `struct file_attr`, include/uapi/linux/fs.h.
+    #[repr(C)]
+    #[derive(Default)]
+    struct FileAttributes {
+        flags: u64,
+        _sizes: [u32; 2],
+        _project: u32,
+        _size: u32,
+    }
+    /// `FS_XFLAG_IMMUTABLE` and `FS_XFLAG_APPEND`
+    const IMMUTABLE: u64 = 0x8 | 0x10;
+    /// Numbers of the system calls, the same on all architectures but alpha.
+    const GET: c_long = 468;
+    const SET: c_long = 469;
+    let mut found = FileAttributes::default();
+    let (dir, name, size) = (dir.as_fd().as_raw_fd(), name.as_ptr(), size_of::<FileAttributes>());
+    let flags = libc::AT_SYMLINK_NOFOLLOW;
+    // SAFETY: the name is NUL-terminated, and the structure of the size given; both outlive the call.
+    let got = unsafe { libc::syscall(GET, dir, name, &raw mut found, size, flags) };
+    Errno::result(got)?;
+    found.flags &= !IMMUTABLE;
+    // SAFETY: as above.
+    let set = unsafe { libc::syscall(SET, dir, name, &raw const found, size, flags) };
+    Errno::result(set).map(drop)
+}
+
 /// `chattr +i`, include/uapi/linux/fs.h.
 const FS_IMMUTABLE_FL: c_int = 0x10;
 /// `chattr +a`, include/uapi/linux/fs.h.

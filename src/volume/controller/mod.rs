@@ -63,8 +63,8 @@ impl Controller {
         self.store.get(id).map_err(about(id))
     }
 
-    /// The node for a new volume, or the existing volume of that name.
-    fn choose(&self, id: &VolumeId, request: &CreateRequest) -> Result<Result<NodeName, HostVolume>, Error> {
+    /// The node and the size for a new volume, or the existing volume of that name.
+    fn choose(&self, id: &VolumeId, request: &CreateRequest) -> Result<Result<(NodeName, Bytes), HostVolume>, Error> {
         // The cache may lag behind, so it cannot prove that the name is free. But if it knows the name, choosing a node
         // would count the volume twice.
         if self.cache.uid(id).is_some()
@@ -72,16 +72,14 @@ impl Controller {
         {
             return Ok(Err(there));
         }
-        let bytes = request.size.choose();
-        if !request.size.admits(bytes) {
-            return Err(about(id)(Reason::EmptyRange(request.size)));
-        }
+        let empty = || about(id)(Reason::EmptyRange(request.size));
+        let bytes = request.size.choose().ok_or_else(empty)?;
         if !self.cache.is_complete() {
             let why = "this controller has not seen all nodes and volumes yet; the call will be retried";
             return Err(about(id)(Reason::Waiting(why.into())));
         }
         match self.cache.choose(&request.parameters.pool, bytes, &request.topology) {
-            Ok(node) => Ok(Ok(node)),
+            Ok(node) => Ok(Ok((node, bytes))),
             // A final error must prove that there is no such volume: an earlier answer may have been lost.
             Err(refusal) => match self.find(id)? {
                 Some(there) => Ok(Err(there)),
@@ -91,8 +89,8 @@ impl Controller {
     }
 
     fn try_create(&self, id: &VolumeId, request: &CreateRequest) -> Result<Volume, Error> {
-        let node = match self.choose(id, request)? {
-            Ok(node) => node,
+        let (node, bytes) = match self.choose(id, request)? {
+            Ok(chosen) => chosen,
             Err(there) => return existing(there, request),
         };
         let new = NewHostVolume {
@@ -102,7 +100,7 @@ impl Controller {
             spec: VolumeSpec {
                 name: request.name.clone(),
                 claim: request.claim.clone(),
-                bytes: request.size.choose(),
+                bytes,
                 directory: request.parameters.directory,
             },
         };

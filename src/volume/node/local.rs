@@ -127,9 +127,7 @@ impl Node {
         if !request.topology.admits(&self.name) {
             return Err(Reason::OtherNode);
         }
-        if !request.size.admits(request.size.choose()) {
-            return Err(Reason::EmptyRange(request.size));
-        }
+        let bytes = request.size.choose().ok_or(Reason::EmptyRange(request.size))?;
         let pool = self.pool(&request.parameters.pool)?;
         let record = Record {
             format: Record::FORMAT,
@@ -138,7 +136,7 @@ impl Node {
             spec: VolumeSpec {
                 name: request.name.clone(),
                 claim: request.claim.clone(),
-                bytes: request.size.choose(),
+                bytes,
                 directory: request.parameters.directory,
             },
             project: None,

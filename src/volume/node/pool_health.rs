@@ -151,9 +151,16 @@ impl Pool {
     }
 
     fn hangs(&self, age: Duration) -> Unusable {
-        let (path, seconds) = (self.config.path.display(), age.as_secs());
+        // In steps, because each new text is a write to the API server.
+        let seconds = age.as_secs();
+        let age = match seconds {
+            0..10 => format!("{seconds} s"),
+            10..60 => format!("{} s", seconds / 10 * 10),
+            _ => format!("{} min", seconds / 60),
+        };
+        let path = self.config.path.display();
         Unusable(format!(
-            "{path} has not answered for {seconds} s: its disk hangs; check the kernel log"
+            "{path} has not answered for {age}: its disk hangs; check the kernel log"
         ))
     }
 

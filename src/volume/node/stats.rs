@@ -14,7 +14,7 @@ impl Node {
     /// zero where the filesystem does not count them.
     ///
     /// # Errors
-    /// [`Reason::NotMounted`], [`Reason::Waiting`] while its files are being counted, or as for
+    /// [`Reason::NotMounted`], [`Reason::Waiting`] while its files are being counted, [`Reason::Uncounted`], or as for
     /// [`Control::get`](crate::volume::Control::get).
     pub(crate) fn stats(&self, id: &VolumeId, path: &str) -> Result<Space, Error> {
         self.try_stats(id, path).map_err(|reason| self.error(Some(id), reason))
@@ -30,6 +30,7 @@ impl Node {
         let record = volume.record.map_err(Reason::BrokenRecord)?;
         let usage = match pool.begin_call()?.disk.measure(&record, mounted)? {
             Measure::Takes(usage) => usage,
+            Measure::Uncounted => return Err(Reason::Uncounted),
             Measure::Elsewhere => return Err(not_mounted()),
             Measure::Counting => {
                 let why = "its files are still being counted, because no quota counts them; the call will be retried";

@@ -256,6 +256,13 @@ impl Process {
         fs::read_to_string(&self.log).expect("read the log")
     }
 
+    /// Ends the driver, and returns its whole log: lines are written some time after what they are about.
+    pub fn log_to_its_end(mut self) -> String {
+        self.signal(Signal::SIGTERM);
+        self.ended();
+        self.log()
+    }
+
     /// Waits until the log contains a text.
     pub fn wait_for_log(&self, text: &str) {
         let start = std::time::Instant::now();

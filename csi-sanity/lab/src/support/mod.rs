@@ -8,10 +8,12 @@
     reason = "test helpers panic to fail the test"
 )]
 
+pub mod attributes;
 pub mod client;
 pub mod disk;
 pub mod driver;
 pub mod faults;
+pub mod hostile_tree;
 pub mod scene;
 pub mod scratch;
 pub mod steps;
