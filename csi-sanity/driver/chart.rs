@@ -53,6 +53,12 @@ fn the_chart_lints_and_refuses_wrong_values_naming_them() {
     let disks = r#"pools=[{"name":"default","path":"/mnt/a","requireMount":true},{"name":"b","path":"/mnt/b","requireMount":true}]"#;
     let (text, sound) = helm(&["template", CHART, "--set-json", disks]);
     assert!(sound && text.matches("mountPath: /mnt\n").count() == 1, "{text}");
+    let policy = r#"networkPolicy={"enabled":true,"from":[{"podSelector":{"matchLabels":{"app":"prometheus"}}}]}"#;
+    let (text, sound) = helm(&["template", CHART, "--set-json", policy]);
+    assert!(
+        sound && text.contains("kind: NetworkPolicy") && text.contains("app: prometheus"),
+        "{text}"
+    );
     // Without quotes, YAML reads `off` as false.
     let off = r#"pools=[{"name":"default","path":"/a","quota":false,"inodesPerGiB":1000000}]"#;
     let (text, sound) = helm(&["template", CHART, "--set-json", off]);
