@@ -15,7 +15,7 @@ use tonic::Code;
 fn broken_records_are_named_and_unknown_files_left_alone() {
     let place = Place::new();
     let volumes = place.scratch.path("pool/volumes");
-    for id in ["torn", "newer", "foreign", "missing", "fine"] {
+    for id in ["torn", "newer", "foreign", "missing", "restored", "fine"] {
         place.used_volume(id);
         fs::write(place.data(id).join("file"), "data").unwrap();
     }
@@ -31,7 +31,17 @@ fn broken_records_are_named_and_unknown_files_left_alone() {
     fs::create_dir(volumes.join("Not A Volume")).unwrap();
     fs::write(volumes.join("README"), "notes").unwrap();
 
+    let saved = fs::read(volumes.join("restored/volume.json")).unwrap();
+    fs::write(volumes.join("restored/volume.json"), "").unwrap();
+
     let place = place.restart();
+    place.client.publish("restored", &place.target()).unwrap_err();
+    fs::write(volumes.join("restored/volume.json"), saved).unwrap();
+    wait_until("the record is read again", || {
+        place.client.publish("restored", &place.target()).is_ok()
+    });
+    place.client.unpublish("restored", &place.target()).unwrap();
+    place.delete_and_wait("restored");
     for (id, word) in [
         ("torn", "EOF"),
         ("newer", "format 2"),

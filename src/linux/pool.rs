@@ -107,6 +107,12 @@ impl Disk for PoolDisk {
         Ok(())
     }
 
+    fn reload(&self, id: &VolumeId) -> Result<Record, String> {
+        let record = self.read_record(id)?;
+        self.enforce_all(&[PoolVolume::new(id.clone(), Ok(record.clone()))]);
+        Ok(record)
+    }
+
     fn create(&self, record: &Record) -> Result<(), DiskError> {
         let name = self.numbered(record.id.as_str());
         let id = dir_name(&record.id);

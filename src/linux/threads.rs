@@ -174,6 +174,11 @@ impl Disk for ThreadedDisk {
         self.run(Disk::settle)
     }
 
+    /// On the calling thread, as [`Self::inspect`].
+    fn reload(&self, id: &VolumeId) -> Result<Record, String> {
+        self.disk().reload(id)
+    }
+
     fn create(&self, record: &Record) -> Result<(), DiskError> {
         let record = record.clone();
         self.run(move |disk| disk.create(&record))

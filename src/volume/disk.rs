@@ -211,6 +211,9 @@ pub(crate) trait Disk: Send + Sync {
     /// Makes changes durable that took effect although their sync failed ([`DiskErrorKind::Unsettled`]).
     fn settle(&self) -> Result<(), DiskError>;
 
+    /// Reads a record again that could not be read.
+    fn reload(&self, id: &VolumeId) -> Result<Record, String>;
+
     /// Records a new volume, without a directory.
     fn create(&self, record: &Record) -> Result<(), DiskError>;
 

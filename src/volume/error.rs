@@ -122,10 +122,7 @@ pub(crate) enum Reason {
          folder, and restart hostdir on this node"
     )]
     Ambiguous(PoolName, PoolName),
-    #[error(
-        "its record cannot be read ({0}); restore volume.json from a backup and restart hostdir on this node, \
-         or delete the volume"
-    )]
+    #[error("its record cannot be read ({0}); check the disk, restore volume.json from a backup, or delete the volume")]
     BrokenRecord(String),
     /// The volume was used before, and its data is gone.
     #[error(

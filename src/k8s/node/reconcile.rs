@@ -84,8 +84,7 @@ impl Reconciler {
         let (word, message) = match found {
             Found::Broken => (
                 "RecordBroken",
-                "its record cannot be read; restore volume.json from a backup and restart hostdir on this node"
-                    .to_owned(),
+                "its record cannot be read; check the disk, or restore volume.json from a backup".to_owned(),
             ),
             Found::Unusable(why) => (
                 "PoolUnusable",

@@ -102,7 +102,12 @@ impl ProjectQuota {
             let tag = || data(id).ok()?.and_then(|data| Self::tag(&data).ok());
             let tag = if record.is_none() { tag() } else { None };
             if let Some(project) = Tagged::new(id, record, tag).project() {
-                self.lock().taken.entry(project).or_default().push(id.clone());
+                let mut state = self.lock();
+                let owners = state.taken.entry(project).or_default();
+                // One whose record could not be read is noted already.
+                if !owners.contains(id) {
+                    owners.push(id.clone());
+                }
             }
         }
     }

@@ -249,6 +249,12 @@ impl Disk for MemoryDisk {
         Ok(())
     }
 
+    fn reload(&self, id: &VolumeId) -> Result<Record, String> {
+        let state = self.memory.lock();
+        let record = state.pools.get(&self.pool).and_then(|pool| pool.volumes.get(id));
+        record.cloned().ok_or_else(|| "volume.json is missing".into())
+    }
+
     fn create(&self, record: &Record) -> Result<(), DiskError> {
         self.change("create", |pool| {
             drop(pool.volumes.insert(record.id.clone(), record.clone()));

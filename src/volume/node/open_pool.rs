@@ -131,7 +131,32 @@ impl OpenPool {
         let mut space = self.space.lock().unwrap_or_else(PoisonError::into_inner);
         space.clone_from(&inspection.space);
         drop(space);
+        self.reload_broken();
         Ok(inspection)
+    }
+
+    /// Reads the records again that could not be read: the disk may have failed for a moment, or somebody has restored them.
+    fn reload_broken(&self) {
+        let is_broken = |volume: &&PoolVolume| volume.record.is_err();
+        let broken: Vec<VolumeId> = self
+            .lock()
+            .by_id
+            .values()
+            .filter(is_broken)
+            .map(|volume| volume.id.clone())
+            .collect();
+        for id in broken {
+            let Ok(record) = self.disk.reload(&id) else { continue };
+            let mut volumes = self.lock();
+            // A call may have deleted the volume meanwhile.
+            let Some(volume) = volumes.by_id.get_mut(&id).filter(|volume| volume.record.is_err()) else {
+                continue;
+            };
+            let bytes = record.spec.bytes;
+            volume.record = Ok(record);
+            volumes.allocate(bytes);
+            info!(volume.id = %id, pool = %self.config.name, "the record of a volume can be read again");
+        }
     }
 
     /// Begins a call that may wait for the disk. Checks that the pool is still the one that was opened.

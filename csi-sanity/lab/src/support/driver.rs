@@ -12,7 +12,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::client::Client;
-use super::faults::{self, Faults};
+use super::faults::{self, Fault, Faults, Step};
 use super::scratch::Scratch;
 use super::{DEADLINE, wait_for};
 
@@ -127,9 +127,18 @@ impl Driver {
 
     /// Starts the driver without waiting for it.
     pub fn spawn(&self) -> Process {
+        self.spawn_armed(None)
+    }
+
+    /// Like [`Driver::spawn`], with a fault that is armed from the first system call on.
+    pub fn spawn_broken(&self, step: Step, fault: Fault) -> Process {
+        self.spawn_armed(Some((step, fault)))
+    }
+
+    fn spawn_armed(&self, first: Option<(Step, Fault)>) -> Process {
         let mut command = self.command();
         let (child, faults) = if self.with_faults {
-            let (child, faults) = faults::spawn(&mut command);
+            let (child, faults) = faults::spawn(&mut command, first);
             (child, Some(faults))
         } else {
             (command.spawn().expect("start the driver"), None)

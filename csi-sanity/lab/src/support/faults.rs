@@ -140,8 +140,8 @@ impl Faults {
     }
 }
 
-/// Starts a command whose system calls are controlled.
-pub fn spawn(command: &mut Command) -> (Child, Faults) {
+/// Starts a command whose system calls are controlled. `first` is armed from its first call on.
+pub fn spawn(command: &mut Command, first: Option<(Step, Fault)>) -> (Child, Faults) {
     let (ours, theirs) = UnixStream::pair().expect("make a socket pair");
     let program = program();
     let install = move || {
@@ -163,7 +163,10 @@ pub fn spawn(command: &mut Command) -> (Child, Faults) {
     let listener = Arc::new(receive(&ours));
     let faults = Faults {
         listener: Arc::clone(&listener),
-        plan: Arc::default(),
+        plan: Arc::new(Mutex::new(Plan {
+            fault: first.or(Plan::default().fault),
+            ..Plan::default()
+        })),
     };
     let plan = Arc::clone(&faults.plan);
     let pid = Pid::from_raw(child.id().try_into().expect("a process id"));

@@ -141,6 +141,23 @@ impl Scene {
         }
     }
 
+    /// Leaves in the pool what a process leaves that dies while it creates one volume and erases another.
+    pub fn leave_unfinished(&self) {
+        let (new, trash) = (
+            self.pool.join(".hostdir/new/half.0"),
+            self.pool.join("trash/dead.0/data"),
+        );
+        fs::create_dir_all(&new).expect("make a directory");
+        fs::write(new.join("volume.json"), "{").expect("write");
+        fs::create_dir_all(&trash).expect("make a directory");
+        fs::write(trash.join("file"), CONTENT).expect("write");
+    }
+
+    /// Whether nothing unfinished is left in the pool.
+    pub fn is_tidy(&self) -> bool {
+        self.trash_is_empty() && names(self.pool.join(".hostdir/new")).is_empty()
+    }
+
     pub fn trash_is_empty(&self) -> bool {
         names(self.pool.join("trash")).is_empty()
     }

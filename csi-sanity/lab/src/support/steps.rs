@@ -5,7 +5,7 @@ use tonic::{Code, Status};
 
 use super::faults::{Fault, Step};
 use super::scene::{Call, Scene, start};
-use super::wait_until;
+use super::{Client, wait_until};
 
 /// Checks that a call has at least the usual number of steps, including the essential ones: otherwise faults were not
 /// injected everywhere.
@@ -127,6 +127,68 @@ pub fn fails_at_every_step(scene: &Scene, call: Call, errno: Errno) {
             check_count(call, &steps);
             return;
         }
+        step += 1;
+    }
+}
+
+/// Breaks every step of opening a pool, which finishes what an earlier process has left. Then the driver opens it by itself, or dies
+/// and the next one opens it. Nothing must be lost, and the next one leaves nothing unfinished.
+pub fn opening_is_broken_at_every_step(scene: &Scene, fault: Fault) {
+    let (process, client) = start(&scene.healthy());
+    scene.set(&client, Call::Expand);
+    process.kill();
+    let mut step = 0;
+    loop {
+        scene.leave_unfinished();
+        let mut process = scene.driver.spawn_broken(Step::Number(step), fault);
+        let mut client = None;
+        wait_until("the driver dies or its pool can be used", || {
+            client = client.take().or_else(|| Client::connect(&scene.driver.socket).ok());
+            process.is_dead() || client.as_ref().is_some_and(|client: &Client| client.probe().is_ok())
+        });
+        let steps = process.faults().disarm();
+        let all_done = steps.len() <= step;
+        scene.check_integrity(Call::Expand);
+        if fault == Fault::Die && !all_done {
+            process.ended();
+        }
+        // It may also refuse to start.
+        if process.is_dead() {
+            assert!(!all_done, "the driver ended without a fault:\n{}", process.log());
+            let (next, connected) = start(&scene.healthy());
+            (process, client) = (next, Some(connected));
+        }
+        let client = client.expect("the wait has set it");
+        scene.check_integrity(Call::Expand);
+        assert!(
+            scene.is_mounted() && scene.is_as_it_was(),
+            "step {step}: the volume has changed"
+        );
+        // A record that could not be read is read again.
+        wait_until("both volumes are there", || client.list(0).len() == 2);
+        // After a failure the eraser waits for a minute.
+        drop(process);
+        let (process, client) = start(&scene.healthy());
+        wait_until("nothing unfinished is left", || scene.is_tidy());
+        if all_done {
+            let known = [
+                "openat2",
+                "mkdirat",
+                "flock",
+                "fsync",
+                "syncfs",
+                "getdents64",
+                "renameat2",
+                "statx",
+            ];
+            for name in known {
+                assert!(steps.contains(&name), "opening has no {name}: {steps:?}");
+            }
+            scene.clear(&client);
+            println!("opening: {fault:?} at each of {step} steps");
+            return;
+        }
+        process.kill();
         step += 1;
     }
 }
