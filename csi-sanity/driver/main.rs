@@ -20,6 +20,7 @@ mod publish;
 mod sanity;
 mod selftest;
 mod service;
+mod soak;
 mod upgrade;
 mod volumes;
 

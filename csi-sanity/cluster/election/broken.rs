@@ -92,7 +92,7 @@ impl<'a> GhostController<'a> {
         let provisioner = target_dir().join("lab/bin/csi-provisioner");
         let hostdir = hostdir_lab::harness::hostdir();
         let script = format!(
-            "mkdir -p {dir}; echo '{config}' > {dir}/kubeconfig; : > {dir}/starts
+            "mkdir {dir}; echo '{config}' > {dir}/kubeconfig; : > {dir}/starts
              exec 0<&- >{dir}/log 2>&1
              setsid unshare --uts sh -c 'hostname {pod}; echo $$ > {dir}/pid
                 export KUBECONFIG={dir}/kubeconfig
@@ -144,9 +144,12 @@ impl<'a> GhostController<'a> {
 
 impl Drop for GhostController<'_> {
     fn drop(&mut self) {
-        // Kills the process group of the shell, with everything in it.
-        let script = format!("kill -9 -- -$(cat {0}/pid); rm -rf {0}", Self::DIR);
-        let _ = self.election.lab.nodes[self.node].sh(&script);
+        // Kills the process group of the shell, with everything in it. (dash does not know `kill -9 --`.)
+        let script = format!("kill -s KILL -- -$(cat {0}/pid) && rm -rf {0}", Self::DIR);
+        let killed = self.election.lab.nodes[self.node].sh(&script);
+        if !std::thread::panicking() {
+            killed.expect("the ghost is killed");
+        }
     }
 }
 

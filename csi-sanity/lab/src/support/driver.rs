@@ -227,6 +227,12 @@ impl Process {
         open.count()
     }
 
+    /// How many threads the process has.
+    pub fn threads(&self) -> usize {
+        let threads = fs::read_dir(format!("/proc/{}/task", self.pid())).expect("list the threads");
+        threads.count()
+    }
+
     pub fn faults(&self) -> &Faults {
         self.faults.as_ref().expect("the driver was started with faults")
     }
