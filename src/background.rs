@@ -1,4 +1,5 @@
-//! What background threads have in common: one that panics begins again, and those that rest can be stopped.
+//! What background work has in common: threads that panic begin again, those that rest can be stopped, and servers wait before they
+//! accept again.
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -10,6 +11,9 @@ use tracing::error;
 
 /// How long to wait before work begins again that has panicked: most likely it panics again.
 const AFTER_PANIC: Duration = Duration::from_secs(10);
+
+/// How long to wait after a failed accept(2): without descriptors, the next one fails as well.
+pub(crate) const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 
 /// Starts a thread that works until `work` returns. If it panics, which is a bug, that is logged, and it begins again: what else
 /// the process does must not suffer. The kernel shows the first 15 bytes of its name.

@@ -23,6 +23,7 @@ use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
 use tracing::warn;
 
+use crate::background::ACCEPT_PAUSE;
 use crate::metrics::Metrics;
 use crate::volume::Health;
 
@@ -40,9 +41,6 @@ const BUFFER: usize = 8 << 10;
 
 /// How long an answer about readiness is used. So any number of requests needs one thread, and asks once.
 const FRESH: Duration = Duration::from_secs(1);
-
-/// How long to wait after a failed accept(2): without descriptors, the next one fails as well.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 
 /// Serves until the process ends.
 ///

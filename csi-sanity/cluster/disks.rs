@@ -5,6 +5,7 @@ use crate::mode::Mode;
 use crate::objects::{claim_of, class, on_node, pod};
 use hostdir_lab::needs;
 use serde_json::{Value, json};
+use std::time::Instant;
 
 /// A pool `disk` on nodes 2 and 3, on disks that can be removed: directories of this machine, bind-mounted on the nodes.
 struct Disks<'a>(&'a Lab);
@@ -42,6 +43,15 @@ impl Disks<'_> {
         let volume = self.0.volume_of(name);
         let object = self.0.kubectl().get(&["hostvolume", &volume]).unwrap();
         object["status"]["poolId"].as_str().unwrap().to_owned()
+    }
+
+    /// Why the pool `disk` of a node cannot be used, as the HostNode says; empty if it can be used.
+    fn message(&self, node: usize) -> String {
+        let name = format!("node-{}", node + 1);
+        let object = self.0.kubectl().get(&["hostnode", &name]).unwrap();
+        let pools = object["status"]["pools"].as_array().unwrap();
+        let disk = pools.iter().find(|pool| pool["name"] == "disk").unwrap();
+        disk["message"].as_str().unwrap_or_default().to_owned()
     }
 
     fn has_its_data(&self, name: &str) {
@@ -94,6 +104,68 @@ fn a_swapped_or_new_disk_is_never_mistaken_for_the_old_one() {
     lab.install(&[]);
     drop(disks);
     lab.nothing_is_left();
+}
+
+/// A disk that hangs is published by its node and forgotten again, and pods on it can end.
+#[needs(Root, Go, Cluster, LoopDevices)]
+fn a_disk_that_hangs_is_published_and_stops_nothing_else() {
+    let lab = lab(Mode::Elected, "hang", "a disk hangs: it is published, and pods end");
+    let disks = Disks(&lab);
+    disks.sh(0, &format!("rm -rf {}", lab.shared_dir().display()));
+    let image = format!("{}/disk.img", lab.shared_dir().display());
+    let make = format!(
+        "mkdir -p {dir} /mnt/disk && truncate -s 64M {image} && mkfs.ext4 -q {image} && mount -o loop {image} /mnt/disk
+         mkdir /mnt/disk/hostdir",
+        dir = lab.shared_dir().display()
+    );
+    disks.sh(1, &make);
+    lab.install(&[
+        r#"pools=[{"name":"default","path":"/var/lib/hostdir"},{"name":"disk","path":"/mnt/disk/hostdir"}]"#,
+    ]);
+    lab.apply(&[
+        class(Mode::Elected.driver(), "disk", &json!({"pool": "disk"}), "Delete", &[]),
+        Disks::claim("slow"),
+        lab.claim("other", "10Mi"),
+    ]);
+    disks.start("slow", "node-2");
+    lab.running("slow");
+    let frozen = FrozenDisk::freeze(&disks, 1);
+    let since = Instant::now();
+    lab.wait("the disk is said to hang", || {
+        Ok(disks.message(1).contains("its disk hangs"))
+    });
+    println!("    published after {:.1} s", since.elapsed().as_secs_f64());
+    disks.start("other", "node-2");
+    lab.running("other");
+    lab.delete("pod", "slow");
+    drop(frozen);
+    lab.wait("the disk is used again", || Ok(disks.message(1).is_empty()));
+    disks.start("slow", "node-2");
+    lab.running("slow");
+    for name in ["slow", "other"] {
+        lab.delete("pod", name);
+        lab.delete("pvc", name);
+    }
+    lab.kubectl().run(&["delete", "storageclass", "disk"]).unwrap();
+    lab.install(&[]);
+    drop(disks);
+    lab.nothing_is_left();
+}
+
+/// A frozen disk on a node. It thaws when this is dropped: frozen, it could not even be unmounted.
+struct FrozenDisk<'a>(&'a Disks<'a>, usize);
+
+impl<'a> FrozenDisk<'a> {
+    fn freeze(disks: &'a Disks<'a>, node: usize) -> Self {
+        disks.sh(node, "fsfreeze -f /mnt/disk");
+        Self(disks, node)
+    }
+}
+
+impl Drop for FrozenDisk<'_> {
+    fn drop(&mut self) {
+        let _ = self.0.0.nodes[self.1].sh("fsfreeze -u /mnt/disk");
+    }
 }
 
 /// Nodes 2 and 3 have swapped their disks.

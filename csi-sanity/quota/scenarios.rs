@@ -16,6 +16,7 @@ use nix::sys::statvfs::statvfs;
 use tonic::Code;
 
 use super::place::{MIB, Place, Served, as_in_a_container, fill, user_writes};
+use hostdir_lab::attributes::create_subvolume_in;
 use hostdir_lab::disk::run;
 use hostdir_lab::scratch::names;
 use hostdir_lab::{Client, SetOnDrop, wait_until};
@@ -348,41 +349,31 @@ fn subvolumes_of_a_tenant(place: &Place) {
 /// With simple quotas a tenant can name the groups of a subvolume that it makes: its neighbour's, or none.
 fn subvolumes_with_groups_of_their_own(served: &Served<'_>) {
     let place = served.place;
-    let group_of = |id: &str| {
-        let shown = run(Command::new("btrfs")
-            .args(["inspect-internal", "rootid"])
-            .arg(place.target(id)));
-        format!("26724/{}", shown.trim())
-    };
-    for (name, group) in [("foreign", group_of("to")), ("none", "1/1".to_owned())] {
-        let subvolume = place.target("from").join(name);
-        run(Command::new("btrfs")
-            .args(["subvolume", "create", "-i", &group])
-            .arg(&subvolume));
+    served.volume("taker", 16);
+    served.volume("victim", 16);
+    let shown = run(Command::new("btrfs")
+        .args(["inspect-internal", "rootid"])
+        .arg(place.target("victim")));
+    let neighbours: u64 = 26_724 << 48 | shown.trim().parse::<u64>().expect("an id");
+    for (name, group) in [("foreign", Some(neighbours)), ("none", None)] {
+        let subvolume = place.target("taker").join(name);
+        create_subvolume_in(&subvolume, group);
         let inner = subvolume.join("inner");
         run(Command::new("btrfs").args(["subvolume", "create"]).arg(&inner));
         as_in_a_container(|| fill(&subvolume.join("file"), 6 * MIB));
         as_in_a_container(|| fill(&inner.join("file"), 6 * MIB));
     }
     // The kubelet asks every minute.
-    let (_, used) = served.stats("from", Unit::Bytes);
+    let (_, used) = served.stats("taker", Unit::Bytes);
     assert!(used >= 16 * MIB, "only {used} of more than 16 MiB count");
     for name in ["foreign", "none", "none/inner"] {
-        let more = place.target("from").join(name).join("more");
+        let more = place.target("taker").join(name).join("more");
         let written = as_in_a_container(|| fill(&more, 4 * MIB));
         assert!(written < MIB, "{written} more bytes could be written into {name}");
     }
-    let (_, used) = served.stats("to", Unit::Bytes);
+    let (_, used) = served.stats("victim", Unit::Bytes);
     assert!(used < 2 * MIB, "{used} bytes count towards the neighbour's limit");
-    for name in ["foreign", "none"] {
-        let subvolume = place.target("from").join(name);
-        for subvolume in [subvolume.join("inner"), subvolume] {
-            run(Command::new("btrfs").args(["subvolume", "delete"]).arg(subvolume));
-        }
-    }
-    wait_until("the space is free again", || {
-        served.stats("from", Unit::Bytes).1 < 8 * MIB
-    });
+    served.clear(&["taker", "victim"]);
 }
 
 pub(super) fn a_restart_restores_limits(place: &Place) {

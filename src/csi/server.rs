@@ -9,7 +9,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::StreamExt as _;
+use futures::{Stream, StreamExt as _};
 use thiserror::Error;
 use tokio::net::UnixListener;
 use tokio::sync::Notify;
@@ -23,6 +23,7 @@ use super::proto::controller_server::ControllerServer;
 use super::proto::identity_server::IdentityServer;
 use super::proto::node_server::NodeServer;
 use super::{About, Service};
+use crate::background::ACCEPT_PAUSE;
 use crate::metrics::Metrics;
 use crate::volume::{Control, Health, Node};
 
@@ -156,16 +157,7 @@ pub(crate) async fn serve(
     patience: Duration,
 ) -> anyhow::Result<()> {
     let Listener { socket, file } = listener;
-    let incoming =
-        UnixListenerStream::new(UnixListener::from_std(socket)?).filter_map(async |accepted| match accepted {
-            Ok(connection) => Some(Ok::<_, std::io::Error>(connection)),
-            // tonic would end on most errors, and try again at once on the others.
-            Err(error) => {
-                warn!(%error, "cannot accept a connection");
-                sleep(ACCEPT_PAUSE).await;
-                None
-            }
-        });
+    let incoming = connections(UnixListener::from_std(socket)?);
     let calls = TaskTracker::new();
     let Serving {
         driver_name,
@@ -214,8 +206,17 @@ pub(crate) async fn serve(
     Ok(())
 }
 
-/// How long to wait after a failed accept(2): without descriptors, the next one fails as well.
-pub(crate) const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
+/// The connections to a socket. tonic would end on most errors of accept(2), and try again at once after the others.
+fn connections(socket: UnixListener) -> impl Stream<Item = std::io::Result<tokio::net::UnixStream>> {
+    UnixListenerStream::new(socket).filter_map(async |accepted| match accepted {
+        Ok(connection) => Some(Ok(connection)),
+        Err(error) => {
+            warn!(%error, "cannot accept a connection");
+            sleep(ACCEPT_PAUSE).await;
+            None
+        }
+    })
+}
 
 /// How long clients have to read the last answers and disconnect. A client that hangs must not keep this process running.
 const GOODBYE: Duration = Duration::from_secs(1);

@@ -13,17 +13,15 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::fcntl::OFlag;
-use nix::sys::stat::Mode;
 use tracing::{debug, error, warn};
 
 use super::dir::Dir;
 use super::durable::SyncedDir;
 use super::layout::DATA;
 use super::quota::{Destroyed, Quota};
-use super::sys;
+use super::removal::{Halt, loosen, remove, remove_tree};
 use crate::background::{Stop, Stopped, spawn};
-use crate::volume::disk::{DiskError, Inode};
+use crate::volume::disk::DiskError;
 use crate::volume::id::PoolName;
 
 /// How often to retry what could not be erased: a mount below it may be gone by then.
@@ -160,12 +158,13 @@ impl Work {
                 Ok(names) => {
                     for name in names {
                         self.stop.rest(Duration::ZERO)?;
+                        let name = name.map_err(Halt::from);
                         match name.and_then(|name| self.erase(&name, &mut pace)) {
-                            Ok(Ok(Outcome::Gone)) => {}
-                            Ok(Ok(Outcome::Shrunk)) => moving = true,
-                            Ok(Ok(Outcome::Stuck)) => stuck = true,
-                            Ok(Err(Stopped)) => return Err(Stopped),
-                            Err(error) => stuck = report(&error),
+                            Ok(Outcome::Gone) => {}
+                            Ok(Outcome::Shrunk) => moving = true,
+                            Ok(Outcome::Stuck) => stuck = true,
+                            Err(Halt::Stopped) => return Err(Stopped),
+                            Err(Halt::Failed(error)) => stuck = report(&error),
                         }
                     }
                 }
@@ -177,38 +176,46 @@ impl Work {
     }
 
     /// Erases one entry of the trash.
-    fn erase(&self, name: &CStr, pace: &mut Pace) -> Result<Result<Outcome, Stopped>, DiskError> {
-        match remove(&self.trash.dir, name) {
-            Ok(()) => return Ok(Ok(Outcome::Gone)),
-            Err(Errno::ENOTEMPTY) => match self.quota.destroy(&self.trash.dir, name)? {
+    fn erase(&self, name: &CStr, pace: &mut Pace) -> Result<Outcome, Halt> {
+        let trash = &self.trash.dir;
+        match remove(trash, name) {
+            Ok(()) => return Ok(Outcome::Gone),
+            Err(Errno::ENOTEMPTY) => match self.quota.destroy(trash, name)? {
                 Destroyed::NoSubvolume => {}
-                Destroyed::Gone => return Ok(Ok(Outcome::Gone)),
-                Destroyed::Holds(nested) => return Ok(Ok(self.move_all_up(nested, name))),
+                Destroyed::Gone => return Ok(Outcome::Gone),
+                Destroyed::Holds(nested) => return Ok(self.move_all_up(nested, name)),
             },
-            Err(errno) => return Ok(Ok(stuck(&self.trash.dir, name, errno))),
+            Err(errno) => return Ok(stuck(trash, name, errno)),
         }
-        let dir = self.trash.dir.child(name)?;
+        let dir = trash.child(name)?;
         self.quota.note_erasing(&dir);
-        let mut outcome = Outcome::Gone;
-        // The directory of a volume: its project must be noted before it is gone. If it cannot be opened, the loop below
-        // finds it stuck.
+        // The directory of a volume: its project must be noted before it is gone. If it cannot be opened, it is found stuck.
         if let Ok(Some(data)) = dir.find_child(DATA) {
             self.quota.note_erasing(&data);
             drop(data);
             // Even if it is empty: its quota group must be released.
             if let Destroyed::Holds(nested) = self.quota.destroy(&dir, DATA)? {
-                return Ok(Ok(self.move_all_up(nested, name)));
+                return Ok(self.move_all_up(nested, name));
             }
         }
+        let outcome = self.empty_dir(&dir, name, pace)?;
+        drop(dir);
+        Ok(match (outcome, remove(trash, name)) {
+            (Outcome::Stuck, _) => Outcome::Stuck,
+            (_, Err(errno)) => stuck(trash, name, errno),
+            (outcome, Ok(())) => outcome,
+        })
+    }
+
+    /// Removes what is in a directory, and moves directories that are not empty up into the trash.
+    fn empty_dir(&self, dir: &Dir, volume: &CStr, pace: &mut Pace) -> Result<Outcome, Halt> {
+        let mut outcome = Outcome::Gone;
         for entry in dir.names()? {
             let entry = entry?;
-            let removed = match remove(&dir, &entry) {
+            let removed = match remove(dir, &entry) {
                 // A subvolume is also moved, and destroyed later as an entry of the trash.
-                Err(Errno::ENOTEMPTY) => match self.move_up(&dir, &entry, name) {
-                    Err(Errno::ENOKEY) => match self.remove_tree(&dir, &entry, pace)? {
-                        Ok(removed) => removed,
-                        Err(stopped) => return Ok(Err(stopped)),
-                    },
+                Err(Errno::ENOTEMPTY) => match self.move_up(dir, &entry, volume) {
+                    Err(Errno::ENOKEY) => remove_tree(dir, &entry, || pace.step(&self.stop))?,
                     moved => {
                         if matches!(outcome, Outcome::Gone) {
                             outcome = Outcome::Shrunk;
@@ -219,59 +226,11 @@ impl Work {
                 removed => removed,
             };
             if let Err(errno) = removed {
-                outcome = stuck(&dir, &entry, errno);
+                outcome = stuck(dir, &entry, errno);
             }
-            if let Err(stopped) = pace.step(&self.stop) {
-                return Ok(Err(stopped));
-            }
+            pace.step(&self.stop)?;
         }
-        drop(dir);
-        if let (false, Err(errno)) = (matches!(outcome, Outcome::Stuck), remove(&self.trash.dir, name)) {
-            outcome = stuck(&self.trash.dir, name, errno);
-        }
-        Ok(Ok(outcome))
-    }
-
-    /// Removes a directory with all that is in it, from within: nothing can be moved out of an encrypted directory whose key is gone
-    /// (fscrypt_prepare_rename in fs/crypto/hooks.c), but everything in it can be removed. Keeps one descriptor, however deep it is.
-    fn remove_tree(
-        &self,
-        parent: &Dir,
-        name: &CStr,
-        pace: &mut Pace,
-    ) -> Result<Result<nix::Result<()>, Stopped>, DiskError> {
-        // The directories above the current one, and its name in each.
-        let mut above: Vec<(Inode, CString)> = Vec::new();
-        let mut dir = parent.child(name)?;
-        loop {
-            let mut deeper = None;
-            for entry in dir.names()? {
-                let entry = entry?;
-                match remove(&dir, &entry) {
-                    Ok(()) => {}
-                    Err(Errno::ENOTEMPTY) => {
-                        deeper = Some(entry);
-                        break;
-                    }
-                    Err(errno) => return Ok(Ok(Err(errno))),
-                }
-                if let Err(stopped) = pace.step(&self.stop) {
-                    return Ok(Err(stopped));
-                }
-            }
-            if let Some(entry) = deeper {
-                let child = dir.child(&entry)?;
-                above.push((dir.inode()?, entry));
-                dir = child;
-            } else if let Some((inode, entry)) = above.pop() {
-                dir = dir.parent(inode)?;
-                if let Err(errno) = remove(&dir, &entry) {
-                    return Ok(Ok(Err(errno)));
-                }
-            } else {
-                return Ok(Ok(remove(parent, name)));
-            }
-        }
+        Ok(outcome)
     }
 
     /// Moves subvolumes out of the one that they are in, which is destroyed on the next pass.
@@ -308,37 +267,6 @@ impl Work {
         let name = [id, b".", trash, b".", n.to_string().as_bytes()].concat();
         CString::new(name).expect("made of C strings and digits")
     }
-}
-
-/// Removes an entry of any kind; a directory only when it is empty.
-fn remove(dir: &Dir, name: &CStr) -> nix::Result<()> {
-    // unlink(2) of a directory fails with EISDIR on Linux.
-    let attempt = || match dir.unlink(name) {
-        Err(Errno::EISDIR) => dir.rmdir(name),
-        unlinked => unlinked,
-    };
-    match attempt() {
-        Err(Errno::ENOENT) => Ok(()),
-        Err(Errno::EPERM) => loosen(dir, name).and_then(|()| attempt()),
-        removed => removed,
-    }
-}
-
-/// Clears the flags (chattr(1) `+i`, `+a`) that keep an entry, or anything in its directory, from being removed.
-fn loosen(dir: &Dir, name: &CStr) -> nix::Result<()> {
-    if dir.stat(c"")?.is_immutable() {
-        sys::clear_immutable(dir)?;
-    }
-    let stat = dir.stat(name)?;
-    if !stat.is_immutable() {
-        return Ok(());
-    }
-    if stat.is_file() || stat.is_dir() {
-        let file = dir.open_beneath(name, OFlag::O_RDONLY | OFlag::O_NONBLOCK, Mode::empty())?;
-        return sys::clear_immutable(file);
-    }
-    // Opening anything else may have side effects.
-    sys::clear_immutable_at(dir, name)
 }
 
 fn stuck(dir: &Dir, name: &CStr, errno: Errno) -> Outcome {

@@ -13,6 +13,7 @@ mod open;
 mod pool;
 mod privileges;
 mod quota;
+mod removal;
 mod sys;
 mod target;
 mod threads;

@@ -30,6 +30,8 @@ pub(super) struct Qgroups {
     /// Where the kernel shows them: `/sys/fs/btrfs/<uuid>/qgroups` (Linux 5.9). It exists while quotas are on.
     sysfs: PathBuf,
     simple: bool,
+    /// A directory that is in no volume: a full one does not even let its own groups be changed.
+    outside: Dir,
     /// Whether quotas have been seen off since the pool was opened: then all limits are gone.
     lost: AtomicBool,
     /// Destroyed subvolumes whose groups may still exist.
@@ -50,6 +52,7 @@ impl Qgroups {
         let sysfs = sysfs.join("qgroups");
         let found = Self {
             simple: is_simple(&sysfs),
+            outside: volumes.child(c".").map_err(|error| error.with_cause())?,
             sysfs,
             lost: AtomicBool::new(false),
             destroyed: Mutex::default(),
@@ -109,7 +112,7 @@ impl Qgroups {
         let wanted = limit.bytes.map(|bytes| bytes.0);
         if self.simple {
             // What cannot be found now is found when the usage is asked for.
-            let _ = self.adopt_nested(data, subvolume);
+            let _ = self.adopt_nested(subvolume);
         }
         if self.limited(group) == wanted {
             return Ok(());
@@ -123,17 +126,17 @@ impl Qgroups {
 
     /// With simple quotas: brings the subvolumes that a tenant has made in a volume under the limit of the volume. The kernel does
     /// so itself, unless the tenant names other groups, or none (`BTRFS_SUBVOL_QGROUP_INHERIT`), which needs no privilege.
-    fn adopt_nested(&self, data: &Dir, volume: u64) -> nix::Result<()> {
+    fn adopt_nested(&self, volume: u64) -> nix::Result<()> {
         let own = sys::upper(volume);
         let mut parents = vec![volume];
         while let Some(parent) = parents.pop() {
             let mut from = 0;
             loop {
-                let nested = sys::subvolumes_in(data, parent, from)?;
+                let nested = sys::subvolumes_in(&self.outside, parent, from)?;
                 let Some(last) = nested.last() else { break };
                 from = last.id + 1;
                 for subvolume in nested.iter().map(|nested| nested.id) {
-                    adopt(data, subvolume, own)?;
+                    adopt(&self.outside, subvolume, own)?;
                     parents.push(subvolume);
                 }
             }
@@ -145,7 +148,7 @@ impl Qgroups {
     pub(super) fn usage(&self, data: &Dir) -> Result<Option<Usage>, DiskError> {
         let subvolume = subvolume(data)?;
         if self.simple
-            && let Err(errno) = self.adopt_nested(data, subvolume)
+            && let Err(errno) = self.adopt_nested(subvolume)
         {
             warn!(path = %data.path().display(), %errno, "cannot find the subvolumes in a volume; they may exceed its limit");
         }
@@ -216,7 +219,7 @@ impl Qgroups {
     }
 
     fn read(&self, group: u64, what: &str) -> Option<u64> {
-        let (level, id) = (group >> 48, group & ((1 << 48) - 1));
+        let (level, id) = (group >> 48, sys::number(group));
         let path = self.sysfs.join(format!("{level}_{id}")).join(what);
         // A number, in one read.
         let mut buffer = [0; 32];
@@ -229,20 +232,20 @@ impl Qgroups {
 }
 
 /// Puts a subvolume into the group `own`, and takes it out of hostdir's other groups.
-fn adopt(data: &Dir, subvolume: u64, own: u64) -> nix::Result<()> {
-    let groups = sys::groups_of(data, subvolume)?;
+fn adopt(dir: &Dir, subvolume: u64, own: u64) -> nix::Result<()> {
+    let groups = sys::groups_of(dir, subvolume)?;
     let foreign = groups
         .iter()
         .filter(|group| **group != own && **group >> 48 == sys::LEVEL);
     for group in foreign {
-        warn!(path = %data.path().display(), subvolume, group = group & ((1 << 48) - 1),
+        warn!(path = %dir.path().display(), subvolume, group = sys::number(*group), own = sys::number(own),
             "a subvolume in a volume counted towards another volume's limit; now it counts towards its own");
-        sys::leave_qgroup(data, subvolume, *group)?;
+        sys::leave_qgroup(dir, subvolume, *group)?;
     }
     if groups.contains(&own) {
         return Ok(());
     }
-    sys::join_qgroup(data, subvolume, own)
+    sys::join_qgroup(dir, subvolume, own)
 }
 
 /// Makes a subvolume, unless there is one. Replaces an empty directory.

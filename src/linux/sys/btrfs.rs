@@ -304,6 +304,11 @@ pub(in crate::linux) fn upper(subvolume: u64) -> u64 {
     (LEVEL << 48) | subvolume
 }
 
+/// The number of a quota group within its level.
+pub(in crate::linux) fn number(qgroup: u64) -> u64 {
+    qgroup & ((1 << 48) - 1)
+}
+
 /// Limits the bytes that a quota group references; `None` means no limit.
 pub(in crate::linux) fn limit_qgroup(file: impl AsFd, qgroup: u64, bytes_max: Option<u64>) -> Result<()> {
     /// `BTRFS_QGROUP_LIMIT_MAX_RFER`

@@ -1,4 +1,5 @@
-//! What tenants can do to files that coreutils cannot: encryption (fscrypt), and flags of links and pipes (file_setattr).
+//! What tenants can do to files that coreutils cannot: encryption (fscrypt), flags of links and pipes (file_setattr), and btrfs
+//! subvolumes in chosen quota groups.
 #![expect(unsafe_code, reason = "system calls without a safe wrapper")]
 
 use std::ffi::CString;
@@ -145,4 +146,58 @@ pub fn make_immutable(file: &Path) -> nix::Result<()> {
 /// Whether the kernel has file_setattr(2).
 pub fn links_can_have_flags() -> bool {
     make_immutable(Path::new("")) != Err(Errno::ENOSYS)
+}
+
+/// `struct btrfs_qgroup_inherit` with room for one group, see include/uapi/linux/btrfs.h.
+#[repr(C)]
+struct Inherit {
+    flags: u64,
+    groups: u64,
+    copies: [u64; 2],
+    limit: [u64; 5],
+    group: u64,
+}
+
+/// `struct btrfs_ioctl_vol_args_v2`, in the variant that creates a subvolume.
+#[repr(C)]
+struct CreateArgs {
+    fd: i64,
+    transaction: u64,
+    flags: u64,
+    size: u64,
+    inherit: u64,
+    unused: [u64; 2],
+    name: [u8; 4040],
+}
+
+const _: () = assert!(size_of::<CreateArgs>() == 4096 && size_of::<Inherit>() == 80);
+
+nix::ioctl_write_ptr!(create_subvolume_v2, 0x94, 24, CreateArgs);
+
+/// Makes a btrfs subvolume that is in this quota group only, or in none. Needs no privilege.
+pub fn create_subvolume_in(path: &Path, group: Option<u64>) {
+    /// `BTRFS_SUBVOL_QGROUP_INHERIT`
+    const INHERIT: u64 = 1 << 2;
+    let inherit = Inherit {
+        flags: 0,
+        groups: u64::from(group.is_some()),
+        copies: [0; 2],
+        limit: [0; 5],
+        group: group.unwrap_or_default(),
+    };
+    let size = if group.is_some() { 80 } else { 72 };
+    let mut args = CreateArgs {
+        fd: 0,
+        transaction: 0,
+        flags: INHERIT,
+        size,
+        inherit: (&raw const inherit).addr() as u64,
+        unused: [0; 2],
+        name: [0; 4040],
+    };
+    let name = path.file_name().expect("a name").as_bytes();
+    args.name[..name.len()].copy_from_slice(name);
+    let dir = File::open(path.parent().expect("a parent")).expect("open the directory");
+    // SAFETY: the kernel reads the arguments, and as much of the other structure as they say; both outlive the call.
+    unsafe { create_subvolume_v2(dir.as_raw_fd(), &raw const args) }.expect("create a subvolume");
 }
