@@ -94,13 +94,7 @@ fn on_slow(name: &str) -> hostdir::csi::proto::CreateVolumeRequest {
 /// Begins to expand a volume, on a disk that hangs.
 fn expand_in_background(client: &Client, name: &'static str) -> JoinHandle<Result<(), Status>> {
     let csi = client.csi().clone();
-    client.block_on(async {
-        let expand = tokio::spawn(async move { csi.expand(name, 2 << 20).await.map(drop) });
-        // Until it has been sent.
-        tokio::task::yield_now().await;
-        client.csi().info().await.unwrap();
-        expand
-    })
+    client.begin(async move { csi.expand(name, 2 << 20).await.map(drop) })
 }
 
 /// Whether a thread of the process waits in the kernel and cannot be killed (state D, see proc_pid_stat(5)).
@@ -230,12 +224,11 @@ fn a_killed_driver_that_hangs_keeps_no_pool_but_the_one_it_hangs_in() {
     let driver = pools.driver();
     // The disk thaws before a driver is waited for.
     let (process, client, next);
-    let frozen;
     (process, client) = start(&driver);
     client.create_as(on_slow("on-slow")).unwrap();
     client.publish("on-slow", &pools.target("on-slow")).unwrap();
     pools.default_pool_works(&client, "pvc-1");
-    frozen = pools.freeze();
+    let frozen = pools.freeze();
     drop(expand_in_background(&client, "on-slow"));
     wait_until("the call hangs", || has_stuck_thread(&process));
     process.signal(Signal::SIGKILL);

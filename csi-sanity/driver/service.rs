@@ -75,13 +75,7 @@ fn a_call_whose_caller_has_left_does_not_delay_the_end() {
     let (mut process, client) = start(&driver);
     process.faults().arm(Step::Named("mkdirat", 0), Fault::Hold);
     let csi = client.csi().clone();
-    let call = client.block_on(async {
-        let call = tokio::spawn(async move { csi.create(create_request("pvc-1")).await });
-        // Until it has been sent.
-        tokio::task::yield_now().await;
-        client.csi().info().await.unwrap();
-        call
-    });
+    let call = client.begin(async move { csi.create(create_request("pvc-1")).await });
     wait_until("the call is under way", || process.faults().holds());
     call.abort();
     drop(client);

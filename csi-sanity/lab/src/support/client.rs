@@ -15,6 +15,7 @@ use hostdir::csi::proto::{
     NodePublishVolumeRequest, NodeUnpublishVolumeRequest, ProbeRequest, Volume, VolumeCapability, VolumeUsage,
 };
 use tokio::runtime::Runtime;
+use tokio::task::JoinHandle;
 use tonic::Status;
 use tonic::transport::{Channel, Endpoint};
 
@@ -222,6 +223,16 @@ impl Client {
     /// Runs a future that uses this connection.
     pub fn block_on<T>(&self, future: impl Future<Output = T>) -> T {
         self.runtime.block_on(future)
+    }
+
+    /// Begins a call, which has been sent when this returns.
+    pub fn begin<T: Send + 'static>(&self, call: impl Future<Output = T> + Send + 'static) -> JoinHandle<T> {
+        let call = self.runtime.spawn(call);
+        self.block_on(async {
+            tokio::task::yield_now().await;
+            drop(self.csi().info().await);
+        });
+        call
     }
 
     pub fn probe(&self) -> Result<(), Status> {

@@ -96,10 +96,13 @@ impl Tenant {
             }
             4 => {
                 let made = fs::File::create_new(&new).and_then(|mut file| file.write_all(&[0; 5_000]));
-                self.keep(made, new);
+                self.keep(made.is_ok(), new);
             }
             // A sparse file of a gigabyte.
-            5 => self.keep(fs::File::create_new(&new).and_then(|file| file.set_len(1 << 30)), new),
+            5 => {
+                let made = fs::File::create_new(&new).and_then(|file| file.set_len(1 << 30));
+                self.keep(made.is_ok(), new);
+            }
             6 => drop(symlink(&self.outside, &new)),
             7 => {
                 if let Some(file) = self.random.pick(&self.files.clone()) {
@@ -113,7 +116,7 @@ impl Tenant {
                 path.map(|path| fs::set_permissions(path, fs::Permissions::from_mode(mode)));
             }
             10 => {
-                if let Some(moved) = self.random.pick(&self.dirs[1..].to_vec()) {
+                if let Some(moved) = self.random.pick(&self.dirs.clone()[1..]) {
                     let _ = fs::rename(moved, &new);
                 }
             }
@@ -129,8 +132,8 @@ impl Tenant {
         (!is_link).then_some(path)
     }
 
-    fn keep(&mut self, made: std::io::Result<()>, file: PathBuf) {
-        if made.is_ok() {
+    fn keep(&mut self, made: bool, file: PathBuf) {
+        if made {
             self.files.push(file);
         }
     }
