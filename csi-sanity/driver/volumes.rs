@@ -319,9 +319,8 @@ fn capabilities_are_confirmed_or_refused_with_the_reason() {
             parameters,
             ..ValidateVolumeCapabilitiesRequest::default()
         };
-        client
-            .wait(client.controller().validate_volume_capabilities(request))
-            .unwrap()
+        let mut controller = client.controller();
+        client.wait(controller.validate_volume_capabilities(request)).unwrap()
     };
     assert!(validate(Mode::SingleNodeSingleWriter, map(&[])).confirmed.is_some());
     let refusal = validate(Mode::MultiNodeMultiWriter, map(&[]));

@@ -139,17 +139,7 @@ pub(super) fn a_deleted_volume_leaves_nothing_behind(place: &Place) {
     let before = place.known_to_quotas();
     let served = place.start();
     for life in 0..3 {
-        let target = served.volume("again", 16);
-        let (total, used) = served.stats("again", Unit::Bytes);
-        assert_eq!(total, 16 * MIB);
-        assert!(
-            used <= place.slack(),
-            "in round {life} the new volume already uses {used} bytes"
-        );
-        fs::create_dir_all(target.join("a/b/c")).expect("make directories");
-        fs::write(target.join("a/b/c/file"), "deep").expect("write");
-        as_in_a_container(|| fill(&target.join("file"), 64 * MIB));
-        served.clear(&["again"]);
+        live_once(&served, life);
     }
     // An empty volume, and one that was never used.
     served.volume("empty", 16);
@@ -160,6 +150,21 @@ pub(super) fn a_deleted_volume_leaves_nothing_behind(place: &Place) {
         let left: Vec<u64> = place.known_to_quotas();
         left.iter().all(|id| before.contains(id))
     });
+}
+
+/// A new volume of the same name is empty, and is filled.
+fn live_once(served: &Served<'_>, life: usize) {
+    let target = served.volume("again", 16);
+    let (total, used) = served.stats("again", Unit::Bytes);
+    assert_eq!(total, 16 * MIB);
+    assert!(
+        used <= served.place.slack(),
+        "in round {life} the new volume already uses {used} bytes"
+    );
+    fs::create_dir_all(target.join("a/b/c")).expect("make directories");
+    fs::write(target.join("a/b/c/file"), "deep").expect("write");
+    as_in_a_container(|| fill(&target.join("file"), 64 * MIB));
+    served.clear(&["again"]);
 }
 
 /// The number of concurrent callers.
@@ -222,14 +227,12 @@ pub(super) fn many_callers_get_volumes_of_their_own(place: &Place) {
 }
 
 pub(super) fn inodes_are_limited_or_the_setting_is_refused(place: &Place) {
+    let served = place.serve("quota: required, inodesPerGiB: 100");
     if !place.filesystem.has_projects() {
-        let (process, client) = hostdir_lab::scene::start(&place.driver("quota: required, inodesPerGiB: 100"));
-        let refusal = client.probe().expect_err("btrfs limits no inodes");
+        let refusal = served.client.probe().expect_err("btrfs limits no inodes");
         assert!(refusal.message().contains("inodesPerGiB"), "{}", refusal.message());
-        drop(process);
         return;
     }
-    let served = place.serve("quota: required, inodesPerGiB: 100");
     let target = served.volume("many-files", 16);
     let made = as_in_a_container(|| {
         (0..200)

@@ -358,12 +358,9 @@ mod tests {
             assert_eq!(status.code(), Code::InvalidArgument);
             assert!(status.message().contains(word), "{}", status.message());
         }
-        assert!(
-            capability(mount(Mode::SingleNodeWriter, "ext4", &["ro"]), || Some("ext4".into()))
-                .unwrap()
-                .1
-                .read_only
-        );
+        let read_only = mount(Mode::SingleNodeWriter, "ext4", &["ro"]);
+        let (_, options) = capability(read_only, || Some("ext4".into())).unwrap();
+        assert!(options.read_only);
     }
 
     #[test]

@@ -99,31 +99,36 @@ impl Listener {
     /// Another process listens on the path, a file there is not a socket, or a system call failed.
     pub(crate) fn bind(endpoint: &Endpoint) -> Result<Self, ListenError> {
         let path = endpoint.path();
-        let io = |verb| {
-            move |source| ListenError::Io {
-                verb,
-                path: path.to_owned(),
-                source,
-            }
-        };
-        match std::fs::symlink_metadata(path) {
-            Err(error) if error.kind() == ErrorKind::NotFound => {}
-            Err(error) => return Err(io("stat")(error)),
-            Ok(metadata) if !metadata.file_type().is_socket() => return Err(ListenError::NoSocket(path.to_owned())),
-            Ok(_) => match UnixStream::connect(path) {
-                Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
-                    info!(path = %path.display(), "replacing the socket of a process that is gone");
-                    std::fs::remove_file(path).map_err(io("remove the stale socket"))?;
-                }
-                Err(error) => return Err(io("connect to")(error)),
-                Ok(_) => return Err(ListenError::Taken(path.to_owned())),
-            },
-        }
-        let socket = StdListener::bind(path).map_err(io("listen on"))?;
+        make_room(path)?;
+        let socket = StdListener::bind(path).map_err(io(path, "listen on"))?;
         let file = SocketFile(path.to_owned());
-        socket.set_nonblocking(true).map_err(io("set up"))?;
+        socket.set_nonblocking(true).map_err(io(path, "set up"))?;
         Ok(Self { socket, file })
     }
+}
+
+/// Removes the socket of a process that is gone.
+fn make_room(path: &Path) -> Result<(), ListenError> {
+    let metadata = match std::fs::symlink_metadata(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        metadata => metadata.map_err(io(path, "stat"))?,
+    };
+    if !metadata.file_type().is_socket() {
+        return Err(ListenError::NoSocket(path.to_owned()));
+    }
+    match UnixStream::connect(path) {
+        Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
+            info!(path = %path.display(), "replacing the socket of a process that is gone");
+            std::fs::remove_file(path).map_err(io(path, "remove the stale socket"))
+        }
+        Err(error) => Err(io(path, "connect to")(error)),
+        Ok(_) => Err(ListenError::Taken(path.to_owned())),
+    }
+}
+
+fn io(path: &Path, verb: &'static str) -> impl FnOnce(std::io::Error) -> ListenError {
+    let path = path.to_owned();
+    move |source| ListenError::Io { verb, path, source }
 }
 
 impl Drop for SocketFile {

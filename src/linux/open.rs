@@ -57,12 +57,7 @@ pub(super) fn open(config: &PoolConfig) -> Result<Opened, Unusable> {
     })?;
     let root = open_root(config)?;
     let mount = mount_of(&root)?;
-    if config.require_mount && is_on_root_filesystem(&config.path, &mount) {
-        return Err(Unusable(format!(
-            "{} is not on a disk of its own, and requireMount is set: mount the disk there",
-            config.path.display()
-        )));
-    }
+    require_mount(config, &mount)?;
     let (disk, Identity { id, foreign, .. }) = lock_and_identify(config, &root, &mount)?;
     let volumes = recover(config, &root, &disk)?;
     disk.eraser.start(Arc::clone(&disk.trash));
@@ -75,6 +70,16 @@ pub(super) fn open(config: &PoolConfig) -> Result<Opened, Unusable> {
         volumes,
         disk: Box::new(disk),
     })
+}
+
+fn require_mount(config: &PoolConfig, mount: &mountinfo::Entry) -> Result<(), Unusable> {
+    if config.require_mount && is_on_root_filesystem(&config.path, mount) {
+        return Err(Unusable(format!(
+            "{} is not on a disk of its own, and requireMount is set: mount the disk there",
+            config.path.display()
+        )));
+    }
+    Ok(())
 }
 
 fn lock_and_identify(

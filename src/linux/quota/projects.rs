@@ -155,13 +155,17 @@ impl ProjectQuota {
             self.lock().taken.remove(&id);
             entered?;
         }
+        Err(self.none_left(data))
+    }
+
+    fn none_left(&self, data: &Dir) -> DiskError {
         let ProjectRange { first, last } = self.range;
-        Err(DiskError {
+        DiskError {
             verb: "give a project of its own to",
             path: data.path().to_owned(),
             kind: DiskErrorKind::Failed,
             source: format!("all ids from {first} to {last} are in use on this filesystem; widen projectIds").into(),
-        })
+        }
     }
 
     /// Takes an empty directory out of the project that an earlier attempt with quotas has left it in.

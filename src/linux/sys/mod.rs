@@ -165,18 +165,19 @@ pub(super) fn clear_immutable(file: impl AsFd) -> Result<()> {
     Errno::result(set).map(drop)
 }
 
+/// `struct file_attr`, include/uapi/linux/fs.h.
+#[repr(C)]
+#[derive(Default)]
+struct FileAttributes {
+    flags: u64,
+    _sizes: [u32; 2],
+    _project: u32,
+    _size: u32,
+}
+
 /// Like [`clear_immutable`], for what must not be opened, such as a FIFO or a symbolic link: file_setattr(2), Linux 6.17. Older
 /// kernels give such files no flags.
 pub(super) fn clear_immutable_at(dir: impl AsFd, name: &CStr) -> Result<()> {
-    /// `struct file_attr`, include/uapi/linux/fs.h.
-    #[repr(C)]
-    #[derive(Default)]
-    struct FileAttributes {
-        flags: u64,
-        _sizes: [u32; 2],
-        _project: u32,
-        _size: u32,
-    }
     /// `FS_XFLAG_IMMUTABLE` and `FS_XFLAG_APPEND`
     const IMMUTABLE: u64 = 0x8 | 0x10;
     /// Numbers of the system calls, the same on all architectures but alpha.

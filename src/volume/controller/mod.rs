@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tracing::info;
+use uuid::Uuid;
 
 use super::control::{Control, CreateRequest, Health, Volume};
 use super::error::{Error, Reason};
@@ -114,18 +115,19 @@ impl Controller {
         Ok(to_volume(volume))
     }
 
+    /// The UID of a volume, if it exists.
+    fn uid(&self, id: &VolumeId) -> Result<Option<Uuid>, Error> {
+        if let Some(uid) = self.cache.uid(id) {
+            return Ok(Some(uid));
+        }
+        let found = self.find(id)?;
+        // A volume that the watch has not shown yet must not count as deleted.
+        found.iter().for_each(|volume| self.cache.note(volume));
+        Ok(found.map(|volume| volume.uid))
+    }
+
     fn try_delete(&self, id: &VolumeId) -> Result<(), Error> {
-        let uid = match self.cache.uid(id) {
-            Some(uid) => uid,
-            None => match self.find(id)? {
-                None => return Ok(()),
-                Some(volume) => {
-                    // A volume that the watch has not shown yet must not count as deleted.
-                    self.cache.note(&volume);
-                    volume.uid
-                }
-            },
-        };
+        let Some(uid) = self.uid(id)? else { return Ok(()) };
         let Some(volume) = self.store.delete(id, uid).map_err(about(id))? else {
             self.cache.forget(id, uid);
             return Ok(());

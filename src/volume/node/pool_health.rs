@@ -98,12 +98,7 @@ impl Pool {
         let (arrived, mut state) = (Instant::now(), self.watched.lock());
         let fresh = state.ended_after_next();
         loop {
-            if state.stop {
-                return Err(Unusable(
-                    "hostdir is stopping on this node; the call will be retried".into(),
-                ));
-            }
-            self.refuse_if_hung(&state)?;
+            self.refuse_if_stopped_or_hung(&state)?;
             match (&state.open, &state.last) {
                 (Some(pool), Ok(inspection)) => return Ok((Arc::clone(pool), inspection.clone())),
                 (_, Err(why)) if state.ended >= fresh => return Err(why.clone()),
@@ -122,7 +117,11 @@ impl Pool {
         }
     }
 
-    fn refuse_if_hung(&self, state: &State) -> Result<(), Unusable> {
+    fn refuse_if_stopped_or_hung(&self, state: &State) -> Result<(), Unusable> {
+        if state.stop {
+            let why = "hostdir is stopping on this node; the call will be retried";
+            return Err(Unusable(why.into()));
+        }
         if state.since.is_some_and(|since| since.elapsed() > HANGS) {
             return Err(self.unanswered(state));
         }
@@ -279,14 +278,8 @@ fn inspect(
     host: &dyn Host,
     calls_max: usize,
 ) -> (Result<Inspection, Unusable>, Option<Arc<OpenPool>>) {
-    let opened = known.map_or_else(
-        || {
-            let opened = host.open(config)?;
-            Ok(Arc::new(OpenPool::new(config, opened, calls_max)))
-        },
-        Ok,
-    );
-    let pool = match opened {
+    let open = || Ok(Arc::new(OpenPool::new(config, host.open(config)?, calls_max)));
+    let pool = match known.map_or_else(open, Ok) {
         Ok(pool) => pool,
         Err(why) => return (Err(why), None),
     };

@@ -158,6 +158,18 @@ struct Inherit {
     group: u64,
 }
 
+impl Inherit {
+    fn of(group: Option<u64>) -> Self {
+        Self {
+            flags: 0,
+            groups: u64::from(group.is_some()),
+            copies: [0; 2],
+            limit: [0; 5],
+            group: group.unwrap_or_default(),
+        }
+    }
+}
+
 /// `struct btrfs_ioctl_vol_args_v2`, in the variant that creates a subvolume.
 #[repr(C)]
 struct CreateArgs {
@@ -178,13 +190,7 @@ nix::ioctl_write_ptr!(create_subvolume_v2, 0x94, 24, CreateArgs);
 pub fn create_subvolume_in(path: &Path, group: Option<u64>) {
     /// `BTRFS_SUBVOL_QGROUP_INHERIT`
     const INHERIT: u64 = 1 << 2;
-    let inherit = Inherit {
-        flags: 0,
-        groups: u64::from(group.is_some()),
-        copies: [0; 2],
-        limit: [0; 5],
-        group: group.unwrap_or_default(),
-    };
+    let inherit = Inherit::of(group);
     let size = if group.is_some() { 80 } else { 72 };
     let mut args = CreateArgs {
         fd: 0,

@@ -374,14 +374,8 @@ fn decide(call: &libc::seccomp_notif, plan: &Mutex<Plan>) -> Option<Fault> {
         return None;
     };
     let (at, fault) = plan.fault?;
-    // Dying before a call that only reads equals dying after the previous step, and a broken disk cannot make clone3 fail.
-    let pointless = match fault {
-        _ if at == Step::Never => false,
-        Fault::Die => ["read", "pread64", "lseek"].contains(name),
-        Fault::Fail(_) => *name == "clone3",
-        Fault::Hold => false,
-    };
-    if pointless || !is_step(call, name) || (plan.opened && is_inspection(call)) {
+    if (at != Step::Never && is_pointless(fault, name)) || !is_step(call, name) || (plan.opened && is_inspection(call))
+    {
         return None;
     }
     let before = |name| plan.steps.iter().filter(|step| **step == name).count();
@@ -392,6 +386,15 @@ fn decide(call: &libc::seccomp_notif, plan: &Mutex<Plan>) -> Option<Fault> {
     };
     plan.steps.push(name);
     here.then_some(fault)
+}
+
+/// Dying before a call that only reads equals dying after the previous step, and a broken disk cannot make clone3 fail.
+fn is_pointless(fault: Fault, name: &str) -> bool {
+    match fault {
+        Fault::Die => ["read", "pread64", "lseek"].contains(&name),
+        Fault::Fail(_) => name == "clone3",
+        Fault::Hold => false,
+    }
 }
 
 /// Whether a call is made by a thread that watches a pool.

@@ -215,9 +215,8 @@ fn a_node_limits_a_volume_to_what_is_allocated_and_no_more() {
     };
     let refusal = node.expand_here(&id("a"), at_least(2)).unwrap_err();
     assert!(matches!(*refusal.reason, Reason::NotAllocated { .. }), "{refusal}");
-    assigned
-        .host_volumes
-        .change("a", |host_volume| host_volume.spec.bytes = Bytes(3 << 30));
+    let grow = |host_volume: &mut HostVolume| host_volume.spec.bytes = Bytes(3 << 30);
+    assigned.host_volumes.change("a", grow);
     // A caller that asks for less has an outdated size.
     assert_eq!(node.expand_here(&id("a"), at_least(2)).unwrap(), Bytes(3 << 30));
     assert_eq!(node.get(&id("a")).unwrap().bytes, Bytes(3 << 30));
