@@ -79,6 +79,9 @@
 //!   prove that, it answers `Unavailable`, and the caller tries again.
 //! - *It does not matter who leads.* A name belongs to the controller that records it first, a delete names a UID, and every
 //!   change names the version that it was decided on.
+//! - *One disk stops only its own pool.* Each pool has threads and descriptors of its own (`linux::threads`); all others only wait
+//!   for answers, and give up in time. SIGTERM gives up the socket and the pools before anything is waited for; after SIGKILL the
+//!   next process serves every pool but the one on which a thread still hangs.
 //! - *Tenants and hostile ids reach nothing outside their volume.* Ids are lower-case DNS labels (other names are hashed).
 //!   Every path below a pool is opened from a descriptor with openat2(2) `RESOLVE_BENEATH | NO_SYMLINKS | NO_XDEV`; targets
 //!   are opened without following links. The eraser opens no device or FIFO and crosses no mount.

@@ -15,11 +15,22 @@ use tracing_subscriber::util::SubscriberInitExt as _;
 
 use crate::config::LogFormat;
 
+/// How long to wait for somebody to read the last lines.
+const PATIENCE: Duration = Duration::from_millis(1_200);
+
 /// How many lines wait to be written at most. Further ones are dropped.
 const LINES_MAX: usize = 4096;
 
 /// Dropping it writes the lines that wait, unless nobody reads them for a second.
-pub(crate) struct LogGuard(#[expect(dead_code, reason = "held for its drop")] WorkerGuard);
+pub(crate) struct LogGuard(Option<WorkerGuard>);
+
+impl Drop for LogGuard {
+    fn drop(&mut self) {
+        let guard = self.0.take();
+        // The crate's own drop may block on standard output.
+        within(PATIENCE, move || drop(guard));
+    }
+}
 
 /// Sends the log of this process to standard error, panics included. A thread of its own writes it.
 pub(crate) fn to_stderr(format: LogFormat, level: tracing::Level) -> LogGuard {
@@ -45,17 +56,22 @@ pub(crate) fn to_stderr(format: LogFormat, level: tracing::Level) -> LogGuard {
         LogFormat::Json => registry.with(log.json().with_filter(levels)).init(),
     }
     std::panic::set_hook(Box::new(|panic| error!("{panic}")));
-    LogGuard(guard)
+    LogGuard(Some(guard))
 }
 
-/// Writes a line to standard error, and waits for a second at most.
+/// Writes a line to standard error, unless nobody reads it for a second.
 pub(crate) fn last_line(line: String) {
-    let (written, ended) = channel();
+    within(PATIENCE, move || eprintln!("{line}"));
+}
+
+/// Does something on a thread of its own, and waits until it is done, but not for longer than `limit`.
+fn within(limit: Duration, work: impl FnOnce() + Send + 'static) {
+    let (done, ended) = channel();
     thread::spawn(move || {
-        eprintln!("{line}");
-        let _ = written.send(());
+        work();
+        let _ = done.send(());
     });
-    let _ = ended.recv_timeout(Duration::from_secs(1));
+    let _ = ended.recv_timeout(limit);
 }
 
 /// Standard error, which says how many lines were dropped as soon as it takes lines again.

@@ -110,7 +110,7 @@ fn crds() -> anyhow::Result<()> {
 
 fn local(args: NodeArgs) -> anyhow::Result<()> {
     let (process, LocalPools { node, pools }) = on_node(args)?;
-    let node = Arc::new(Node::new(node, Arc::new(Linux), Arc::new(NoAssignments), pools));
+    let node = Arc::new(Node::new(node, linux()?, Arc::new(NoAssignments), pools));
     let roles = Roles {
         health: Arc::clone(&node) as _,
         control: Some(Arc::clone(&node) as _),
@@ -124,7 +124,7 @@ fn node(args: NodeArgs) -> anyhow::Result<()> {
     let (runtime, metrics) = (process.runtime.handle().clone(), Arc::clone(&process.metrics));
     let client = runtime.block_on(k8s::client()).context("cannot reach the API server")?;
     let agent = Agent::new(node.clone(), client, runtime, metrics);
-    let node = Arc::new(Node::new(node, Arc::new(Linux), agent.assignments(), pools));
+    let node = Arc::new(Node::new(node, linux()?, agent.assignments(), pools));
     let roles = Roles {
         health: Arc::clone(&node) as _,
         control: Some(Arc::new(SelfTest(Arc::clone(&node)))),
@@ -201,6 +201,10 @@ fn check_sidecar(SidecarArg { lease, address }: SidecarArg) -> (String, Check) {
         lease,
         Arc::new(move || Box::pin(http::ask(address, "/healthz/leader-election"))),
     )
+}
+
+fn linux() -> anyhow::Result<Arc<Linux>> {
+    Ok(Arc::new(Linux::new().context("cannot start the threads that mount")?))
 }
 
 /// Sets up a process that works on this machine's pools. Drops privileges before any thread starts, also that of the log: threads

@@ -61,7 +61,7 @@ fn bind_code(error: &BindError) -> Code {
     match error {
         // CSI: "volume published at target_path but is incompatible".
         BindError::Conflict(_) => Code::AlreadyExists,
-        BindError::NoData | BindError::InTheWay(_) => Code::FailedPrecondition,
+        BindError::NoData | BindError::InTheWay(_) | BindError::Unproven => Code::FailedPrecondition,
         BindError::BadTarget(_) => Code::InvalidArgument,
         BindError::Disk(error) => disk_code(error.kind),
     }

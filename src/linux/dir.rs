@@ -26,6 +26,9 @@ const PRIVATE_FILE: Mode = Mode::S_IRUSR.union(Mode::S_IWUSR);
 /// Largest file that hostdir reads: its own records are below 2 KiB.
 const READ_MAX: u64 = 64 << 10;
 
+/// Longest path in a message, in bytes.
+const PATH_SHOWN: usize = 4096;
+
 /// An open directory, and the path it was opened by, for messages.
 pub(super) struct Dir {
     fd: OwnedFd,
@@ -78,8 +81,8 @@ impl Dir {
             .flags(OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC)
             .resolve(ResolveFlag::RESOLVE_NO_SYMLINKS | ResolveFlag::RESOLVE_NO_XDEV);
         let fd = openat2(&self.fd, c"..", how).map_err(|errno| self.failed("open", c"..", errno))?;
-        let mut path = self.path.clone();
-        path.pop();
+        // Paths are for messages: that of a directory below is near enough.
+        let path = self.path.clone();
         let parent = Self { fd, path };
         if parent.inode()? != expected {
             // Somebody moves directories there.
@@ -198,7 +201,12 @@ impl Dir {
         failed(verb, self.join(name), errno)
     }
 
+    /// The path of an entry, for messages. It does not grow beyond what the kernel takes as a path: tenants make directories that are
+    /// deeper, and each [`Dir`] keeps its path.
     fn join(&self, name: &CStr) -> PathBuf {
+        if self.path.as_os_str().len() + name.count_bytes() > PATH_SHOWN {
+            return self.path.clone();
+        }
         self.path.join(OsStr::from_bytes(name.to_bytes()))
     }
 }

@@ -21,12 +21,28 @@ mod usage;
 
 pub(crate) use privileges::{drop_privileges, raise_descriptor_limit};
 
+use std::io;
+
+use threads::Threads;
+
 use crate::volume::access::TargetPath;
 use crate::volume::disk::{BindError, Host, Inode, Opened, PoolConfig, Unusable};
 use crate::volume::id::VolumeId;
 
 /// The machine this process runs on.
-pub(crate) struct Linux;
+pub(crate) struct Linux {
+    /// Unmounting the last mount of a disk that hangs may hang, too.
+    targets: Threads,
+}
+
+impl Linux {
+    /// # Errors
+    /// A thread cannot be started.
+    pub(crate) fn new() -> io::Result<Self> {
+        let targets = Threads::with_own_descriptors("mount".into())?;
+        Ok(Self { targets })
+    }
+}
 
 impl Host for Linux {
     fn open(&self, pool: &PoolConfig) -> Result<Opened, Unusable> {
@@ -34,10 +50,12 @@ impl Host for Linux {
     }
 
     fn mounted(&self, target: &TargetPath) -> Result<Option<Inode>, BindError> {
-        target::mounted(target)
+        let target = target.clone();
+        self.targets.run(move || target::mounted(&target))
     }
 
-    fn unbind(&self, id: &VolumeId, target: &TargetPath, data: &dyn Fn() -> Option<Inode>) -> Result<bool, BindError> {
-        target::unbind(id, target, data)
+    fn unbind(&self, id: &VolumeId, target: &TargetPath, data: Option<Inode>) -> Result<bool, BindError> {
+        let (id, target) = (id.clone(), target.clone());
+        self.targets.run(move || target::unbind(&id, &target, data))
     }
 }

@@ -84,6 +84,7 @@ pub(super) fn remove_tree(
                 }
             },
             Ok(Some(deeper)) => {
+                pace()?;
                 let child = dir.child(&deeper)?;
                 above.push((dir.inode()?, deeper));
                 dir = child;

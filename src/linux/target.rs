@@ -107,7 +107,7 @@ pub(super) fn mounted_stat(target: &TargetPath) -> Result<Option<Stat>, BindErro
 
 /// Unmounts the volume from `target`, proves that nothing is mounted there any more, and removes the empty directory.
 /// Returns whether there was one.
-pub(super) fn unbind(id: &VolumeId, target: &TargetPath, data: &dyn Fn() -> Option<Inode>) -> Result<bool, BindError> {
+pub(super) fn unbind(id: &VolumeId, target: &TargetPath, data: Option<Inode>) -> Result<bool, BindError> {
     let Some(place) = Place::open(target)? else {
         return Ok(false);
     };
@@ -115,12 +115,8 @@ pub(super) fn unbind(id: &VolumeId, target: &TargetPath, data: &dyn Fn() -> Opti
         match place.look()? {
             Found::Nothing => return Ok(false),
             Found::Directory => return place.remove().map(|()| true),
-            Found::Mount(there) if is_mount_of(&there, id)? || data() == Some(there.inode) => place.unmount()?,
-            Found::Mount(_) => {
-                let why = "what is mounted there is not this volume; hostdir leaves it alone; \
-                           unmount it by hand if it is not needed";
-                return Err(BindError::InTheWay(why.into()));
-            }
+            Found::Mount(there) if is_mount_of(&there, id)? || data == Some(there.inode) => place.unmount()?,
+            Found::Mount(_) => return Err(BindError::Unproven),
             Found::Other => {
                 let why = "what is there is not a directory, so hostdir did not make it; move it away";
                 return Err(BindError::InTheWay(why.into()));

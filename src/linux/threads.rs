@@ -1,4 +1,4 @@
-//! The threads of a pool, which share a table of file descriptors that no other thread has.
+//! The threads of a pool, or those that mount and unmount, which share a table of file descriptors that no other thread has.
 //!
 //! A thread that hangs in a system call on a bad disk outlives even SIGKILL, and keeps every descriptor of its table open: the
 //! locks of pools (flock(2)), and the socket. With one table for all, one bad disk would keep the next hostdir from serving the
@@ -13,11 +13,13 @@ use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::Duration;
 
 use tracing::warn;
 
 use super::pool::PoolDisk;
+use super::sys;
 use crate::background;
 use crate::volume::access::{MountOptions, TargetPath};
 use crate::volume::disk::{Absent, BindError, Disk, DiskError, Inode, Inspection, Measure};
@@ -31,10 +33,10 @@ const IDLE: Duration = Duration::from_secs(10);
 type Job = Box<dyn FnOnce() + Send>;
 
 /// As many threads as there are jobs to do at the same time, and one more: there is always one that does not hang.
-struct Threads(Arc<Shared>);
+pub(super) struct Threads(Arc<Shared>);
 
 struct Shared {
-    pool: PoolName,
+    name: String,
     queue: Mutex<Queue>,
     changed: Condvar,
 }
@@ -49,9 +51,9 @@ struct Queue {
 
 impl Threads {
     /// Starts the first thread. All of them share the descriptors of the calling thread.
-    fn start(pool: PoolName) -> io::Result<Self> {
+    fn start(name: String) -> io::Result<Self> {
         let shared = Arc::new(Shared {
-            pool,
+            name,
             queue: Mutex::default(),
             changed: Condvar::new(),
         });
@@ -59,8 +61,19 @@ impl Threads {
         Ok(Self(shared))
     }
 
+    /// Starts the first thread, with descriptors of its own.
+    pub(super) fn with_own_descriptors(name: String) -> io::Result<Self> {
+        let start = move || {
+            sys::own_descriptors()
+                .map_err(io::Error::from)
+                .and_then(|()| Self::start(name))
+        };
+        let started = thread::Builder::new().name("start".into()).spawn(start)?.join();
+        started.unwrap_or_else(|panic| resume_unwind(panic))
+    }
+
     /// Runs `work` on one of the threads, and waits until it ends. A panic of it goes on here.
-    fn run<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
+    pub(super) fn run<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
         let (answer, answered) = sync_channel::<Result<T, Box<dyn Any + Send>>>(1);
         self.push(Box::new(move || {
             let _ = answer.send(catch_unwind(AssertUnwindSafe(work)));
@@ -86,14 +99,14 @@ impl Drop for Threads {
 impl Shared {
     fn spawn(self: &Arc<Self>) -> io::Result<()> {
         let shared = Arc::clone(self);
-        background::spawn(format!("disk {}", self.pool), move || shared.work()).map(drop)
+        background::spawn(self.name.clone(), move || shared.work()).map(drop)
     }
 
     fn work(self: &Arc<Self>) {
         while let Some((job, others_wait)) = self.next() {
             // The next job must find a thread, also if this one hangs.
             if !others_wait && let Err(error) = self.spawn() {
-                warn!(pool = %self.pool, %error, "cannot start another thread for the calls to its disk; they wait for each other");
+                warn!(threads = self.name, %error, "cannot start another thread; calls wait for each other");
             }
             job();
         }
@@ -135,7 +148,7 @@ impl ThreadedDisk {
     pub(super) fn new(pool: PoolName, disk: PoolDisk) -> io::Result<Self> {
         Ok(Self {
             disk: Some(Arc::new(disk)),
-            threads: Threads::start(pool)?,
+            threads: Threads::start(format!("disk {pool}"))?,
         })
     }
 
@@ -174,9 +187,9 @@ impl Disk for ThreadedDisk {
         self.run(Disk::settle)
     }
 
-    /// On the calling thread, as [`Self::inspect`].
     fn reload(&self, id: &VolumeId) -> Result<Record, String> {
-        self.disk().reload(id)
+        let id = id.clone();
+        self.run(move |disk| disk.reload(&id))
     }
 
     fn create(&self, record: &Record) -> Result<(), DiskError> {

@@ -131,9 +131,20 @@ impl Drop for UsageCounter {
     }
 }
 
+/// A volume that is being counted. Dropped when that ends, even by a panic.
+struct Queued<'a>(&'a Shared, VolumeId);
+
+impl Drop for Queued<'_> {
+    fn drop(&mut self) {
+        self.0.lock().queued.remove(&self.1);
+        self.0.counted.notify_all();
+    }
+}
+
 impl Shared {
     fn run(&self, wanted: &Receiver<VolumeId>) -> Result<(), Stopped> {
         while let Ok(id) = wanted.recv() {
+            let queued = Queued(self, id.clone());
             let start = Instant::now();
             // If the volume was deleted meanwhile or the disk fails, the next call finds that itself.
             let tally = match open_data(&self.volumes, &id) {
@@ -149,11 +160,8 @@ impl Shared {
                 at: Instant::now(),
                 took: start.elapsed(),
             });
-            let mut state = self.lock();
-            state.queued.remove(&id);
-            state.counts.extend(count.map(|count| (id, count)));
-            drop(state);
-            self.counted.notify_all();
+            self.lock().counts.extend(count.map(|count| (id, count)));
+            drop(queued);
         }
         Ok(())
     }

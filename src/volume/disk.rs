@@ -146,6 +146,11 @@ pub(crate) enum BindError {
     /// Something is in the way that hostdir did not make.
     #[error("{0}")]
     InTheWay(String),
+    /// What is mounted there is not proven to be this volume.
+    #[error(
+        "what is mounted there is not this volume; hostdir leaves it alone; unmount it by hand if it is not needed"
+    )]
+    Unproven,
     /// The target cannot be reached safely.
     #[error("{0}")]
     BadTarget(String),
@@ -266,6 +271,7 @@ pub(crate) trait Host: Send + Sync {
     /// the directory of the volume, if known.
     ///
     /// # Errors
-    /// The target holds something that is not proven to be this volume, or a system call failed.
-    fn unbind(&self, id: &VolumeId, target: &TargetPath, data: &dyn Fn() -> Option<Inode>) -> Result<bool, BindError>;
+    /// [`BindError::Unproven`]: what is mounted there is not proven to be this volume; `data` may prove it. Otherwise the target holds
+    /// something else, or a system call failed.
+    fn unbind(&self, id: &VolumeId, target: &TargetPath, data: Option<Inode>) -> Result<bool, BindError>;
 }

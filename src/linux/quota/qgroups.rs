@@ -15,7 +15,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
 use nix::unistd::syncfs;
-use tracing::warn;
+use tracing::{debug, warn};
 
 use super::Limit;
 use crate::linux::dir::Dir;
@@ -128,15 +128,22 @@ impl Qgroups {
     /// so itself, unless the tenant names other groups, or none (`BTRFS_SUBVOL_QGROUP_INHERIT`), which needs no privilege.
     fn adopt_nested(&self, volume: u64) -> nix::Result<()> {
         let own = sys::upper(volume);
-        let mut parents = vec![volume];
+        let (mut parents, mut seen) = (vec![volume], 0);
         while let Some(parent) = parents.pop() {
             let mut from = 0;
             loop {
                 let nested = sys::subvolumes_in(&self.outside, parent, from)?;
                 let Some(last) = nested.last() else { break };
                 from = last.id + 1;
+                seen += nested.len();
+                if seen > NESTED_MAX {
+                    return Err(Errno::E2BIG);
+                }
                 for subvolume in nested.iter().map(|nested| nested.id) {
-                    adopt(&self.outside, subvolume, own)?;
+                    // One that is removed at this moment must not keep the others from being counted.
+                    if let Err(errno) = adopt(&self.outside, subvolume, own) {
+                        debug!(subvolume, %errno, "cannot count a subvolume where it belongs");
+                    }
                     parents.push(subvolume);
                 }
             }
@@ -277,6 +284,12 @@ pub(in crate::linux) enum Destroyed {
     Holds(Vec<(Dir, CString)>),
 }
 
+/// How many nested subvolumes are moved out of another at once: each keeps a descriptor open.
+const NESTED_AT_ONCE: usize = 8;
+
+/// How many subvolumes are looked for in a volume: this takes a fraction of a second.
+const NESTED_MAX: usize = 10_000;
+
 /// Destroys `name` in `dir`, if it is a subvolume without others in it.
 pub(super) fn destroy(dir: &Dir, name: &CStr, destroyed: impl Fn(u64)) -> Result<Destroyed, DiskError> {
     // If it cannot be opened, it is not a subvolume, or something is mounted on it.
@@ -302,7 +315,7 @@ pub(super) fn destroy(dir: &Dir, name: &CStr, destroyed: impl Fn(u64)) -> Result
     // The others are found when these are gone.
     let nested = sys::subvolumes_in(dir, id, 0).map_err(failed)?;
     if !nested.is_empty() {
-        let located = nested.into_iter().map(|nested| {
+        let located = nested.into_iter().take(NESTED_AT_ONCE).map(|nested| {
             let names = sys::names_up_from(&top, id, nested.directory).map_err(failed)?;
             let within = names
                 .iter()

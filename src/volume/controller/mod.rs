@@ -73,20 +73,23 @@ impl Controller {
         {
             return Ok(Err(there));
         }
-        let empty = || about(id)(Reason::EmptyRange(request.size));
-        let bytes = request.size.choose().ok_or_else(empty)?;
+        let Some(bytes) = request.size.choose() else {
+            return self.existing_or(id, Reason::EmptyRange(request.size)).map(Err);
+        };
         if !self.cache.is_complete() {
             let why = "this controller has not seen all nodes and volumes yet; the call will be retried";
             return Err(about(id)(Reason::Waiting(why.into())));
         }
         match self.cache.choose(&request.parameters.pool, bytes, &request.topology) {
             Ok(node) => Ok(Ok((node, bytes))),
-            // A final error must prove that there is no such volume: an earlier answer may have been lost.
-            Err(refusal) => match self.find(id)? {
-                Some(there) => Ok(Err(there)),
-                None => Err(about(id)(refusal)),
-            },
+            Err(refusal) => self.existing_or(id, refusal).map(Err),
         }
+    }
+
+    /// The existing volume, or a refusal. A final error must prove that there is no such volume: an earlier answer may have been
+    /// lost.
+    fn existing_or(&self, id: &VolumeId, refusal: Reason) -> Result<HostVolume, Error> {
+        self.find(id)?.ok_or_else(|| about(id)(refusal))
     }
 
     fn try_create(&self, id: &VolumeId, request: &CreateRequest) -> Result<Volume, Error> {

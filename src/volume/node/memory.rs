@@ -196,7 +196,7 @@ impl Host for Memory {
         Ok(state.mounts.get(target).copied())
     }
 
-    fn unbind(&self, _: &VolumeId, target: &TargetPath, _: &dyn Fn() -> Option<Inode>) -> Result<bool, BindError> {
+    fn unbind(&self, _: &VolumeId, target: &TargetPath, _: Option<Inode>) -> Result<bool, BindError> {
         Ok(self.lock().mounts.remove(target).is_some())
     }
 }

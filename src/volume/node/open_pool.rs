@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use tracing::{error, info};
 
+use crate::background;
 use crate::volume::access::{AccessMode, TargetPath};
 use crate::volume::disk::{Absent, Disk, Inspection, Mount, Opened, PoolConfig, PoolVolume, Unusable, took_effect};
 use crate::volume::error::Reason;
@@ -28,6 +29,18 @@ pub(super) struct OpenPool {
     /// The filesystem at the last inspection.
     space: Mutex<Result<Space, Unusable>>,
     calls: Calls,
+    reload: Mutex<Reload>,
+}
+
+/// The first and the longest pause between attempts to read broken records.
+const RELOAD_MIN: Duration = Duration::from_secs(1);
+const RELOAD_MAX: Duration = Duration::from_mins(1);
+
+/// When broken records are read again.
+struct Reload {
+    running: bool,
+    due: Instant,
+    pause: Duration,
 }
 
 /// How long a call waits for another to end when `Calls::max` run.
@@ -122,6 +135,11 @@ impl OpenPool {
                 running: Mutex::default(),
                 ended: Condvar::new(),
             },
+            reload: Mutex::new(Reload {
+                running: false,
+                due: Instant::now(),
+                pause: RELOAD_MIN,
+            }),
         }
     }
 
@@ -131,25 +149,36 @@ impl OpenPool {
         let mut space = self.space.lock().unwrap_or_else(PoisonError::into_inner);
         space.clone_from(&inspection.space);
         drop(space);
-        self.reload_broken();
         Ok(inspection)
     }
 
-    /// Reads the records again that could not be read: the disk may have failed for a moment, or somebody has restored them.
-    fn reload_broken(&self) {
+    /// Reads the records again that could not be read: the disk may have failed for a moment, or somebody has restored them. On a
+    /// thread of its own, since a bad sector may take a minute to fail, and more and more seldom.
+    pub(super) fn reload_broken(self: &Arc<Self>) {
         let is_broken = |volume: &&PoolVolume| volume.record.is_err();
-        let broken: Vec<VolumeId> = self
-            .lock()
+        let volumes = self.lock();
+        let broken: Vec<VolumeId> = volumes
             .by_id
             .values()
             .filter(is_broken)
             .map(|volume| volume.id.clone())
             .collect();
+        drop(volumes);
+        let mut reload = self.reload.lock().unwrap_or_else(PoisonError::into_inner);
+        if broken.is_empty() || reload.running || Instant::now() < reload.due {
+            return;
+        }
+        let pool = Arc::clone(self);
+        let work = move || pool.reload(&broken);
+        reload.running = background::spawn(format!("reload {}", self.config.name), work).is_ok();
+    }
+
+    fn reload(&self, broken: &[VolumeId]) {
         for id in broken {
-            let Ok(record) = self.disk.reload(&id) else { continue };
+            let Ok(record) = self.disk.reload(id) else { continue };
             let mut volumes = self.lock();
             // A call may have deleted the volume meanwhile.
-            let Some(volume) = volumes.by_id.get_mut(&id).filter(|volume| volume.record.is_err()) else {
+            let Some(volume) = volumes.by_id.get_mut(id).filter(|volume| volume.record.is_err()) else {
                 continue;
             };
             let bytes = record.spec.bytes;
@@ -157,6 +186,12 @@ impl OpenPool {
             volumes.allocate(bytes);
             info!(volume.id = %id, pool = %self.config.name, "the record of a volume can be read again");
         }
+        let mut reload = self.reload.lock().unwrap_or_else(PoisonError::into_inner);
+        *reload = Reload {
+            running: false,
+            due: Instant::now() + reload.pause,
+            pause: (reload.pause * 2).min(RELOAD_MAX),
+        };
     }
 
     /// Begins a call that may wait for the disk. Checks that the pool is still the one that was opened.

@@ -223,7 +223,12 @@ impl Drop for Pool {
 impl Watched {
     fn run(&self, mut config: PoolConfig, host: &dyn Host, calls_max: usize) {
         loop {
-            let known = self.lock().open.clone();
+            let state = self.lock();
+            if state.stop {
+                return;
+            }
+            let known = state.open.clone();
+            drop(state);
             let inspected = catch_unwind(AssertUnwindSafe(|| inspect(known.clone(), &config, host, calls_max)));
             let (answer, open) = inspected.unwrap_or_else(|_| {
                 let why = "inspecting it failed with an internal error, which is a bug; see hostdir's log on this node";
@@ -231,10 +236,11 @@ impl Watched {
             });
             // From now on no other pool, and no empty directory, can take its place.
             config.expected = open.as_ref().map_or(config.expected, |pool| Some(pool.id));
-            self.end(answer, open);
-            if self.wait() {
-                return;
+            if let Some(pool) = &open {
+                OpenPool::reload_broken(pool);
             }
+            self.end(answer, open);
+            self.wait();
         }
     }
 
@@ -255,14 +261,13 @@ impl Watched {
         self.changed.notify_all();
     }
 
-    /// Waits until the next inspection is due, and notes that it begins. Returns whether to stop.
-    fn wait(&self) -> bool {
+    /// Waits until the next inspection is due, and notes that it begins.
+    fn wait(&self) {
         let idle = |state: &mut State| !state.wanted && !state.stop;
         let waited = self.changed.wait_timeout_while(self.lock(), PERIOD, idle);
         let (mut state, _) = waited.unwrap_or_else(PoisonError::into_inner);
         state.wanted = false;
         state.since = Some(Instant::now());
-        state.stop
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

@@ -113,10 +113,12 @@ impl Node {
             let call = pool.begin_call().ok()?;
             call.disk.data(id).ok()?
         };
-        let unmounted = self
-            .host
-            .unbind(id, target, &data)
-            .map_err(|source| bind(target, source))?;
+        let unbind = |data| self.host.unbind(id, target, data);
+        let unmounted = unbind(None).or_else(|error| match (error, data()) {
+            (BindError::Unproven, Some(data)) => unbind(Some(data)),
+            (error, _) => Err(error),
+        });
+        let unmounted = unmounted.map_err(|source| bind(target, source))?;
         if let Some(pool) = found {
             pool.forget_mount(id, target);
         }
