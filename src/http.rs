@@ -1,11 +1,11 @@
 //! Serves `/healthz`, `/readyz` and `/metrics` to the kubelet and to Prometheus, and asks whether other servers are healthy.
 //!
-//! Any pod may be able to reach the port. So connections are few, short and small, and a new one takes the place of the oldest:
-//! who opens many only keeps himself from being answered.
+//! Any pod may be able to reach the port. So connections are few, short and small, and a new one takes the place of the oldest of
+//! whoever has most: a flood from one address keeps nobody else from being answered.
 
 use std::collections::VecDeque;
-use std::net::SocketAddr;
-use std::sync::Arc;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
@@ -13,12 +13,12 @@ use axum::Router;
 use axum::body::Body;
 use axum::http::{StatusCode, header};
 use axum::routing::get;
+use futures::future::{BoxFuture, FutureExt as _, Shared};
 use hyper::server::conn::http1;
 use hyper_util::client::legacy::Client;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Mutex;
 use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
 use tracing::warn;
@@ -54,7 +54,7 @@ pub(crate) async fn serve(address: SocketAddr, health: Arc<dyn Health>, metrics:
     let mut connections = VecDeque::new();
     loop {
         match listener.accept().await {
-            Ok((stream, _)) => admit(&mut connections, stream, router.clone()).await,
+            Ok((stream, peer)) => admit(&mut connections, stream, peer.ip(), router.clone()).await,
             Err(error) => {
                 warn!(%error, "cannot accept an HTTP connection");
                 sleep(ACCEPT_PAUSE).await;
@@ -63,13 +63,24 @@ pub(crate) async fn serve(address: SocketAddr, health: Arc<dyn Health>, metrics:
     }
 }
 
-/// Serves a new connection, in place of the oldest if there are too many.
-async fn admit(connections: &mut VecDeque<AbortHandle>, stream: TcpStream, router: Router) {
-    connections.retain(|connection| !connection.is_finished());
-    if connections.len() >= CONNECTIONS_MAX
-        && let Some(oldest) = connections.pop_front()
-    {
-        oldest.abort();
+/// A connection, and whose it is.
+struct Connection {
+    peer: IpAddr,
+    task: AbortHandle,
+}
+
+/// Serves a new connection, in place of another if there are too many.
+async fn admit(connections: &mut VecDeque<Connection>, stream: TcpStream, peer: IpAddr, router: Router) {
+    connections.retain(|connection| !connection.task.is_finished());
+    if connections.len() >= CONNECTIONS_MAX {
+        let others = |peer: IpAddr| connections.iter().filter(|other| other.peer == peer).count();
+        // Of equal ones, `max_by_key` returns the last: from the newest to the oldest.
+        let most = (0..connections.len())
+            .rev()
+            .max_by_key(|at| others(connections[*at].peer));
+        if let Some(replaced) = most.and_then(|at| connections.remove(at)) {
+            replaced.task.abort();
+        }
     }
     let mut server = http1::Builder::new();
     server
@@ -79,7 +90,8 @@ async fn admit(connections: &mut VecDeque<AbortHandle>, stream: TcpStream, route
         .max_buf_size(BUFFER);
     let connection = server.serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
     // What goes wrong with a connection is its client's to notice.
-    connections.push_back(tokio::spawn(timeout(CONNECTION_TIMEOUT, connection)).abort_handle());
+    let task = tokio::spawn(timeout(CONNECTION_TIMEOUT, connection)).abort_handle();
+    connections.push_back(Connection { peer, task });
     // It is answered now if its request is there, before others can take its place.
     tokio::task::yield_now().await;
 }
@@ -106,41 +118,38 @@ fn router(health: Arc<dyn Health>, metrics: Arc<Metrics>) -> Router {
         .route("/metrics", get(measured))
 }
 
-/// The last answer about readiness.
+/// The last question about readiness, and its answer once there is one.
 struct Readiness {
     health: Arc<dyn Health>,
-    last: Mutex<Option<(Instant, Answer)>>,
+    last: Mutex<Option<(Instant, Shared<BoxFuture<'static, Answer>>)>>,
 }
 
 type Answer = (StatusCode, String);
 
 impl Readiness {
-    /// Goes on when the client leaves: it must not start more threads by asking again.
-    async fn answer(self: Arc<Self>) -> Answer {
-        let found = tokio::spawn(async move { self.look().await }).await;
-        found.unwrap_or_else(|panic| (StatusCode::INTERNAL_SERVER_ERROR, format!("{panic}\n")))
-    }
-
-    async fn look(&self) -> Answer {
-        // Further requests wait for the answer to the first one.
-        let mut last = self.last.lock().await;
-        match &*last {
-            Some((since, answer)) if since.elapsed() < FRESH => answer.clone(),
-            _ => {
-                let answer = self.ask().await;
-                *last = Some((Instant::now(), answer.clone()));
-                answer
-            }
+    /// Asks, unless that was done within the last second, or the answer is still to come.
+    fn answer(&self) -> Shared<BoxFuture<'static, Answer>> {
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((since, answer)) = &*last
+            && (since.elapsed() < FRESH || answer.peek().is_none())
+        {
+            return answer.clone();
         }
+        let answer = self.ask().boxed().shared();
+        *last = Some((Instant::now(), answer.clone()));
+        answer
     }
 
-    async fn ask(&self) -> Answer {
+    fn ask(&self) -> impl Future<Output = Answer> + use<> {
         let health = Arc::clone(&self.health);
-        match tokio::task::spawn_blocking(move || health.probe(false)).await {
-            Ok(Ok(true)) => (StatusCode::OK, "ok\n".to_owned()),
-            Ok(Ok(false)) => (StatusCode::SERVICE_UNAVAILABLE, "starting\n".to_owned()),
-            Ok(Err(error)) => (StatusCode::SERVICE_UNAVAILABLE, format!("{error}\n")),
-            Err(panic) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{panic}\n")),
+        let asked = tokio::task::spawn_blocking(move || health.probe(false));
+        async move {
+            match asked.await {
+                Ok(Ok(true)) => (StatusCode::OK, "ok\n".to_owned()),
+                Ok(Ok(false)) => (StatusCode::SERVICE_UNAVAILABLE, "starting\n".to_owned()),
+                Ok(Err(error)) => (StatusCode::SERVICE_UNAVAILABLE, format!("{error}\n")),
+                Err(panic) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{panic}\n")),
+            }
         }
     }
 }

@@ -21,13 +21,14 @@ use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, s
 use nix::unistd::Pid;
 
 /// The steps: all calls by which the driver reads or changes a disk or a mount, or starts a thread.
-const CALLS: [(libc::c_long, &str); 25] = [
+const CALLS: [(libc::c_long, &str); 26] = [
     // glibc's renameat2 without flags calls renameat.
     (libc::SYS_renameat, "renameat"),
     (libc::SYS_syncfs, "syncfs"),
     (libc::SYS_mkdirat, "mkdirat"),
     (libc::SYS_openat2, "openat2"),
     (libc::SYS_write, "write"),
+    (libc::SYS_writev, "writev"),
     (libc::SYS_fsync, "fsync"),
     (libc::SYS_renameat2, "renameat2"),
     (libc::SYS_unlinkat, "unlinkat"),
@@ -404,7 +405,7 @@ fn is_inspection(call: &libc::seccomp_notif) -> bool {
 
 /// Whether a call is a step: calls on sockets, logs, event counters and devices (random numbers) are not.
 fn is_step(call: &libc::seccomp_notif, name: &str) -> bool {
-    if !matches!(name, "write" | "ioctl" | "read" | "pread64" | "lseek") {
+    if !matches!(name, "write" | "writev" | "ioctl" | "read" | "pread64" | "lseek") {
         return true;
     }
     let link = format!("/proc/{}/fd/{}", call.pid, call.data.args[0]);
