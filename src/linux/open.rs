@@ -61,7 +61,7 @@ pub(super) fn open(config: &PoolConfig) -> Result<Opened, Unusable> {
     let (disk, Identity { id, foreign, .. }) = lock_and_identify(config, &root, &mount)?;
     let volumes = recover(config, &root, &disk)?;
     disk.eraser.start(Arc::clone(&disk.trash));
-    let disk = ThreadedDisk::new(config.name.clone(), disk)
+    let disk = ThreadedDisk::new(&config.name, disk)
         .map_err(|error| Unusable(format!("cannot start a thread for the calls to its disk: {error}")))?;
     Ok(Opened {
         id,

@@ -145,7 +145,7 @@ pub(super) struct ThreadedDisk {
 
 impl ThreadedDisk {
     /// Call this on the thread that opened the pool.
-    pub(super) fn new(pool: PoolName, disk: PoolDisk) -> io::Result<Self> {
+    pub(super) fn new(pool: &PoolName, disk: PoolDisk) -> io::Result<Self> {
         Ok(Self {
             disk: Some(Arc::new(disk)),
             threads: Threads::start(format!("disk {pool}"))?,

@@ -125,7 +125,9 @@ impl Controller {
         }
         let found = self.find(id)?;
         // A volume that the watch has not shown yet must not count as deleted.
-        found.iter().for_each(|volume| self.cache.note(volume));
+        if let Some(volume) = &found {
+            self.cache.note(volume);
+        }
         Ok(found.map(|volume| volume.uid))
     }
 
