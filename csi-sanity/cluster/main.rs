@@ -12,12 +12,14 @@ mod election;
 mod lab;
 mod mode;
 mod objects;
+mod pair;
 mod pods;
 mod rights;
 mod sanity;
 mod scale;
 mod sizes;
 mod trouble;
+mod upgrade;
 mod user_namespaces;
 
 fn main() -> std::process::ExitCode {

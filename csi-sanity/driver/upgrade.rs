@@ -1,43 +1,16 @@
 //! A pool of an earlier version is served without conversion: its volumes, records and mounts stay.
 //!
-//! The files below are what hostdir 389b711 wrote. If `HOSTDIR_OLD_BINARY` names a binary of that version, it writes them
-//! instead.
+//! The files are those that hostdir 389b711 wrote. If `HOSTDIR_OLD_BINARY` names a binary of that version, it writes them instead.
 
 use std::fs;
 use std::path::Path;
 
+use hostdir_lab::golden::{POOL, record};
 use hostdir_lab::scratch::{is_mounted, names};
 use hostdir_lab::{Driver, Scratch, needs, wait_until};
 use nix::mount::{MsFlags, mount};
 
 const CONTENT: &str = "written under 389b711";
-
-const POOL: &str = r#"{
-  "format": 1,
-  "id": "ee05fa5e-7c0e-46f5-9f6a-9f3cc9a1d7a2",
-  "created": "2026-08-01T10:20:30.123456789Z",
-  "foreign": 4096
-}"#;
-
-fn record(id: &str, phase: &str) -> String {
-    format!(
-        r#"{{
-  "format": 1,
-  "id": "{id}",
-  "name": "{id}",
-  "bytes": 1048576,
-  "directory": {{
-    "mode": 504,
-    "uid": 0,
-    "gid": 0
-  }},
-  "poolId": "ee05fa5e-7c0e-46f5-9f6a-9f3cc9a1d7a2",
-  "phase": "{phase}",
-  "created": "2026-08-01T10:20:31.123456789Z"
-}}
-"#
-    )
-}
 
 /// Makes a pool with two volumes: one has a file and is mounted at `target`, the other was never used.
 fn make_old_pool(scratch: &Scratch, pool: &Path, target: &Path) {
@@ -62,8 +35,12 @@ fn make_old_pool(scratch: &Scratch, pool: &Path, target: &Path) {
         fs::create_dir_all(pool.join(dir)).unwrap();
     }
     fs::write(pool.join(".hostdir/pool.json"), POOL).unwrap();
-    fs::write(pool.join("volumes/used/volume.json"), record("used", "ready")).unwrap();
-    fs::write(pool.join("volumes/unused/volume.json"), record("unused", "claimed")).unwrap();
+    fs::write(pool.join("volumes/used/volume.json"), record("used", "ready", None)).unwrap();
+    fs::write(
+        pool.join("volumes/unused/volume.json"),
+        record("unused", "claimed", None),
+    )
+    .unwrap();
     fs::write(pool.join("volumes/used/data/file"), CONTENT).unwrap();
     fs::create_dir(target).unwrap();
     let data = pool.join("volumes/used/data");

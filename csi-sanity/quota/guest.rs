@@ -51,6 +51,7 @@ in_guest![Guest, true, policy:
     quota_off_lifts_limits_and_quota_auto_sets_them_again,
     quotas_switched_off_on_the_filesystem_are_noticed,
     a_filesystem_mounted_over_the_pool_is_noticed,
+    a_clock_that_jumps_disturbs_no_call,
 ];
 
 in_guest![GuestWithProjects, true, policy:

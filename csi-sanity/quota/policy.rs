@@ -329,3 +329,21 @@ fn place_tmpfs(at: &Path) {
     let flags = nix::mount::MsFlags::empty();
     nix::mount::mount(Some("tmpfs"), at, Some("tmpfs"), flags, None::<&str>).expect("mount a tmpfs");
 }
+
+/// The wall clock of a machine may be set at any moment.
+pub(super) fn a_clock_that_jumps_disturbs_no_call(place: &Place) {
+    let served = place.start();
+    let target = served.volume("kept", 16);
+    fs::write(target.join("file"), "before").expect("write");
+    for (number, jump) in ["+1 day", "2 days ago", "+1 day"].iter().enumerate() {
+        run(Command::new("date").args(["-s", jump]));
+        let id = format!("at-{number}");
+        served.volume(&id, 16);
+        assert_eq!(served.stats(&id, Unit::Bytes).0, 16 * MIB);
+        served.expand(&id, 32);
+        served.clear(&[&id]);
+    }
+    assert_eq!(fs::read_to_string(target.join("file")).expect("read"), "before");
+    served.client.probe().expect("the driver is ready");
+    served.clear(&["kept"]);
+}

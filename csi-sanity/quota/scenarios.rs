@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::fs;
 use std::os::fd::{AsRawFd as _, OwnedFd};
-use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -18,6 +18,7 @@ use tonic::Code;
 use super::place::{MIB, Place, Served, as_in_a_container, fill, user_writes};
 use hostdir_lab::attributes::create_subvolume_in;
 use hostdir_lab::disk::run;
+use hostdir_lab::hostile_tree;
 use hostdir_lab::scratch::names;
 use hostdir_lab::{Client, SetOnDrop, wait_until};
 
@@ -141,6 +142,7 @@ pub(super) fn a_deleted_volume_leaves_nothing_behind(place: &Place) {
     for life in 0..3 {
         live_once(&served, life);
     }
+    hostile_trees(&served);
     // An empty volume, and one that was never used.
     served.volume("empty", 16);
     served.clear(&["empty"]);
@@ -150,6 +152,19 @@ pub(super) fn a_deleted_volume_leaves_nothing_behind(place: &Place) {
         let left: Vec<u64> = place.known_to_quotas();
         left.iter().all(|id| before.contains(id))
     });
+}
+
+/// Trees of tenants with root and without are erased.
+fn hostile_trees(served: &Served<'_>) {
+    let scratch = &served.place.scratch;
+    // The tenant must find its way to the volume.
+    fs::set_permissions(scratch.path(""), fs::Permissions::from_mode(0o711)).expect("open the way");
+    for (seed, root) in [(1, false), (2, true)] {
+        let target = served.volume("hostile", 16);
+        hostile_tree::grow(&target, &scratch.mkdir("outside"), seed, root);
+        assert!(!names(&target).is_empty(), "there is no tree");
+        served.clear(&["hostile"]);
+    }
 }
 
 /// A new volume of the same name is empty, and is filled.

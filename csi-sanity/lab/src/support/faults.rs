@@ -8,6 +8,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command};
@@ -403,11 +404,33 @@ fn is_inspection(call: &libc::seccomp_notif) -> bool {
     fs::read_to_string(format!("/proc/{}/comm", call.pid)).is_ok_and(|thread| thread.starts_with("watch "))
 }
 
-/// Whether a call is a step: calls on sockets, logs, event counters and devices (random numbers) are not.
+/// Whether a call is a step: calls on sockets, logs, event counters, devices (random numbers) and settings of the kernel are not.
 fn is_step(call: &libc::seccomp_notif, name: &str) -> bool {
+    if name == "openat" {
+        return !opens_a_setting(call);
+    }
     if !matches!(name, "write" | "writev" | "ioctl" | "read" | "pread64" | "lseek") {
         return true;
     }
     let link = format!("/proc/{}/fd/{}", call.pid, call.data.args[0]);
-    fs::read_link(link).is_ok_and(|path| path.is_absolute() && !path.ends_with("log") && !path.starts_with("/dev"))
+    fs::read_link(link).is_ok_and(|path| {
+        let setting = SETTINGS.iter().any(|settings| path.starts_with(settings));
+        path.is_absolute() && !setting && !path.ends_with("log") && !path.starts_with("/dev")
+    })
+}
+
+/// Where the kernel shows settings. glibc looks at some when a thread begins or ends to use memory: how many processors there are
+/// (get_nprocs(3)), and whether memory is overcommitted.
+const SETTINGS: [&str; 2] = ["/proc/sys/", "/sys/devices/system/cpu/"];
+
+/// Whether openat(2) is called for a setting of the kernel.
+fn opens_a_setting(call: &libc::seccomp_notif) -> bool {
+    let Ok(memory) = fs::File::open(format!("/proc/{}/mem", call.pid)) else {
+        return false;
+    };
+    SETTINGS.iter().any(|settings| {
+        let mut path = vec![0; settings.len()];
+        let read = memory.read_exact_at(&mut path, call.data.args[1]);
+        read.is_ok() && path == settings.as_bytes()
+    })
 }

@@ -13,6 +13,7 @@ pub mod client;
 pub mod disk;
 pub mod driver;
 pub mod faults;
+pub mod golden;
 pub mod hostile_tree;
 pub mod scene;
 pub mod scratch;
