@@ -51,7 +51,6 @@ in_guest![Guest, true, policy:
     quota_off_lifts_limits_and_quota_auto_sets_them_again,
     quotas_switched_off_on_the_filesystem_are_noticed,
     a_filesystem_mounted_over_the_pool_is_noticed,
-    a_clock_that_jumps_disturbs_no_call,
 ];
 
 in_guest![GuestWithProjects, true, policy:
@@ -59,6 +58,7 @@ in_guest![GuestWithProjects, true, policy:
     a_directory_that_left_its_project_is_refused,
     a_file_cannot_leave_its_project_from_a_user_namespace,
     project_ids_in_use_are_not_given_out,
+    a_clock_that_jumps_disturbs_no_call,
 ];
 
 in_guest![Guest, false, policy:

@@ -18,9 +18,9 @@ use tonic::Code;
 use super::place::{MIB, Place, Served, as_in_a_container, fill, user_writes};
 use hostdir_lab::attributes::create_subvolume_in;
 use hostdir_lab::disk::run;
-use hostdir_lab::hostile_tree;
 use hostdir_lab::scratch::names;
 use hostdir_lab::{Client, SetOnDrop, wait_until};
+use hostdir_lab::{hostile_tree, uml};
 
 /// A scenario and its name.
 type Named = (&'static str, fn(&Place));
@@ -142,7 +142,10 @@ pub(super) fn a_deleted_volume_leaves_nothing_behind(place: &Place) {
     for life in 0..3 {
         live_once(&served, life);
     }
-    hostile_trees(&served);
+    // btrfs of Linux 6.1, which UML has, sometimes goes read-only some time later ("bad generation").
+    if place.filesystem.has_projects() || uml::filesystem_inside().is_none() {
+        hostile_trees(&served);
+    }
     // An empty volume, and one that was never used.
     served.volume("empty", 16);
     served.clear(&["empty"]);
