@@ -103,6 +103,23 @@ fn system_calls_come_in_an_order_that_survives_power_cuts() {
     assert_eq!(delete[..3], ["renameat2", "fsync", "fsync"]);
 }
 
+/// A disk that hangs must not keep a failed unpublish from being answered.
+#[needs(Root)]
+fn an_unmount_that_fails_asks_no_disk() {
+    let scratch = Scratch::new();
+    let driver = Driver::new(&scratch)
+        .pool("default", &scratch.path("pool"))
+        .with_faults();
+    let (process, client) = start(&driver);
+    client.create("pvc-1").unwrap();
+    client.publish("pvc-1", &scratch.path("t")).unwrap();
+    process.faults().arm(Step::Named("umount2", 0), Fault::Fail(Errno::EIO));
+    client.unpublish("pvc-1", &scratch.path("t")).unwrap_err();
+    let steps = process.faults().disarm();
+    assert_eq!(steps.last(), Some(&"umount2"), "{steps:?}");
+    client.unpublish("pvc-1", &scratch.path("t")).unwrap();
+}
+
 #[needs(Root)]
 fn a_volume_found_at_start_is_synced_before_it_is_reported() {
     let scratch = Scratch::new();

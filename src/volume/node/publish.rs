@@ -114,9 +114,9 @@ impl Node {
             call.disk.data(id).ok()?
         };
         let unbind = |data| self.host.unbind(id, target, data);
-        let unmounted = unbind(None).or_else(|error| match (error, data()) {
-            (BindError::Unproven, Some(data)) => unbind(Some(data)),
-            (error, _) => Err(error),
+        let unmounted = unbind(None).or_else(|error| match error {
+            BindError::Unproven => data().map_or(Err(error), |data| unbind(Some(data))),
+            _ => Err(error),
         });
         let unmounted = unmounted.map_err(|source| bind(target, source))?;
         if let Some(pool) = found {
