@@ -168,7 +168,7 @@ fn any_tree_of_a_hostile_tenant_is_erased() {
 /// Nothing can be moved out of an encrypted directory whose key is gone.
 #[needs(Root, Encryption)]
 fn encrypted_directories_are_erased_without_their_key() {
-    let place = Place::on_disk("mkfs.ext4 -q -O encrypt");
+    let place = Place::on_disk(&["mkfs.ext4", "-q", "-O", "encrypt"]);
     place.used_volume("pvc-1");
     let secret = place.data("pvc-1").join("secret");
     fs::create_dir(&secret).unwrap();

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use hostdir_lab::disk::run;
+use hostdir_lab::disk::{mount_image, mount_new, run};
 use hostdir_lab::scene::start;
 use hostdir_lab::{Client, Csi, Driver, Process, Scratch, needs, wait_until};
 use nix::sys::signal::Signal;
@@ -31,11 +31,7 @@ impl TwoPools {
     fn new() -> Self {
         let scratch = Scratch::new();
         let disk = scratch.mkdir("disk");
-        let at = disk.display();
-        run(Command::new("sh").args([
-            "-ec",
-            &format!("truncate -s 16M {at}.img && mkfs.ext4 -q {at}.img && mount -o loop {at}.img {at}"),
-        ]));
+        mount_new(&disk, 16, &["mkfs.ext4", "-q"]);
         Self { scratch, disk }
     }
 
@@ -99,10 +95,9 @@ fn expand_in_background(client: &Client, name: &'static str) -> JoinHandle<Resul
 
 /// Whether a thread of the process waits in the kernel and cannot be killed (state D, see proc_pid_stat(5)).
 fn has_stuck_thread(process: &Process) -> bool {
-    let threads = std::fs::read_dir(format!("/proc/{}/task", process.pid())).unwrap();
-    let mut stats = threads
-        .flatten()
-        .filter_map(|thread| std::fs::read_to_string(thread.path().join("stat")).ok());
+    let mut stats = process
+        .tasks()
+        .filter_map(|task| std::fs::read_to_string(task.join("stat")).ok());
     stats.any(|stat| stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with('D')))
 }
 
@@ -207,9 +202,8 @@ fn a_disk_that_is_unmounted_lazily_and_mounted_again_works_again() {
     client.create_as(on_slow("before")).unwrap();
     client.publish("before", &pools.target("before")).unwrap();
     client.unpublish("before", &pools.target("before")).unwrap();
-    let at = pools.disk.display().to_string();
-    let mount = format!("umount -l {at} && mount -o loop {at}.img {at}");
-    run(Command::new("sh").args(["-ec", &mount]));
+    run(Command::new("umount").arg("-l").arg(&pools.disk));
+    mount_image(&pools.disk.with_extension("img"), &pools.disk);
     wait_until("the pool is opened again", || {
         client.publish("before", &pools.target("before")).is_ok()
     });
@@ -223,8 +217,8 @@ fn a_killed_driver_that_hangs_keeps_no_pool_but_the_one_it_hangs_in() {
     let pools = TwoPools::new();
     let driver = pools.driver();
     // The disk thaws before a driver is waited for.
-    let (process, client, next);
-    (process, client) = start(&driver);
+    let mut next;
+    let (process, client) = start(&driver);
     client.create_as(on_slow("on-slow")).unwrap();
     client.publish("on-slow", &pools.target("on-slow")).unwrap();
     pools.default_pool_works(&client, "pvc-1");
@@ -232,8 +226,8 @@ fn a_killed_driver_that_hangs_keeps_no_pool_but_the_one_it_hangs_in() {
     drop(expand_in_background(&client, "on-slow"));
     wait_until("the call hangs", || has_stuck_thread(&process));
     process.signal(Signal::SIGKILL);
-    next = std::cell::RefCell::new(driver.spawn());
-    let client = next.borrow_mut().connect();
+    next = driver.spawn();
+    let client = next.connect();
     wait_until("the good pool is served", || client.capacity("default") > 0);
     pools.default_pool_works(&client, "pvc-2");
     assert!(has_stuck_thread(&process), "the killed driver is gone");
@@ -248,7 +242,7 @@ fn a_driver_that_stops_gives_up_its_socket_and_good_pools_before_it_waits() {
     let pools = TwoPools::new();
     let driver = pools.driver();
     // The disk thaws before a driver is waited for.
-    let next;
+    let mut next;
     let (mut process, client) = start(&driver);
     client.create_as(on_slow("on-slow")).unwrap();
     client.publish("on-slow", &pools.target("on-slow")).unwrap();
@@ -257,8 +251,8 @@ fn a_driver_that_stops_gives_up_its_socket_and_good_pools_before_it_waits() {
     wait_until("the call hangs", || has_stuck_thread(&process));
     process.signal(Signal::SIGTERM);
     wait_until("the socket is given up", || !driver.socket.exists());
-    next = std::cell::RefCell::new(driver.spawn());
-    let other = next.borrow_mut().connect();
+    next = driver.spawn();
+    let other = next.connect();
     wait_until("the good pool is served", || other.capacity("default") > 0);
     pools.default_pool_works(&other, "pvc-1");
     assert!(!process.is_dead() && !expand.is_finished(), "nothing hangs");

@@ -1,12 +1,11 @@
 //! A driver, its pool, and files outside the pool that must stay untouched.
 
-use hostdir_lab::disk::run;
+use hostdir_lab::disk::mount_new;
 use hostdir_lab::scene::start;
 use hostdir_lab::scratch::names;
 use hostdir_lab::{Client, Driver, Process, Scratch, wait_until};
 use std::fs;
 use std::path::PathBuf;
-use std::process::Command;
 
 /// A driver with one pool, and files beside the pool.
 pub(super) struct Place {
@@ -21,12 +20,10 @@ impl Place {
         Self::with(Scratch::new())
     }
 
-    /// A place whose pool is on a disk of its own, which is made with this command.
-    pub(super) fn on_disk(mkfs: &str) -> Self {
+    /// A place whose pool is on a disk of its own, with the filesystem that this command makes.
+    pub(super) fn on_disk(mkfs: &[&str]) -> Self {
         let scratch = Scratch::new();
-        let at = scratch.mkdir("pool").display().to_string();
-        let script = format!("truncate -s 64M {at}.img && {mkfs} {at}.img && mount -o loop {at}.img {at}");
-        run(Command::new("sh").args(["-ec", &script]));
+        mount_new(&scratch.mkdir("pool"), 64, mkfs);
         Self::with(scratch)
     }
 

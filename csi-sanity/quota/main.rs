@@ -11,11 +11,10 @@ mod power;
 mod scenarios;
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Instant;
 
 use hostdir_lab::attributes::make_immutable;
-use hostdir_lab::disk::{Filesystem, enable_btrfs_quotas, known_to_quotas, run};
+use hostdir_lab::disk::{Filesystem, enable_btrfs_quotas, known_to_quotas, mount_image};
 use hostdir_lab::scene::{Call, Scene, start};
 use hostdir_lab::uml::{self, Files, Machine};
 use hostdir_lab::{Scratch, needs, steps, wait_until};
@@ -122,9 +121,7 @@ fn sizes_hold_on_btrfs_of_this_machine_with_simple_quotas() {
 #[needs(Root, FlagsOfLinks)]
 fn immutable_links_and_pipes_are_erased_on_xfs_of_this_machine() {
     let scratch = Scratch::new();
-    let image = Filesystem::Xfs.make(&scratch.path(""), DISK);
-    let disk = scratch.mkdir("disk");
-    run(Command::new("mount").args(["-o", "loop"]).arg(image).arg(&disk));
+    let disk = mounted(Filesystem::Xfs, &scratch);
     let place = Place::new(scratch, disk, Filesystem::Xfs, false);
     let served = place.serve("quota: auto");
     let target = served.volume("pvc-1", 16);
@@ -142,11 +139,17 @@ fn immutable_links_and_pipes_are_erased_on_xfs_of_this_machine() {
     served.trash_empties();
 }
 
-/// Mounts a btrfs with quotas from a loop device, which the kernel releases with the mount.
-fn btrfs(scratch: &Scratch, simple: bool) -> PathBuf {
-    let image = Filesystem::Btrfs.make(&scratch.path(""), DISK);
+/// Mounts a new filesystem from a loop device.
+fn mounted(filesystem: Filesystem, scratch: &Scratch) -> PathBuf {
+    let image = filesystem.make(&scratch.path(""), DISK);
     let disk = scratch.mkdir("disk");
-    run(Command::new("mount").args(["-o", "loop"]).arg(image).arg(&disk));
+    mount_image(&image, &disk);
+    disk
+}
+
+/// Mounts a btrfs with quotas.
+fn btrfs(scratch: &Scratch, simple: bool) -> PathBuf {
+    let disk = mounted(Filesystem::Btrfs, scratch);
     enable_btrfs_quotas(&disk, simple);
     disk
 }

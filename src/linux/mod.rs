@@ -19,10 +19,9 @@ mod target;
 mod threads;
 mod usage;
 
-pub(crate) use privileges::{drop_privileges, raise_descriptor_limit};
-
 use std::io;
 
+pub(crate) use privileges::{drop_privileges, raise_descriptor_limit};
 use threads::Threads;
 
 use crate::volume::access::TargetPath;

@@ -207,7 +207,7 @@ pub(crate) trait Disk: Send + Sync {
     /// Checks that the pool is still the one that was opened. Cheap enough for every call, but it may hang as any other.
     fn present(&self) -> Result<(), Absent>;
 
-    /// Finds out how the pool is.
+    /// Finds out how the pool is. For the thread that opened it.
     fn inspect(&self) -> Result<Inspection, Absent>;
 
     /// Whether every change that took effect is durable. Does not touch the disk.
@@ -258,7 +258,8 @@ pub(crate) trait Disk: Send + Sync {
 
 /// The machine.
 pub(crate) trait Host: Send + Sync {
-    /// Opens a pool and locks it.
+    /// Opens a pool and locks it. The calling thread must be the pool's own and hold no open files: it gets descriptors of its own,
+    /// and [`Disk::inspect`] is called on it.
     ///
     /// # Errors
     /// The pool cannot be used now; a later call may succeed.

@@ -110,10 +110,7 @@ impl Qgroups {
         let subvolume = subvolume(data)?;
         let group = self.group(subvolume);
         let wanted = limit.bytes.map(|bytes| bytes.0);
-        if self.simple {
-            // What cannot be found now is found when the usage is asked for.
-            let _ = self.adopt_nested(subvolume);
-        }
+        self.adopt_nested(data, subvolume);
         if self.limited(group) == wanted {
             return Ok(());
         }
@@ -126,7 +123,15 @@ impl Qgroups {
 
     /// With simple quotas: brings the subvolumes that a tenant has made in a volume under the limit of the volume. The kernel does
     /// so itself, unless the tenant names other groups, or none (`BTRFS_SUBVOL_QGROUP_INHERIT`), which needs no privilege.
-    fn adopt_nested(&self, volume: u64) -> nix::Result<()> {
+    fn adopt_nested(&self, data: &Dir, volume: u64) {
+        if self.simple
+            && let Err(errno) = self.try_adopt_nested(volume)
+        {
+            warn!(path = %data.path().display(), %errno, "cannot find the subvolumes in a volume; they may exceed its limit");
+        }
+    }
+
+    fn try_adopt_nested(&self, volume: u64) -> nix::Result<()> {
         let own = sys::upper(volume);
         let (mut parents, mut seen) = (vec![volume], 0);
         while let Some(parent) = parents.pop() {
@@ -154,11 +159,7 @@ impl Qgroups {
     /// What a subvolume uses; `None` if quotas do not count it now.
     pub(super) fn usage(&self, data: &Dir) -> Result<Option<Usage>, DiskError> {
         let subvolume = subvolume(data)?;
-        if self.simple
-            && let Err(errno) = self.adopt_nested(subvolume)
-        {
-            warn!(path = %data.path().display(), %errno, "cannot find the subvolumes in a volume; they may exceed its limit");
-        }
+        self.adopt_nested(data, subvolume);
         let group = self.group(subvolume);
         // The usage on the disk changes only when the filesystem commits; add what is on its way there.
         let under_way = self.read(group, "rsv_data").unwrap_or_default();

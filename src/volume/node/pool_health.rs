@@ -237,7 +237,7 @@ impl Watched {
             // From now on no other pool, and no empty directory, can take its place.
             config.expected = open.as_ref().map_or(config.expected, |pool| Some(pool.id));
             if let Some(pool) = &open {
-                OpenPool::reload_broken(pool);
+                pool.reload_broken();
             }
             self.end(answer, open);
             self.wait();

@@ -41,14 +41,12 @@ impl Filesystem {
     /// Makes an image file with an empty filesystem. Returns its path.
     pub fn make(self, dir: &Path, mib: u64) -> PathBuf {
         let image = dir.join(format!("{}.img", self.name()));
-        let file = File::create(&image).expect("make an image");
-        file.set_len(mib << 20).expect("size an image");
         let args: &[&str] = match self {
             Self::Xfs => &["mkfs.xfs", "-q", "-K"],
             Self::Ext4 => &["mkfs.ext4", "-q", "-O", "quota,project", "-E", "quotatype=prjquota"],
             Self::Btrfs => &["mkfs.btrfs", "-q", "-K"],
         };
-        run(Command::new(args[0]).args(&args[1..]).arg(&image));
+        make_image(&image, mib, args);
         image
     }
 
@@ -58,6 +56,25 @@ impl Filesystem {
         mount(Some(device), at, Some(self.name()), MsFlags::empty(), options)
             .unwrap_or_else(|errno| panic!("mount {} at {}: {errno}", device.display(), at.display()));
     }
+}
+
+/// Makes an image file with the filesystem that this command makes.
+fn make_image(image: &Path, mib: u64, mkfs: &[&str]) {
+    let file = File::create(image).expect("make an image");
+    file.set_len(mib << 20).expect("size an image");
+    run(Command::new(mkfs[0]).args(&mkfs[1..]).arg(image));
+}
+
+/// Mounts an image file on a loop device, which the kernel releases with the mount.
+pub fn mount_image(image: &Path, at: &Path) {
+    run(Command::new("mount").args(["-o", "loop"]).arg(image).arg(at));
+}
+
+/// Mounts a new filesystem, which this command makes on an image file beside the mount point, with the extension `img`.
+pub fn mount_new(at: &Path, mib: u64, mkfs: &[&str]) {
+    let image = at.with_extension("img");
+    make_image(&image, mib, mkfs);
+    mount_image(&image, at);
 }
 
 /// Runs a program, which must succeed. Returns its standard output.

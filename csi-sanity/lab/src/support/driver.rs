@@ -221,16 +221,22 @@ impl Process {
         (field("VmRSS:"), field("VmHWM:"))
     }
 
-    /// How many descriptors the process has open.
+    /// The most descriptors that a thread has open: each pool has a table of its own.
     pub fn descriptors(&self) -> usize {
-        let open = fs::read_dir(format!("/proc/{}/fd", self.pid())).expect("list the descriptors");
-        open.count()
+        // A thread may have ended meanwhile.
+        let open = self.tasks().filter_map(|task| fs::read_dir(task.join("fd")).ok());
+        open.map(Iterator::count).max().expect("there is a thread")
     }
 
     /// How many threads the process has.
     pub fn threads(&self) -> usize {
-        let threads = fs::read_dir(format!("/proc/{}/task", self.pid())).expect("list the threads");
-        threads.count()
+        self.tasks().count()
+    }
+
+    /// The directories of the threads in proc(5).
+    pub fn tasks(&self) -> impl Iterator<Item = PathBuf> + use<> {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.pid())).expect("list the threads");
+        tasks.flatten().map(|task| task.path())
     }
 
     pub fn faults(&self) -> &Faults {
