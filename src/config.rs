@@ -15,7 +15,7 @@ use crate::volume::disk::PoolConfig;
 use crate::volume::id::{NodeName, PoolName};
 use crate::volume::quota::{QuotaConfig, QuotaPolicy};
 use crate::volume::record::PoolId;
-use crate::volume::room::{Limits, Reserve};
+use crate::volume::room::{Limits, OVERCOMMIT_MAX, Reserve};
 
 /// A CSI driver that turns directories on a node's own disks into Kubernetes volumes.
 #[derive(Debug, Parser)]
@@ -56,7 +56,7 @@ pub(crate) struct ServeArgs {
     #[arg(long, env = "DRIVER_NAME", value_name = "NAME", default_value = DRIVER_NAME)]
     pub(crate) driver_name: String,
 
-    /// Serve /healthz, /readyz and /metrics at this address, such as 0.0.0.0:9808
+    /// Serve /healthz, /readyz and /metrics at this address, such as [::]:9808: with IPv4 and IPv6, as far as the machine has them
     #[arg(long, value_name = "ADDRESS")]
     pub(crate) http_endpoint: Option<SocketAddr>,
 
@@ -97,6 +97,11 @@ pub(crate) struct ControllerArgs {
     /// The label selector of the controllers' pods
     #[arg(long, env = "CONTROLLERS", value_name = "SELECTOR")]
     pub(crate) controllers: Option<String>,
+
+    /// The label selector of the pods of `hostdir node` in this pod's namespace. A volume that may go to any node then goes only where
+    /// such a pod is Ready
+    #[arg(long, env = "NODE_PODS", value_name = "SELECTOR", requires = "namespace")]
+    pub(crate) node_pods: Option<String>,
 
     /// Seconds that a Node object must be gone before deletes stop waiting for that node
     #[arg(long, value_name = "SECONDS", default_value_t = 300)]
@@ -327,8 +332,8 @@ impl FilePool {
         };
         let overcommit = overcommit.unwrap_or(default.overcommit);
         ensure!(
-            overcommit.is_finite() && overcommit > 0.0 && overcommit <= 1000.0,
-            "pool {name}: overcommit {overcommit} must be above 0 and at most 1000"
+            overcommit > 0.0 && overcommit <= OVERCOMMIT_MAX,
+            "pool {name}: overcommit {overcommit} must be above 0 and at most {OVERCOMMIT_MAX}"
         );
         let projects = match project_ids {
             None => QuotaConfig::default().projects,

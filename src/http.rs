@@ -4,7 +4,7 @@
 //! whoever has most: a flood from one address keeps nobody else from being answered.
 
 use std::collections::VecDeque;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -18,6 +18,7 @@ use hyper::server::conn::http1;
 use hyper_util::client::legacy::Client;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use nix::errno::Errno;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
@@ -47,20 +48,36 @@ const FRESH: Duration = Duration::from_secs(1);
 /// # Errors
 /// The address cannot be bound.
 pub(crate) async fn serve(address: SocketAddr, health: Arc<dyn Health>, metrics: Arc<Metrics>) -> anyhow::Result<()> {
-    let listener = TcpListener::bind(address)
+    let listener = listen(address)
         .await
         .with_context(|| format!("cannot listen on {address}"))?;
     let router = router(health, metrics);
     let mut connections = VecDeque::new();
     loop {
         match listener.accept().await {
-            Ok((stream, peer)) => admit(&mut connections, stream, peer.ip(), router.clone()).await,
+            Ok((stream, peer)) => admit(&mut connections, stream, peer.ip().to_canonical(), router.clone()).await,
             Err(error) => {
                 warn!(%error, "cannot accept an HTTP connection");
                 sleep(ACCEPT_PAUSE).await;
             }
         }
     }
+}
+
+/// Listens on an address. [::] means all addresses of the machine, also where it has no IPv6.
+async fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
+    match TcpListener::bind(address).await {
+        Err(error) if address.ip() == Ipv6Addr::UNSPECIFIED && has_no_ipv6(&error) => {
+            TcpListener::bind((Ipv4Addr::UNSPECIFIED, address.port())).await
+        }
+        other => other,
+    }
+}
+
+/// See ipv6(7): the kernel was built or started without it, or it is disabled (net.ipv6.conf.all.disable_ipv6).
+fn has_no_ipv6(error: &std::io::Error) -> bool {
+    let errno = error.raw_os_error().map(Errno::from_raw);
+    matches!(errno, Some(Errno::EAFNOSUPPORT | Errno::EADDRNOTAVAIL))
 }
 
 /// A connection, and whose it is.

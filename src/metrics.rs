@@ -56,6 +56,12 @@ struct HandOver {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Object {
+    kind: &'static str,
+    name: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Task {
     task: &'static str,
 }
@@ -67,13 +73,17 @@ pub(crate) struct Metrics {
     pool_size: Family<Pool, Gauge>,
     pool_promised: Family<Pool, Gauge>,
     pool_room: Family<Pool, Gauge>,
+    pool_overallocated: Family<Pool, Gauge>,
     pool_enforced: Family<Pool, Gauge>,
     pool_unlimited: Family<Pool, Gauge>,
     deletes_pending: Gauge,
     oldest_delete: Gauge,
     orphans: Gauge,
+    released: Gauge,
+    unreadable: Family<Object, Gauge>,
     errors: Family<Task, Counter>,
     abandoned: Counter,
+    left: Counter,
     swept: Counter,
     leaders: Family<Leader, Gauge>,
     silence: Family<Lease, Gauge>,
@@ -106,6 +116,11 @@ impl Default for Metrics {
                 "pool_room_bytes",
                 "The largest volume that can still be created on a pool",
             ),
+            pool_overallocated: new(
+                r,
+                "pool_overallocated_bytes",
+                "Bytes that are allocated to volumes beyond what can be allocated in total",
+            ),
             pool_enforced: new(
                 r,
                 "pool_quota_enforced",
@@ -115,6 +130,16 @@ impl Default for Metrics {
             deletes_pending: new(r, "deletes_pending", "Volumes that are being deleted"),
             oldest_delete: new(r, "oldest_delete_pending_seconds", "Age of the oldest pending delete"),
             orphans: new(r, "orphans", "Volumes on this node's pools that have no HostVolume"),
+            released: new(
+                r,
+                "volumes_without_persistent_volume",
+                "Volumes with data whose PersistentVolume is gone",
+            ),
+            unreadable: new(
+                r,
+                "object_unreadable",
+                "1 for an object in the API server that cannot be read",
+            ),
             errors: new(
                 r,
                 "errors",
@@ -124,6 +149,11 @@ impl Default for Metrics {
                 r,
                 "volumes_abandoned",
                 "Volumes deleted without their node because the node was gone",
+            ),
+            left: new(
+                r,
+                "volumes_left",
+                "HostVolumes deleted without their data because an annotation allowed it",
             ),
             swept: new(r, "volumes_swept", "Volumes deleted because they were never used"),
             leaders: new(
@@ -186,11 +216,13 @@ impl Metrics {
         self.pool_size.clear();
         self.pool_promised.clear();
         self.pool_room.clear();
+        self.pool_overallocated.clear();
         self.pool_enforced.clear();
         self.pool_unlimited.clear();
     }
 
     pub(crate) fn set_pool(&self, usage: &PoolUsage) {
+        let Bytes(beyond) = usage.overallocated();
         let PoolUsage {
             node,
             pool,
@@ -205,6 +237,7 @@ impl Metrics {
         self.pool_size.get_or_create(&labels).set(gauge(*size));
         self.pool_promised.get_or_create(&labels).set(gauge(*allocated));
         self.pool_room.get_or_create(&labels).set(gauge(*room));
+        self.pool_overallocated.get_or_create(&labels).set(gauge(beyond));
     }
 
     /// Sets whether the kernel limits the volumes of a pool to their sizes, and how many volumes have no limit.
@@ -228,6 +261,22 @@ impl Metrics {
         self.orphans.set(gauge(count as u64));
     }
 
+    /// Sets the number of volumes with data whose PersistentVolume is gone.
+    pub(crate) fn set_released(&self, count: usize) {
+        self.released.set(gauge(count as u64));
+    }
+
+    /// Sets whether an object in the API server cannot be read.
+    pub(crate) fn set_unreadable(&self, kind: &'static str, name: &str, unreadable: bool) {
+        let name = name.to_owned();
+        let object = Object { kind, name };
+        if unreadable {
+            self.unreadable.get_or_create(&object).set(1);
+        } else {
+            self.unreadable.remove(&object);
+        }
+    }
+
     /// Counts a failure of a background task.
     pub(crate) fn failed(&self, task: &'static str) {
         self.errors.get_or_create(&Task { task }).inc();
@@ -236,6 +285,11 @@ impl Metrics {
     /// Counts a volume that was deleted without its node.
     pub(crate) fn abandoned(&self) {
         self.abandoned.inc();
+    }
+
+    /// Counts a HostVolume that was deleted without its data.
+    pub(crate) fn left(&self) {
+        self.left.inc();
     }
 
     /// Counts a volume that was deleted because it was never used.

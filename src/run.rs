@@ -14,7 +14,7 @@ use crate::config::{
     host_name,
 };
 use crate::csi::{self, Endpoint, Listener, Question, Serving};
-use crate::k8s::{self, Agent, ApiStore, Check, Gc, GcConfig, Guard, GuardConfig};
+use crate::k8s::{self, Agent, Agents, ApiStore, Check, Gc, GcConfig, Guard, GuardConfig};
 use crate::linux::{self, Linux};
 use crate::log::{self, LogGuard};
 use crate::metrics::Metrics;
@@ -140,6 +140,7 @@ fn controller(args: ControllerArgs) -> anyhow::Result<()> {
         sidecars,
         namespace,
         controllers,
+        node_pods,
         node_grace,
         unused_age,
     } = args;
@@ -155,6 +156,8 @@ fn controller(args: ControllerArgs) -> anyhow::Result<()> {
     };
     let pod_name = pod_name.map_or_else(host_name, Ok)?;
     let fence = Arc::<Fence>::default();
+    let agents = namespace.clone().zip(node_pods);
+    let agents = agents.map(|(namespace, selector)| Agents { namespace, selector });
     let guard = namespace.zip(controllers).filter(|_| !sidecars.is_empty());
     let guard = guard.map(|(namespace, controllers)| {
         let config = GuardConfig {
@@ -182,7 +185,7 @@ fn controller(args: ControllerArgs) -> anyhow::Result<()> {
             }
         };
         tokio::select! {
-            () = Box::pin(k8s::feed(client, cache, metrics)) => anyhow::anyhow!("the API watches have ended"),
+            () = Box::pin(k8s::feed(client, cache, agents, metrics)) => anyhow::anyhow!("the API watches have ended"),
             ghost = watch => ghost,
         }
     })

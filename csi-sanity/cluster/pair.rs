@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use hostdir::csi::proto::{CreateVolumeRequest, Topology, TopologyRequirement, Volume};
 use hostdir_lab::client::create_request;
 use hostdir_lab::{Client, Driver, Mount, Process, Scratch};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::lab::{Lab, lab};
 use crate::mode::Mode;
@@ -22,21 +22,34 @@ pub(crate) struct Pair {
 }
 
 impl Pair {
+    /// With one pool. csi-sanity asks for 10 GiB at a time, however small the disk is.
     pub(crate) fn new(namespace: &str, title: &str) -> Self {
+        let pair = Self::without_pools(namespace, title);
+        pair.set_pools(&[("default", 1000)]);
+        pair
+    }
+
+    pub(crate) fn without_pools(namespace: &str, title: &str) -> Self {
         let lab = lab(Mode::Elected, namespace, title);
         lab.join_network().unwrap();
         let scratch = Scratch::new();
         let node = json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": NODE}});
         lab.kubectl().apply(&node.to_string()).unwrap();
-        let pool = scratch.path("pool").display().to_string();
-        // csi-sanity asks for 10 GiB at a time, however small the disk is.
-        let config = format!("pools: [{{name: default, path: {pool}, overcommit: 1000}}]\n");
-        fs::write(scratch.path("config.yaml"), config).unwrap();
         Self {
             lab,
             scratch,
             controller: None,
         }
+    }
+
+    /// Configures the node: names of pools, and how many times they may be allocated. The pool `default` is in the directory `pool`.
+    pub(crate) fn set_pools(&self, pools: &[(&str, u32)]) {
+        let pool = |(name, overcommit): &(&str, u32)| {
+            let dir = if *name == "default" { "pool" } else { name };
+            json!({"name": name, "path": self.scratch.path(dir), "overcommit": overcommit})
+        };
+        let pools: Vec<Value> = pools.iter().map(pool).collect();
+        fs::write(self.scratch.path("config.yaml"), json!({"pools": pools}).to_string()).unwrap();
     }
 
     pub(crate) fn node(&self) -> Driver {
@@ -74,8 +87,13 @@ impl Pair {
 
 /// A request for a volume on the node.
 pub(crate) fn on_node(name: &str) -> CreateVolumeRequest {
+    on(NODE, name)
+}
+
+/// A request for a volume on a node.
+pub(crate) fn on(node: &str, name: &str) -> CreateVolumeRequest {
     let topology = Topology {
-        segments: [("topology.hostdir.csi/node".to_owned(), NODE.to_owned())].into(),
+        segments: [("topology.hostdir.csi/node".to_owned(), node.to_owned())].into(),
     };
     CreateVolumeRequest {
         accessibility_requirements: Some(TopologyRequirement {

@@ -147,8 +147,8 @@ fn nodes_and_controllers_have_only_the_rights_they_need() {
             &controller,
             &[
                 "patch",
-                "hostvolume",
-                own.as_str(),
+                "hostnode",
+                "node-1",
                 "--subresource=status",
                 "--type=merge",
                 "-p",

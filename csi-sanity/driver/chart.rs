@@ -74,6 +74,84 @@ fn the_chart_lints_and_refuses_wrong_values_naming_them() {
     );
 }
 
+/// The chart rendered with these settings, and each line of the result without its indentation.
+fn lines(settings: &str) -> Vec<String> {
+    let (text, sound) = helm(&["template", CHART, "--set-json", settings]);
+    assert!(sound, "{settings}: {text}");
+    text.lines().map(|line| line.trim().to_owned()).collect()
+}
+
+#[needs(Go)]
+fn values_are_rendered_as_they_are_meant() {
+    let large = r#"controller={"nodeGrace":1000000,"unusedAge":2000000},provisioner={"kubeApiBurst":3000000,"kubeApiCapacityBurst":4000000}"#;
+    let id = "6b1f9a64-8d0e-4a3c-9a57-1f0a8c1d2e3f";
+    let pools = format!(
+        r#"pools=[{{"name":"123","path":"/a","poolId":"{id}"}},{{"name":"null","path":"/b"}}],storageClasses=[{{"name":"true","parameters":{{"pool":"123"}},"allowedTopologies":[{{"matchLabelExpressions":[{{"key":"topology.hostdir.csi/node","values":["node-1"]}}]}}]}}]"#
+    );
+    for (settings, wanted) in [
+        (
+            large,
+            &[
+                "- --node-grace=1000000",
+                "- --unused-age=2000000",
+                "- --kube-api-burst=3000000",
+                "- --kube-api-capacity-burst=4000000",
+            ][..],
+        ),
+        (
+            &pools,
+            &[
+                "- name: \"123\"",
+                "- name: \"null\"",
+                "name: \"true\"",
+                "pool: \"123\"",
+                &format!("poolId: \"{id}\""),
+                "allowedTopologies:",
+            ],
+        ),
+        // The driver is privileged already.
+        (
+            "mode=\"elected\"",
+            &[
+                "- \"--http-endpoint=[::]:9808\"",
+                "- --capacity-threads=8",
+                "- --kube-api-capacity-qps=100",
+            ],
+        ),
+    ] {
+        let lines = lines(settings);
+        for wanted in wanted {
+            assert!(
+                lines.iter().any(|line| line == wanted),
+                "{settings}: no line {wanted:?} in {lines:#?}"
+            );
+        }
+    }
+    let privileged = |settings: &str| {
+        lines(settings)
+            .iter()
+            .filter(|line| *line == "privileged: true")
+            .count()
+    };
+    assert_eq!((privileged("selinux=false"), privileged("selinux=true")), (1, 2));
+    assert_eq!(privileged(r#"selinux=true,mode="local",storageClasses=[]"#), 3);
+}
+
+/// kustomize changes the namespaces of objects and of the accounts in bindings, and no text.
+#[needs(Go)]
+fn no_policy_of_elected_mode_names_the_namespace() {
+    let (text, _) = helm(&["template", "hostdir", CHART, "--namespace", "some-namespace"]);
+    let policies = text
+        .split("\n---\n")
+        .filter(|object| object.contains("kind: ValidatingAdmissionPolicy\n"));
+    let mut count = 0;
+    for policy in policies {
+        count += 1;
+        assert!(!policy.contains("some-namespace"), "{policy}");
+    }
+    assert!(count >= 4, "only {count} policies");
+}
+
 #[needs(Go)]
 fn the_plain_manifests_are_those_of_the_chart() {
     let (rendered, sound) = helm(&[

@@ -44,6 +44,7 @@ fn code(reason: &Reason) -> Code {
         Reason::Ambiguous(..)
         | Reason::BrokenRecord(_)
         | Reason::DataMissing { .. }
+        | Reason::PoolRemoved { .. }
         | Reason::Mounted(_)
         | Reason::InUse(_)
         | Reason::Predecessor { .. }

@@ -15,6 +15,20 @@ use serde_json::{Value, json};
 /// The finalizer that keeps a HostVolume until its node has moved the data into the trash.
 pub const FINALIZER: &str = "hostdir.csi/node";
 
+/// An annotation of a HostVolume, with its own UID: its data may be deleted when it is deleted. DeleteVolume sets it. A HostVolume
+/// cannot be deleted without (the chart's admission policy), and a node that is asked nevertheless keeps the data.
+pub const DELETE_DATA: &str = "hostdir.csi/delete-data";
+
+/// An annotation of a HostVolume that is being deleted, with its own UID: it may go without its data.
+pub const LEAVE_DATA: &str = "hostdir.csi/leave-data";
+
+/// An annotation of a HostVolume that never had data, with the UID of an earlier one of the same name: it takes the data that the
+/// earlier one has left on its node.
+pub const ADOPT_DATA: &str = "hostdir.csi/adopt-data";
+
+/// A condition of a HostVolume that has data: its PersistentVolume does not exist.
+pub const PV_GONE: &str = "PersistentVolumeGone";
+
 /// A volume: recorded by a controller, made by its node when a pod first uses it.
 #[derive(CustomResource, KubeSchema, Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[kube(
@@ -61,7 +75,7 @@ pub struct HostVolumeSpec {
 }
 
 /// A PersistentVolumeClaim.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Deserialize, Serialize, JsonSchema)]
 pub struct ClaimReference {
     /// Its namespace.
     #[schemars(length(max = 253))]
@@ -78,8 +92,10 @@ pub struct DirectorySpec {
     #[schemars(length(max = 5))]
     pub mode: String,
     /// Owning user.
+    #[schemars(range(max = 4_294_967_295_u32))]
     pub uid: u32,
     /// Owning group.
+    #[schemars(range(max = 4_294_967_295_u32))]
     pub gid: u32,
 }
 
@@ -102,6 +118,32 @@ pub struct HostVolumeStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 4096))]
     pub message: Option<String>,
+    /// What the controllers have noticed.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16))]
+    pub conditions: Vec<Condition>,
+}
+
+/// A condition, as Kubernetes defines it (`metav1.Condition`).
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Condition {
+    /// What the condition is about, in CamelCase.
+    #[serde(rename = "type")]
+    #[schemars(length(max = 316))]
+    pub type_: String,
+    /// `True`, `False` or `Unknown`.
+    #[schemars(length(max = 16))]
+    pub status: String,
+    /// Why it has this status, in one word.
+    #[schemars(length(max = 64))]
+    pub reason: String,
+    /// Why it has this status, in a sentence.
+    #[schemars(length(max = 4096))]
+    pub message: String,
+    /// When the status changed last (RFC 3339).
+    #[schemars(length(max = 64))]
+    pub last_transition_time: String,
 }
 
 /// A node that hostdir runs on.
@@ -144,11 +186,16 @@ pub struct HostNodeStatus {
     pub orphans: Vec<Orphan>,
     /// How many orphans there are; only the first hundred are listed.
     #[serde(default)]
+    #[schemars(range(max = 4_294_967_295_u32))]
     pub orphan_count: u32,
+    /// What is wrong with the node's pools as a whole.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16))]
+    pub conditions: Vec<Condition>,
 }
 
 /// A pool of a node.
-#[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct PoolStatus {
     /// The name that StorageClasses use.
@@ -178,6 +225,7 @@ pub struct PoolStatus {
     #[schemars(length(max = 32))]
     pub reserve: String,
     /// How many times the pool's size may be allocated.
+    #[schemars(range(min = 0.0, max = 1000.0))]
     pub overcommit: f64,
     /// Which quotas limit its volumes: `project quotas`, `quota groups`, `simple quotas`, or `none`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -189,6 +237,7 @@ pub struct PoolStatus {
     pub quota_message: Option<String>,
     /// How many volumes with data have no limit, although quotas limit the others.
     #[serde(default)]
+    #[schemars(range(max = 4_294_967_295_u32))]
     pub unlimited: u32,
     /// Why the pool cannot be used.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -205,6 +254,13 @@ pub struct Orphan {
     /// The pool that the volume is on.
     #[schemars(length(max = 63))]
     pub pool: String,
+    /// The UID of the HostVolume that it was made for, if its record can be read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 64))]
+    pub uid: Option<String>,
+    /// The claim that it was made for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub claim: Option<ClaimReference>,
 }
 
 /// The CustomResourceDefinitions of both objects.

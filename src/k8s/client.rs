@@ -43,6 +43,8 @@ pub(super) async fn request_within<T>(
                 409 => Problem::Conflict(verb),
                 401 => Problem::Refused(Refusal::Unauthorized, api_error(verb, why)),
                 403 => Problem::Refused(Refusal::Forbidden, api_error(verb, why)),
+                // Not 408: the request may have been carried out.
+                400 | 402..=407 | 409..=499 => Problem::Rejected(api_error(verb, why)),
                 _ => Problem::Other(api_error(verb, why)),
             })
         }
@@ -74,6 +76,9 @@ pub(super) enum Problem {
     /// The object exists already, or has changed.
     Conflict(&'static str),
     Refused(Refusal, Reason),
+    /// The request is not valid, or cannot be served now: nothing was changed.
+    Rejected(Reason),
+    /// Whether anything was changed is not known.
     Other(Reason),
 }
 
@@ -90,7 +95,7 @@ impl From<Problem> for Reason {
         match problem {
             Problem::NotFound(verb) => api_error(verb, "there is no such object".into()),
             Problem::Conflict(verb) => api_error(verb, "the object has changed meanwhile".into()),
-            Problem::Refused(_, reason) | Problem::Other(reason) => reason,
+            Problem::Refused(_, reason) | Problem::Rejected(reason) | Problem::Other(reason) => reason,
         }
     }
 }

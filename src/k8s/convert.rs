@@ -2,16 +2,23 @@
 
 use std::collections::BTreeMap;
 
-use anyhow::Context;
-use kube::ResourceExt;
-use kube::api::ObjectMeta;
+use anyhow::{Context, ensure};
+use jiff::Timestamp;
+use kube::api::{DynamicObject, ObjectMeta};
+use serde::Deserialize;
+use serde_json::{Value, json};
+use uuid::Uuid;
 
-use super::api::{self, ClaimReference, DirectorySpec, FINALIZER, HostVolumeSpec, HostVolumeStatus};
-use crate::volume::host_volume::{HostVolume, NewHostVolume, StatusReason};
+use super::api::{
+    self, ADOPT_DATA, ClaimReference, DELETE_DATA, DirectorySpec, FINALIZER, HostNodeStatus, HostVolumeSpec,
+    HostVolumeStatus, LEAVE_DATA, PV_GONE,
+};
+use crate::volume::controller::cache::NodeState;
+use crate::volume::host_volume::{Decision, HostVolume, NewHostVolume, StatusReason};
 use crate::volume::id::{NodeName, PoolName, VolumeId};
 use crate::volume::pool_status::PoolStatus;
 use crate::volume::record::{Claim, Directory, VolumeSpec};
-use crate::volume::room::{Limits, Space};
+use crate::volume::room::{Limits, OVERCOMMIT_MAX, Space};
 use crate::volume::size::Bytes;
 
 /// The object for a new volume.
@@ -56,6 +63,39 @@ pub(super) fn host_volume(object: api::HostVolume) -> anyhow::Result<HostVolume>
     read(&id, object).with_context(|| format!("HostVolume {id} cannot be read; was it written by hand?"))
 }
 
+/// Decodes a HostVolume. If only its place and its size can be read, they are returned with the reason: its room counts all the
+/// same, and its data is not without an owner.
+///
+/// # Errors
+/// Not even that can be read.
+pub(super) fn any_host_volume(object: DynamicObject) -> anyhow::Result<HostVolume> {
+    let DynamicObject { metadata, data, .. } = object;
+    let id = VolumeId::parse(metadata.name.as_deref().unwrap_or_default())?;
+    let whole = decode(metadata.clone(), &data).and_then(|object| read(&id, object));
+    whole.or_else(|why| {
+        let mut spec = json!({"name": id, "directory": {"mode": "0770", "uid": 0, "gid": 0}});
+        for field in ["node", "pool", "capacity"] {
+            spec[field] = data["spec"][field].clone();
+        }
+        let object = decode(metadata, &json!({ "spec": spec }));
+        let Ok(volume) = object.and_then(|object| read(&id, object)) else {
+            return Err(why);
+        };
+        Ok(HostVolume {
+            unreadable: Some(format!("{why:#}")),
+            ..volume
+        })
+    })
+}
+
+fn decode(metadata: ObjectMeta, data: &Value) -> anyhow::Result<api::HostVolume> {
+    Ok(api::HostVolume {
+        metadata,
+        spec: HostVolumeSpec::deserialize(&data["spec"]).context("spec")?,
+        status: Option::deserialize(&data["status"]).context("status")?,
+    })
+}
+
 fn read(id: &VolumeId, object: api::HostVolume) -> anyhow::Result<HostVolume> {
     let api::HostVolume { metadata, spec, status } = object;
     let HostVolumeStatus {
@@ -63,10 +103,13 @@ fn read(id: &VolumeId, object: api::HostVolume) -> anyhow::Result<HostVolume> {
         pool_id,
         reason,
         message,
+        conditions,
     } = status.unwrap_or_default();
+    let uid: Uuid = metadata.uid.as_deref().context("no UID")?.parse().context("UID")?;
+    let finalizers = metadata.finalizers.unwrap_or_default();
     Ok(HostVolume {
         id: id.clone(),
-        uid: metadata.uid.context("no UID")?.parse().context("UID")?,
+        uid,
         version: metadata.resource_version.context("no resourceVersion")?,
         node: NodeName::parse(&spec.node)?,
         pool: PoolName::parse(&spec.pool)?,
@@ -77,15 +120,23 @@ fn read(id: &VolumeId, object: api::HostVolume) -> anyhow::Result<HostVolume> {
             reason: reason.unwrap_or_default(),
             message,
         }),
+        released: conditions.iter().any(|is| is.type_ == PV_GONE && is.status == "True"),
         deleting: metadata.deletion_timestamp.is_some(),
-        other_finalizers: metadata
-            .finalizers
-            .unwrap_or_default()
-            .into_iter()
-            .filter(|name| name != FINALIZER)
-            .collect(),
+        unreadable: None,
+        decision: decision(uid, &metadata.annotations.unwrap_or_default()),
+        held: finalizers.iter().any(|name| name == FINALIZER),
+        other_finalizers: finalizers.into_iter().filter(|name| name != FINALIZER).collect(),
         created: metadata.creation_timestamp.context("no creationTimestamp")?.0,
     })
+}
+
+fn decision(uid: Uuid, annotations: &BTreeMap<String, String>) -> Decision {
+    let named = |name: &str| annotations.get(name).and_then(|text| text.parse::<Uuid>().ok());
+    Decision {
+        delete: named(DELETE_DATA) == Some(uid),
+        leave: named(LEAVE_DATA) == Some(uid),
+        adopt: named(ADOPT_DATA),
+    }
 }
 
 fn volume_spec(spec: HostVolumeSpec) -> anyhow::Result<VolumeSpec> {
@@ -108,7 +159,9 @@ fn volume_spec(spec: HostVolumeSpec) -> anyhow::Result<VolumeSpec> {
 pub(super) fn pool_status(name: &PoolName, status: &PoolStatus, last: Option<&api::PoolStatus>) -> api::PoolStatus {
     let space = status.space.as_ref().ok();
     let last = last.filter(|_| space.is_none());
-    let size = space.map(|space| space.used.plus(space.available));
+    let size = space.map(|space| space.size());
+    // On btrfs, what metadata uses changes the size.
+    let rounded = |bytes: Bytes, size| bytes.rounded_down(Limits::step(size)).quantity();
     let kept = |now: Option<String>, last: Option<&String>| now.or_else(|| last.cloned());
     let enforcement = status.enforcement.as_ref();
     api::PoolStatus {
@@ -121,10 +174,8 @@ pub(super) fn pool_status(name: &PoolName, status: &PoolStatus, last: Option<&ap
             status.filesystem.clone(),
             last.and_then(|last| last.filesystem.as_ref()),
         ),
-        total: size.map(Bytes::quantity),
-        free: space
-            .zip(size)
-            .map(|(space, size)| space.available.rounded_down(Limits::step(size)).quantity()),
+        total: size.map(|size| rounded(size, size)),
+        free: space.zip(size).map(|(space, size)| rounded(space.available, size)),
         foreign: space.map(|_| status.foreign.quantity()),
         reserve: status.limits.reserve.to_string(),
         overcommit: status.limits.overcommit,
@@ -143,15 +194,48 @@ pub(super) fn pool_status(name: &PoolName, status: &PoolStatus, last: Option<&ap
 ///
 /// # Errors
 /// A field has a value that hostdir does not write.
-pub(super) fn pools(object: &api::HostNode) -> anyhow::Result<(NodeName, BTreeMap<PoolName, PoolStatus>)> {
-    let node = NodeName::parse(&object.name_any())?;
-    let pools = object.status.iter().flat_map(|status| &status.pools);
+pub(super) fn pools(object: &DynamicObject) -> anyhow::Result<BTreeMap<PoolName, PoolStatus>> {
+    let status = Option::<HostNodeStatus>::deserialize(&object.data["status"]).context("status")?;
+    let pools = status.unwrap_or_default().pools;
     let read = |pool: &api::PoolStatus| anyhow::Ok((PoolName::parse(&pool.name)?, read_pool(pool)?));
-    let pools = pools
-        .map(read)
-        .collect::<anyhow::Result<_>>()
-        .with_context(|| format!("HostNode {node} cannot be read"))?;
-    Ok((node, pools))
+    let read = |pool: &api::PoolStatus| read(pool).with_context(|| format!("pool {:?}", pool.name));
+    pools.iter().map(read).collect()
+}
+
+/// Whether pods can be sent to a Node, decoded no further than that.
+pub(super) fn node_state(node: &Value) -> NodeState {
+    let taints = node["spec"]["taints"].as_array().into_iter().flatten();
+    // kubectl cordon sets a taint as well.
+    let mut keep_away = taints.filter(|taint| taint["effect"] != "PreferNoSchedule" && taint["key"] != UNSCHEDULABLE);
+    NodeState {
+        ready: is_ready(node),
+        cordoned: node["spec"]["unschedulable"] == true,
+        tainted: keep_away.next().is_some(),
+    }
+}
+
+/// Whether a Node or a Pod has the condition Ready.
+pub(super) fn is_ready(object: &Value) -> bool {
+    let conditions = object["status"]["conditions"].as_array();
+    let is_ready = |condition: &Value| condition["type"] == "Ready" && condition["status"] == "True";
+    conditions.into_iter().flatten().any(is_ready)
+}
+
+/// The taint of a cordoned node.
+const UNSCHEDULABLE: &str = "node.kubernetes.io/unschedulable";
+
+/// The room of a pool, as a controller determines it from what the node has published. `None` if that is no usable pool.
+pub(super) fn room(status: &api::PoolStatus, allocated: Bytes) -> Option<Bytes> {
+    let PoolStatus {
+        limits, space, foreign, ..
+    } = read_pool(status).ok()?;
+    Some(limits.room(space.ok()?, foreign, allocated))
+}
+
+/// The current time, as conditions have it.
+pub(super) fn now() -> String {
+    let now = Timestamp::now();
+    Timestamp::from_second(now.as_second()).unwrap_or(now).to_string()
 }
 
 fn read_pool(status: &api::PoolStatus) -> anyhow::Result<PoolStatus> {
@@ -165,10 +249,15 @@ fn read_pool(status: &api::PoolStatus) -> anyhow::Result<PoolStatus> {
         }),
         _ => Err(status.message.clone().unwrap_or_default()),
     };
+    let overcommit = status.overcommit;
+    ensure!(
+        (0.0..=OVERCOMMIT_MAX).contains(&overcommit),
+        "overcommit is {overcommit}"
+    );
     Ok(PoolStatus {
         limits: Limits {
             reserve: status.reserve.parse()?,
-            overcommit: status.overcommit,
+            overcommit,
         },
         id: status.id.as_deref().map(str::parse).transpose()?,
         filesystem: status.filesystem.clone(),
@@ -218,8 +307,7 @@ mod tests {
                 ],
             },
         });
-        let (node, pools) = pools(&serde_json::from_value(object).unwrap()).unwrap();
-        assert_eq!(node.as_str(), "node-1");
+        let pools = pools(&serde_json::from_value(object).unwrap()).unwrap();
         let usable = |name: &str| pools[&PoolName::parse(name).unwrap()].space.clone();
         assert_eq!(usable("default").unwrap().available, Bytes(40 << 30));
         assert_eq!(usable("gone").unwrap_err(), "its disk is missing");

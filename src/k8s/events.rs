@@ -11,7 +11,7 @@ use super::client::ask;
 use crate::volume::Reason;
 use crate::volume::host_volume::HostVolume;
 
-/// Writes Events about volumes. An Event that cannot be written is only logged.
+/// Writes Events about volumes and nodes. An Event that cannot be written is only logged.
 pub(super) struct Events {
     recorder: Recorder,
     runtime: Handle,
@@ -33,6 +33,16 @@ impl Events {
         self.write(EventType::Normal, volume, reason, note);
     }
 
+    /// Writes an Event on a HostNode: a warning, or the message that a condition is over.
+    pub(super) fn of_node(&self, node: &ObjectReference, is_warning: bool, reason: &str, message: &str) {
+        let type_ = if is_warning {
+            EventType::Warning
+        } else {
+            EventType::Normal
+        };
+        self.publish(&event(type_, reason, "Publish", message), node);
+    }
+
     fn write(&self, type_: EventType, volume: &HostVolume, reason: &str, note: &str) {
         let event = event(type_, reason, "Reconcile", note);
         let object = ObjectReference {
@@ -43,13 +53,15 @@ impl Events {
             ..ObjectReference::default()
         };
         for reference in std::iter::once(object).chain(claim(volume)) {
-            if let Err(problem) = ask(
-                &self.runtime,
-                "write an event",
-                self.recorder.publish(&event, &reference),
-            ) {
-                warn!(volume.id = %volume.id, why = %Reason::from(problem), "cannot write an Event");
-            }
+            self.publish(&event, &reference);
+        }
+    }
+
+    fn publish(&self, event: &Event, about: &ObjectReference) {
+        let published = self.recorder.publish(event, about);
+        if let Err(problem) = ask(&self.runtime, "write an event", published) {
+            let (kind, name) = (&about.kind, &about.name);
+            warn!(?kind, ?name, why = %Reason::from(problem), "cannot write an Event");
         }
     }
 }

@@ -9,7 +9,7 @@ use uuid::Uuid;
 use super::client::{Problem, api_error, ask, find};
 use super::{api, convert};
 use crate::volume::Reason;
-use crate::volume::host_volume::{HostVolume, HostVolumeStore, NewHostVolume};
+use crate::volume::host_volume::{HostVolume, HostVolumeStore, NewHostVolume, NotCreated};
 use crate::volume::id::VolumeId;
 use crate::volume::size::Bytes;
 
@@ -33,17 +33,23 @@ fn read(object: api::HostVolume) -> Result<HostVolume, Reason> {
 }
 
 impl HostVolumeStore for ApiStore {
-    fn create_or_get(&self, new: &NewHostVolume) -> Result<(HostVolume, bool), Reason> {
+    fn create_or_get(&self, new: &NewHostVolume) -> Result<(HostVolume, bool), NotCreated> {
         let verb = "create its HostVolume";
         let object = convert::new_host_volume(new);
         let params = PostParams::default();
         match ask(&self.runtime, verb, self.volumes.create(&params, &object)) {
-            Ok(object) => Ok((read(object)?, true)),
-            Err(Problem::Conflict(_)) => match self.get(&new.id)? {
+            Ok(object) => Ok((read(object).map_err(NotCreated::unsure)?, true)),
+            Err(Problem::Conflict(_)) => match self.get(&new.id).map_err(NotCreated::unsure)? {
                 Some(host_volume) => Ok((host_volume, false)),
-                None => Err(Reason::Deleting),
+                None => Err(NotCreated {
+                    reason: Reason::Deleting,
+                    unsure: false,
+                }),
             },
-            Err(problem) => Err(problem.into()),
+            Err(problem) => Err(NotCreated {
+                unsure: matches!(problem, Problem::Other(_)),
+                reason: problem.into(),
+            }),
         }
     }
 
@@ -54,6 +60,17 @@ impl HostVolumeStore for ApiStore {
     }
 
     fn delete(&self, id: &VolumeId, uid: Uuid) -> Result<Option<HostVolume>, Reason> {
+        let verb = "note that the data of its HostVolume may be deleted";
+        let patch = Patch::Merge(json!({
+            "metadata": {"uid": uid, "annotations": {api::DELETE_DATA: uid}},
+        }));
+        let params = PatchParams::default();
+        let noted = self.volumes.patch_metadata(id.as_str(), &params, &patch);
+        match ask(&self.runtime, verb, noted) {
+            Ok(_) => {}
+            Err(Problem::NotFound(_)) => return Ok(None),
+            Err(problem) => return Err(problem.into()),
+        }
         let verb = "delete its HostVolume";
         let params = DeleteParams {
             preconditions: Some(Preconditions {

@@ -1,44 +1,77 @@
-//! API watches: a list, and then every change to it, passed to a [`Follower`].
+//! API watches: a list, and then every change to it, passed to a [`Follower`]. Each object is decoded on its own: one that cannot be
+//! read is logged, shown in the metrics, and left alone; the others are followed all the same.
 
 use std::collections::BTreeSet;
-use std::fmt::Debug;
 use std::pin::pin;
 
-use futures::{Stream, TryStreamExt};
-use kube::ResourceExt;
+use futures::TryStreamExt;
+use kube::api::{Api, ApiResource, DynamicObject};
 use kube::runtime::WatchStreamExt;
-use kube::runtime::watcher::{self, Event};
+use kube::runtime::watcher::{Config, Event, watcher};
+use kube::{Client, Resource, ResourceExt};
 use tracing::{info, warn};
 use uuid::Uuid;
 
-use super::{api, convert};
+use super::convert;
 use crate::metrics::Metrics;
 use crate::volume::error::chain;
 use crate::volume::host_volume::HostVolume;
 use crate::volume::id::VolumeId;
 
 /// Keeps what a watch shows.
-pub(super) trait Follower<K> {
+pub(super) trait Follower {
     type Key: Ord;
+    /// The kind of the objects.
+    const KIND: &'static str;
 
-    /// An object is new or has changed. Returns its key, unless the object cannot be read.
-    fn applied(&self, object: K) -> Option<Self::Key>;
+    /// An object is new or has changed.
+    ///
+    /// # Errors
+    /// The object cannot be read.
+    fn applied(&self, object: DynamicObject) -> Result<Self::Key, Unreadable<Self::Key>>;
     /// An object is gone.
-    fn gone(&self, object: K);
+    fn gone(&self, object: DynamicObject);
     /// A list is complete: objects with other keys are gone.
     fn retain(&self, listed: &BTreeSet<Self::Key>);
 }
 
+/// An object that cannot be read.
+pub(super) struct Unreadable<K> {
+    /// Its key, if it has one: it exists, although what it says is not known.
+    pub(super) key: Option<K>,
+    pub(super) why: anyhow::Error,
+}
+
+/// All objects of a kind, undecoded.
+pub(super) fn undecoded<K: Resource<DynamicType = ()>>(client: Client) -> Api<DynamicObject> {
+    Api::all_with(client, &ApiResource::erase::<K>(&()))
+}
+
 /// Follows a watch forever. A watch that fails is started again, with back-off.
-pub(super) async fn follow<K: Debug + Send + 'static, F: Follower<K>>(
+pub(super) async fn follow<F: Follower>(
     what: &'static str,
-    events: impl Stream<Item = watcher::Result<Event<K>>> + Send,
+    objects: Api<DynamicObject>,
+    config: Config,
     metrics: &Metrics,
     follower: F,
 ) {
-    let mut events = pin!(events.default_backoff());
+    let mut events = pin!(watcher(objects, config).default_backoff());
     let mut failing = false;
     let mut listed = BTreeSet::new();
+    let mut unreadable = UnreadableObjects::new(F::KIND, metrics);
+    let applied = |object: DynamicObject, unreadable: &mut UnreadableObjects<'_>| {
+        let name = object.name_any();
+        match follower.applied(object) {
+            Ok(key) => {
+                unreadable.remove(&name);
+                Some(key)
+            }
+            Err(Unreadable { key, why }) => {
+                unreadable.insert(name, &why);
+                key
+            }
+        }
+    };
     loop {
         match events.try_next().await {
             Ok(Some(event)) => {
@@ -46,11 +79,17 @@ pub(super) async fn follow<K: Debug + Send + 'static, F: Follower<K>>(
                     info!(what, "the API server answers again");
                 }
                 match event {
-                    Event::Init => listed.clear(),
-                    Event::InitApply(object) => listed.extend(follower.applied(object)),
+                    Event::Init => {
+                        listed.clear();
+                        unreadable.clear();
+                    }
+                    Event::InitApply(object) => listed.extend(applied(object, &mut unreadable)),
                     Event::InitDone => follower.retain(&std::mem::take(&mut listed)),
-                    Event::Apply(object) => drop(follower.applied(object)),
-                    Event::Delete(object) => follower.gone(object),
+                    Event::Apply(object) => drop(applied(object, &mut unreadable)),
+                    Event::Delete(object) => {
+                        unreadable.remove(&object.name_any());
+                        follower.gone(object);
+                    }
                 }
             }
             Ok(None) => return,
@@ -68,20 +107,62 @@ pub(super) async fn follow<K: Debug + Send + 'static, F: Follower<K>>(
     }
 }
 
-/// Converts a HostVolume to the core's type. One that cannot be read is logged and ignored.
-pub(super) fn read(object: api::HostVolume) -> Option<HostVolume> {
-    convert::host_volume(object)
-        .inspect_err(|error| {
-            warn!(
-                error = format!("{error:#}"),
-                "ignoring a HostVolume that cannot be read"
-            );
-        })
-        .ok()
+/// The objects of one kind that cannot be read, as the metrics show them.
+struct UnreadableObjects<'a> {
+    kind: &'static str,
+    names: BTreeSet<String>,
+    metrics: &'a Metrics,
+}
+
+impl<'a> UnreadableObjects<'a> {
+    fn new(kind: &'static str, metrics: &'a Metrics) -> Self {
+        let names = BTreeSet::new();
+        Self { kind, names, metrics }
+    }
+
+    fn insert(&mut self, name: String, why: &anyhow::Error) {
+        let kind = self.kind;
+        warn!(
+            kind,
+            name,
+            why = format!("{why:#}"),
+            "ignoring an object that cannot be read; correct it, or delete it"
+        );
+        self.metrics.set_unreadable(kind, &name, true);
+        self.names.insert(name);
+    }
+
+    fn remove(&mut self, name: &str) {
+        if self.names.remove(name) {
+            self.metrics.set_unreadable(self.kind, name, false);
+        }
+    }
+
+    fn clear(&mut self) {
+        for name in std::mem::take(&mut self.names) {
+            self.metrics.set_unreadable(self.kind, &name, false);
+        }
+    }
+}
+
+/// Decodes a HostVolume, at least its place and its size.
+pub(super) fn host_volume(object: DynamicObject) -> Result<HostVolume, Unreadable<VolumeId>> {
+    convert::any_host_volume(object).map_err(|why| Unreadable { key: None, why })
+}
+
+/// The key of an object of which `unreadable` says why it could be read only in part, if it could not.
+pub(super) fn readable<K>(key: K, unreadable: Option<String>) -> Result<K, Unreadable<K>> {
+    match unreadable {
+        None => Ok(key),
+        Some(why) => Err(Unreadable {
+            key: Some(key),
+            why: anyhow::Error::msg(why),
+        }),
+    }
 }
 
 /// Id and UID of a HostVolume, even if the rest of it cannot be read.
-pub(super) fn identity(object: &api::HostVolume) -> Option<(VolumeId, Uuid)> {
+pub(super) fn identity(object: &DynamicObject) -> Option<(VolumeId, Uuid)> {
     let id = VolumeId::parse(&object.name_any()).ok()?;
     let uid = object.uid()?.parse().ok()?;
     Some((id, uid))

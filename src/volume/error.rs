@@ -116,6 +116,12 @@ pub(crate) enum Reason {
         /// What happened and what to do.
         why: Unusable,
     },
+    /// A volume is to be deleted that was made on a pool which is not configured any more.
+    #[error(
+        "it was made on pool {pool}, which is not configured on this node any more (pools: {known}); configure that pool again, or let \
+         the HostVolume go without its data (annotation hostdir.csi/leave-data, see deploy/README.md)"
+    )]
+    PoolRemoved { pool: PoolName, known: String },
     /// Several pools have a volume of this id.
     #[error(
         "both pool {0} and pool {1} have a volume of this id; move one of the two directories out of its pool's `volumes` \
@@ -159,7 +165,8 @@ pub(crate) enum Reason {
     /// An earlier volume of the same name has left its data here.
     #[error(
         "the pool has the data of an earlier volume of the same name (the UID of its HostVolume is {there}; \
-         this volume has {wanted}); move that directory out of the pool's `volumes` folder, and restart hostdir on this node"
+         this volume has {wanted}); to use that data, annotate the HostVolume with hostdir.csi/adopt-data={there}; if it is not \
+         needed, move that directory out of the pool's `volumes` folder, and restart hostdir on this node"
     )]
     Predecessor {
         /// The UID of the HostVolume that the data was made for.
@@ -170,7 +177,8 @@ pub(crate) enum Reason {
     /// Another volume of the same name has been recorded since.
     #[error(
         "its HostVolume (UID {wanted}) is gone, and the HostVolume of that name now is another one (UID {there}); \
-         if HostVolumes were restored from a backup, delete the claim to give up the data"
+         if HostVolumes were restored from a backup, annotate this one with hostdir.csi/adopt-data={wanted}, and re-create the \
+         PersistentVolume with the new UID (deploy/README.md)"
     )]
     Successor {
         /// The UID of the HostVolume that exists now.

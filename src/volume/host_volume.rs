@@ -39,11 +39,32 @@ pub(crate) struct HostVolume {
     /// The pool that has, or had, the volume's data. Once this is set, the volume is never made again.
     pub(crate) made_on: Option<PoolId>,
     pub(crate) status_reason: Option<StatusReason>,
+    /// Whether it is marked as having no PersistentVolume.
+    pub(crate) released: bool,
     /// Whether the HostVolume has a deletion timestamp.
     pub(crate) deleting: bool,
+    /// Why the rest of the object cannot be read, if it cannot: then only its id, UID, node, pool and size are known. A newer
+    /// hostdir may have written it.
+    pub(crate) unreadable: Option<String>,
+    /// What somebody has decided about its data.
+    pub(crate) decision: Decision,
+    /// Whether hostdir's finalizer keeps the object.
+    pub(crate) held: bool,
     /// Finalizers that are not hostdir's.
     pub(crate) other_finalizers: Vec<String>,
     pub(crate) created: Timestamp,
+}
+
+/// What an annotation of a HostVolume says about the volume's data. Each names the UID of a HostVolume, so that one that a backup
+/// tool has copied to a later object says nothing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Decision {
+    /// Its data may be deleted, once the HostVolume is deleted. DeleteVolume says so, or a person.
+    pub(crate) delete: bool,
+    /// The HostVolume may go without its data.
+    pub(crate) leave: bool,
+    /// It takes the data that the HostVolume of this UID had left.
+    pub(crate) adopt: Option<Uuid>,
 }
 
 /// A volume to be recorded in the API server.
@@ -60,11 +81,12 @@ pub(crate) struct NewHostVolume {
 /// Every verb fails with [`Reason::Api`] when the API server does not answer; the change may have been made anyway.
 pub(crate) trait HostVolumeStore: Send + Sync {
     /// Creates a HostVolume, or returns the one that has its name. Also returns whether it was created.
-    fn create_or_get(&self, new: &NewHostVolume) -> Result<(HostVolume, bool), Reason>;
+    fn create_or_get(&self, new: &NewHostVolume) -> Result<(HostVolume, bool), NotCreated>;
 
     fn get(&self, id: &VolumeId) -> Result<Option<HostVolume>, Reason>;
 
-    /// Sets the deletion timestamp of the HostVolume with this UID. Returns the object if finalizers still keep it.
+    /// Notes that the data of the HostVolume with this UID may be deleted, and sets its deletion timestamp. Returns the object if
+    /// finalizers still keep it.
     fn delete(&self, id: &VolumeId, uid: Uuid) -> Result<Option<HostVolume>, Reason>;
 
     /// Raises the capacity and returns the changed object, or `None` if the object has changed since `volume` was read.
@@ -72,6 +94,20 @@ pub(crate) trait HostVolumeStore: Send + Sync {
 
     /// Removes hostdir's finalizer. Returns false if the object has changed since `volume` was read.
     fn remove_finalizer(&self, volume: &HostVolume) -> Result<bool, Reason>;
+}
+
+/// Why a HostVolume was not created.
+#[derive(Debug)]
+pub(crate) struct NotCreated {
+    pub(crate) reason: Reason,
+    /// Whether it may have been created anyway: no answer came, or none that says.
+    pub(crate) unsure: bool,
+}
+
+impl NotCreated {
+    pub(crate) fn unsure(reason: Reason) -> Self {
+        Self { reason, unsure: true }
+    }
 }
 
 /// The HostVolumes of one node, as that node reads and marks them.

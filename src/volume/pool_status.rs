@@ -28,13 +28,12 @@ impl PoolStatus {
     /// How much of the pool is allocated and how much room is left. `None` if it cannot be used.
     pub(crate) fn usage(&self, node: &NodeName, pool: &PoolName, allocated: Bytes) -> Option<PoolUsage> {
         let space = *self.space.as_ref().ok()?;
-        let room = |allocated| self.limits.room(space, self.foreign, allocated);
         Some(PoolUsage {
             node: node.clone(),
             pool: pool.clone(),
-            size: room(Bytes(0)),
+            size: self.limits.capacity(space, self.foreign, allocated),
             allocated,
-            room: room(allocated),
+            room: self.limits.room(space, self.foreign, allocated),
         })
     }
 }
@@ -49,4 +48,11 @@ pub(crate) struct PoolUsage {
     pub(crate) allocated: Bytes,
     /// The largest volume that can still be created.
     pub(crate) room: Bytes,
+}
+
+impl PoolUsage {
+    /// How much more is allocated than can be: two controllers allocated the last room at the same moment, or others fill the disk.
+    pub(crate) fn overallocated(&self) -> Bytes {
+        self.allocated.less(self.size)
+    }
 }

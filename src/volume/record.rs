@@ -112,6 +112,9 @@ pub(crate) struct Record {
     /// The UID of its HostVolume, if there is one: it distinguishes the volume from an earlier one of the same name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) uid: Option<Uuid>,
+    /// The UIDs of earlier HostVolumes whose data this was: PersistentVolumes may still name them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) adopted: Vec<Uuid>,
     #[serde(flatten)]
     pub(crate) spec: VolumeSpec,
     /// The project that its files are in, where the filesystem limits by project.
@@ -127,6 +130,11 @@ pub(crate) struct Record {
 
 impl Record {
     pub(crate) const FORMAT: u32 = 1;
+
+    /// Whether the volume is that of this HostVolume, or of one whose data it has adopted.
+    pub(crate) fn is_of(&self, uid: Uuid) -> bool {
+        self.uid == Some(uid) || self.adopted.contains(&uid)
+    }
 }
 
 /// The phases that a record can have: no record says that data is lost.

@@ -18,6 +18,16 @@ pub(crate) struct Space {
     pub(crate) inodes_used: u64,
 }
 
+impl Space {
+    /// Size of the filesystem as in df(1): what it keeps for root does not count.
+    pub(crate) fn size(self) -> Bytes {
+        self.used.plus(self.available)
+    }
+}
+
+/// The largest overcommit that is accepted.
+pub(crate) const OVERCOMMIT_MAX: f64 = 1000.0;
+
 /// The administrator's limits for a pool.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Limits {
@@ -89,27 +99,33 @@ impl Limits {
             .rounded_down(Bytes::MIB)
     }
 
-    /// The largest volume that may be created now, on a filesystem of which `allocated` bytes are allocated to volumes and that
-    /// held `foreign` bytes when the pool was made.
+    /// What may be allocated in total, on a filesystem of which `allocated` bytes are allocated to volumes and that held `foreign`
+    /// bytes when the pool was made: (size − what others use) × overcommit − reserve.
     ///
-    /// (size − what others use) × overcommit − reserve − allocated, and never more than free space × overcommit. Measuring
-    /// what others use would mean measuring every volume. Instead, it is taken to be `foreign` (or all bytes in use now, if
-    /// that is less), or the bytes in use beyond those allocated, whichever is more.
-    pub(crate) fn room(self, space: Space, foreign: Bytes, allocated: Bytes) -> Bytes {
-        // As in df(1): what a filesystem keeps for root does not count.
-        let size = space.used.plus(space.available);
-        let reserve = match self.reserve {
-            Reserve::Bytes(bytes) => bytes,
-            Reserve::Percent(percent) => scaled(size, percent / 100.0),
-        };
-        let step = Self::step(size);
+    /// Measuring what others use would mean measuring every volume. Instead, it is taken to be `foreign` (or all bytes in use now,
+    /// if that is less), or the bytes in use beyond those allocated, whichever is more.
+    pub(crate) fn capacity(self, space: Space, foreign: Bytes, allocated: Bytes) -> Bytes {
         let others = foreign
             .min(space.used)
             .max(space.used.less(allocated))
-            .rounded_down(step);
-        let unallocated = scaled(size.less(others), self.overcommit).less(reserve).less(allocated);
-        let free = scaled(space.available.less(reserve), self.overcommit).rounded_down(step);
+            .rounded_down(Self::step(space.size()));
+        scaled(space.size().less(others), self.overcommit).less(self.reserve(space))
+    }
+
+    /// The largest volume that may be created now: what of [`Limits::capacity`] is not allocated, and never more than
+    /// free space × overcommit.
+    pub(crate) fn room(self, space: Space, foreign: Bytes, allocated: Bytes) -> Bytes {
+        let unallocated = self.capacity(space, foreign, allocated).less(allocated);
+        let free = scaled(space.available.less(self.reserve(space)), self.overcommit);
+        let free = free.rounded_down(Self::step(space.size()));
         unallocated.min(free).rounded_down(Bytes::MIB)
+    }
+
+    fn reserve(self, space: Space) -> Bytes {
+        match self.reserve {
+            Reserve::Bytes(bytes) => bytes,
+            Reserve::Percent(percent) => scaled(space.size(), percent / 100.0),
+        }
     }
 }
 

@@ -20,7 +20,10 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 - --enable-capacity
 - --capacity-poll-interval={{ .Values.provisioner.capacityPollInterval }}
 - --kube-api-qps={{ .Values.provisioner.kubeApiQPS }}
-- --kube-api-burst={{ .Values.provisioner.kubeApiBurst }}
+- --kube-api-burst={{ .Values.provisioner.kubeApiBurst | int64 }}
+- --kube-api-capacity-qps={{ .Values.provisioner.kubeApiCapacityQPS }}
+- --kube-api-capacity-burst={{ .Values.provisioner.kubeApiCapacityBurst | int64 }}
+- --capacity-threads={{ .Values.provisioner.capacityThreads | int64 }}
 - --timeout=30s
 {{- end }}
 
@@ -70,6 +73,22 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- /* The Leases of all sidecars that elect a leader, as a CEL list. external-resizer's is named after the driver, too. */ -}}
 {{- define "hostdir.leases" -}}
 ["{{ include "hostdir.lease" . }}", "external-resizer-{{ include "hostdir.lease" . }}"]
+{{- end }}
+
+{{- /* The security context of the sidecars on nodes. */ -}}
+{{- define "hostdir.sidecarSecurity" -}}
+{{- if .Values.selinux -}}
+privileged: true
+{{- else -}}
+allowPrivilegeEscalation: false
+capabilities: {drop: [ALL]}
+{{- end }}
+readOnlyRootFilesystem: true
+{{- end }}
+
+{{- /* The label selector of the pods on nodes. */ -}}
+{{- define "hostdir.nodePods" -}}
+app.kubernetes.io/instance={{ .Release.Name }},app.kubernetes.io/component=node
 {{- end }}
 
 {{- /* The label selector of the controllers' pods. */ -}}

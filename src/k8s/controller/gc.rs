@@ -14,6 +14,7 @@ use kube::api::{Api, DeleteParams};
 use tokio::runtime::Handle;
 use tracing::{info, warn};
 
+use super::released::Released;
 use crate::k8s::api::HostNode;
 use crate::k8s::client::{Problem, ask, find};
 use crate::k8s::events::Events;
@@ -51,6 +52,7 @@ pub(crate) struct Gc {
     runtime: Handle,
     metrics: Arc<Metrics>,
     swept: Option<Instant>,
+    released: Released,
     /// Volumes that were found to be in use, and when.
     in_use: HashMap<VolumeId, Instant>,
 }
@@ -67,6 +69,7 @@ impl Gc {
         metrics: &Arc<Metrics>,
     ) -> Self {
         let events = Events::new(client.clone(), instance, runtime.clone());
+        let released = Released::new(Arc::clone(cache), Arc::clone(store), client.clone(), runtime.clone());
         Self {
             config,
             cache: Arc::clone(cache),
@@ -76,6 +79,7 @@ impl Gc {
             runtime,
             metrics: Arc::clone(metrics),
             swept: None,
+            released,
             in_use: HashMap::new(),
         }
     }
@@ -91,6 +95,9 @@ impl Gc {
             self.cache.note_absent();
             self.finish_deletes();
             self.sweep();
+            for (id, why) in self.released.pass(&self.events) {
+                self.note(&id, Err(why));
+            }
         }
     }
 
@@ -100,6 +107,7 @@ impl Gc {
         self.metrics.set_volumes(Phase::Ready, counts.ready);
         self.metrics.set_volumes(Phase::Lost, counts.lost);
         self.metrics.set_deletes(counts.deleting, self.cache.oldest_delete());
+        self.metrics.set_released(self.cache.released().marked);
         self.metrics.clear_pools();
         for pool in self.cache.pools() {
             self.metrics.set_pool(&pool);

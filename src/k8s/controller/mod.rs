@@ -1,17 +1,17 @@
 //! A controller of elected mode: it keeps its cache of all nodes and volumes up to date with API watches.
 
 mod gc;
+mod released;
 
-use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, PoisonError};
 
-use k8s_openapi::api::core::v1::Node;
-use kube::api::{Api, PartialObjectMeta};
-use kube::runtime::watcher::{Config, watcher};
+use k8s_openapi::api::core::v1::{Node, PersistentVolume, Pod};
+use kube::api::{Api, ApiResource, DynamicObject};
+use kube::runtime::watcher::Config;
 use kube::{Client, ResourceExt};
-use tracing::warn;
 
-use super::watch::{self, Follower, follow};
+use super::watch::{self, Follower, Unreadable, follow, undecoded};
 use super::{api, convert};
 use crate::metrics::Metrics;
 use crate::volume::controller::cache::ClusterCache;
@@ -22,31 +22,63 @@ pub(crate) use gc::{Gc, GcConfig};
 /// Objects in one page of a list: larger pages cost memory, smaller ones cost requests.
 const PAGE: u32 = 1000;
 
-/// Keeps the cache up to date, forever.
-pub(crate) async fn feed(client: Client, cache: Arc<ClusterCache>, metrics: Arc<Metrics>) {
+/// The pods of `hostdir node`.
+pub(crate) struct Agents {
+    pub(crate) namespace: String,
+    /// Their label selector.
+    pub(crate) selector: String,
+}
+
+/// Keeps the cache up to date, forever. Without `agents`, every node is believed to run hostdir.
+pub(crate) async fn feed(client: Client, cache: Arc<ClusterCache>, agents: Option<Agents>, metrics: Arc<Metrics>) {
     let config = || Config::default().page_size(PAGE);
-    let volumes = watcher(Api::<api::HostVolume>::all(client.clone()), config());
-    let host_nodes = watcher(Api::<api::HostNode>::all(client.clone()), config());
-    let nodes = watcher(Api::<PartialObjectMeta<Node>>::all(client), config());
+    let volumes = undecoded::<api::HostVolume>(client.clone());
+    let host_nodes = undecoded::<api::HostNode>(client.clone());
+    let nodes = undecoded::<Node>(client.clone());
+    let persistent = undecoded::<PersistentVolume>(client.clone());
+    let agents = async {
+        let Some(Agents { namespace, selector }) = agents else {
+            return std::future::pending().await;
+        };
+        let pods = Api::namespaced_with(client, &namespace, &ApiResource::erase::<Pod>(&()));
+        let followed = AgentPods::new(&cache);
+        follow(
+            "watch hostdir's pods",
+            pods,
+            config().labels(&selector),
+            &metrics,
+            followed,
+        )
+        .await;
+    };
     tokio::join!(
-        follow("watch HostVolumes", volumes, &metrics, Volumes(&cache)),
-        follow("watch HostNodes", host_nodes, &metrics, HostNodes(&cache)),
-        follow("watch Nodes", nodes, &metrics, Nodes(&cache)),
+        follow("watch HostVolumes", volumes, config(), &metrics, Volumes(&cache)),
+        follow("watch HostNodes", host_nodes, config(), &metrics, HostNodes(&cache)),
+        follow("watch Nodes", nodes, config(), &metrics, Nodes(&cache)),
+        follow(
+            "watch PersistentVolumes",
+            persistent,
+            config(),
+            &metrics,
+            PersistentVolumes(&cache)
+        ),
+        agents,
     );
 }
 
 struct Volumes<'a>(&'a ClusterCache);
 
-impl Follower<api::HostVolume> for Volumes<'_> {
+impl Follower for Volumes<'_> {
     type Key = VolumeId;
+    const KIND: &'static str = "HostVolume";
 
-    fn applied(&self, object: api::HostVolume) -> Option<VolumeId> {
-        let volume = watch::read(object)?;
+    fn applied(&self, object: DynamicObject) -> Result<VolumeId, Unreadable<VolumeId>> {
+        let volume = watch::host_volume(object)?;
         self.0.apply(&volume);
-        Some(volume.id)
+        watch::readable(volume.id, volume.unreadable)
     }
 
-    fn gone(&self, object: api::HostVolume) {
+    fn gone(&self, object: DynamicObject) {
         if let Some((id, uid)) = watch::identity(&object) {
             self.0.forget(&id, uid);
         }
@@ -57,25 +89,37 @@ impl Follower<api::HostVolume> for Volumes<'_> {
     }
 }
 
-fn node_name(object: &impl ResourceExt) -> Option<NodeName> {
-    NodeName::parse(&object.name_any()).ok()
+fn node_name(object: &DynamicObject) -> Result<NodeName, Unreadable<NodeName>> {
+    NodeName::parse(&object.name_any()).map_err(|error| Unreadable {
+        key: None,
+        why: error.into(),
+    })
 }
 
 struct HostNodes<'a>(&'a ClusterCache);
 
-impl Follower<api::HostNode> for HostNodes<'_> {
+impl Follower for HostNodes<'_> {
     type Key = NodeName;
+    const KIND: &'static str = "HostNode";
 
-    fn applied(&self, object: api::HostNode) -> Option<NodeName> {
+    fn applied(&self, object: DynamicObject) -> Result<NodeName, Unreadable<NodeName>> {
+        let node = node_name(&object)?;
         match convert::pools(&object) {
-            Ok((node, pools)) => self.0.set_pools(node, pools),
-            Err(error) => warn!(error = format!("{error:#}"), "ignoring a HostNode that cannot be read"),
+            Ok(pools) => {
+                self.0.set_pools(node.clone(), pools);
+                Ok(node)
+            }
+            // What it said before may no longer be true.
+            Err(why) => {
+                self.0.forget_pools(&node);
+                let key = Some(node);
+                Err(Unreadable { key, why })
+            }
         }
-        node_name(&object)
     }
 
-    fn gone(&self, object: api::HostNode) {
-        if let Some(node) = node_name(&object) {
+    fn gone(&self, object: DynamicObject) {
+        if let Ok(node) = node_name(&object) {
             self.0.forget_pools(&node);
         }
     }
@@ -87,22 +131,94 @@ impl Follower<api::HostNode> for HostNodes<'_> {
 
 struct Nodes<'a>(&'a ClusterCache);
 
-impl Follower<PartialObjectMeta<Node>> for Nodes<'_> {
+impl Follower for Nodes<'_> {
     type Key = NodeName;
+    const KIND: &'static str = "Node";
 
-    fn applied(&self, object: PartialObjectMeta<Node>) -> Option<NodeName> {
+    fn applied(&self, object: DynamicObject) -> Result<NodeName, Unreadable<NodeName>> {
         let node = node_name(&object)?;
-        self.0.node_exists(node.clone());
-        Some(node)
+        self.0.set_node(node.clone(), convert::node_state(&object.data));
+        Ok(node)
     }
 
-    fn gone(&self, object: PartialObjectMeta<Node>) {
-        if let Some(node) = node_name(&object) {
+    fn gone(&self, object: DynamicObject) {
+        if let Ok(node) = node_name(&object) {
             self.0.node_is_gone(&node);
         }
     }
 
     fn retain(&self, listed: &BTreeSet<NodeName>) {
         self.0.retain_nodes(listed);
+    }
+}
+
+struct PersistentVolumes<'a>(&'a ClusterCache);
+
+impl Follower for PersistentVolumes<'_> {
+    type Key = VolumeId;
+    const KIND: &'static str = "PersistentVolume";
+
+    fn applied(&self, object: DynamicObject) -> Result<VolumeId, Unreadable<VolumeId>> {
+        let id = VolumeId::for_name(&object.name_any());
+        self.0.set_persistent(&id, true);
+        Ok(id)
+    }
+
+    fn gone(&self, object: DynamicObject) {
+        self.0.set_persistent(&VolumeId::for_name(&object.name_any()), false);
+    }
+
+    fn retain(&self, listed: &BTreeSet<VolumeId>) {
+        self.0.retain_persistent(listed);
+    }
+}
+
+/// The pods of `hostdir node`: two of one node may overlap in a rollout.
+struct AgentPods<'a> {
+    cache: &'a ClusterCache,
+    /// The node of each pod that has one, and whether the pod is Ready.
+    pods: Mutex<BTreeMap<String, (NodeName, bool)>>,
+}
+
+impl<'a> AgentPods<'a> {
+    fn new(cache: &'a ClusterCache) -> Self {
+        let pods = Mutex::default();
+        Self { cache, pods }
+    }
+
+    fn change(&self, change: impl FnOnce(&mut BTreeMap<String, (NodeName, bool)>)) {
+        // The next event corrects what a panic leaves behind.
+        let mut pods = self.pods.lock().unwrap_or_else(PoisonError::into_inner);
+        change(&mut pods);
+        let mut agents = BTreeMap::new();
+        for (node, ready) in pods.values() {
+            *agents.entry(node.clone()).or_default() |= ready;
+        }
+        self.cache.set_agents(agents);
+    }
+}
+
+impl Follower for AgentPods<'_> {
+    type Key = String;
+    const KIND: &'static str = "Pod";
+
+    fn applied(&self, object: DynamicObject) -> Result<String, Unreadable<String>> {
+        let name = object.name_any();
+        let node = object.data["spec"]["nodeName"].as_str().unwrap_or_default();
+        let node = NodeName::parse(node).ok();
+        let ready = convert::is_ready(&object.data) && object.metadata.deletion_timestamp.is_none();
+        self.change(|pods| match node {
+            Some(node) => drop(pods.insert(name.clone(), (node, ready))),
+            None => drop(pods.remove(&name)),
+        });
+        Ok(name)
+    }
+
+    fn gone(&self, object: DynamicObject) {
+        self.change(|pods| drop(pods.remove(&object.name_any())));
+    }
+
+    fn retain(&self, listed: &BTreeSet<String>) {
+        self.change(|pods| pods.retain(|name, _| listed.contains(name)));
     }
 }

@@ -80,6 +80,7 @@ impl Assignments for ApiAssignments {
             let same = volume.filter(|volume| Some(volume.uid) == record.uid);
             let current = same.ok_or(Reason::NoSuchVolume)?;
             match current.made_on {
+                _ if current.unreadable.is_some() => return Err(Reason::NoSuchVolume),
                 _ if current.deleting => return Err(Reason::Deleting),
                 Some(there) if there == here => return Ok(()),
                 Some(there) => return Err(Reason::data_missing(there, &[here])),

@@ -4,10 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use kube::api::DynamicObject;
 use tokio::sync::Notify;
 
-use crate::k8s::api;
-use crate::k8s::watch::{self, Follower};
+use crate::k8s::watch::{self, Follower, Unreadable};
 use crate::volume::host_volume::HostVolume;
 use crate::volume::id::{NodeName, VolumeId};
 
@@ -60,20 +60,23 @@ impl NodeCache {
     }
 }
 
-impl Follower<api::HostVolume> for &NodeCache {
+impl Follower for &NodeCache {
     type Key = VolumeId;
+    const KIND: &'static str = "HostVolume";
 
-    fn applied(&self, object: api::HostVolume) -> Option<VolumeId> {
-        let volume = watch::read(object).filter(|volume| volume.node == self.node)?;
-        let (id, deleting) = (volume.id.clone(), volume.deleting);
-        self.lock().insert(id.clone(), volume);
+    fn applied(&self, object: DynamicObject) -> Result<VolumeId, Unreadable<VolumeId>> {
+        let volume = watch::host_volume(object)?;
+        let (id, unreadable, deleting) = (volume.id.clone(), volume.unreadable.clone(), volume.deleting);
+        if volume.node == self.node {
+            self.lock().insert(id.clone(), volume);
+        }
         if deleting {
             self.delete.notify_one();
         }
-        Some(id)
+        watch::readable(id, unreadable)
     }
 
-    fn gone(&self, object: api::HostVolume) {
+    fn gone(&self, object: DynamicObject) {
         if let Some((id, uid)) = watch::identity(&object) {
             let mut volumes = self.lock();
             if volumes.get(&id).is_some_and(|known| known.uid == uid) {

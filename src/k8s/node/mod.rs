@@ -6,6 +6,7 @@ mod cache;
 mod deletes;
 mod found;
 mod orphans;
+mod publication;
 mod reconcile;
 mod status;
 mod tasks;
@@ -15,27 +16,27 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kube::Client;
-use kube::api::Api;
-use kube::runtime::watcher::{Config, watcher};
+use kube::runtime::watcher::Config;
 use tokio::runtime::Handle;
 use tokio::time::timeout;
 use tracing::warn;
 
 use super::api;
 use super::events::Events;
-use super::watch::follow;
+use super::watch::{follow, undecoded};
 use crate::metrics::Metrics;
 use crate::volume::disk::Unusable;
 use crate::volume::host_volume::{Assignments, HostVolume};
 use crate::volume::id::{NodeName, PoolName};
 use crate::volume::node::Inventory;
+use crate::volume::size::Bytes;
 use crate::volume::{Node, Reason};
 use assignments::ApiAssignments;
 use cache::NodeCache;
-use found::{Found, OnDisk};
-use orphans::find_orphans;
-use reconcile::{Failed, Reconciler};
-use status::Publisher;
+use found::OnDisk;
+use orphans::{Unassigned, find_unassigned};
+use reconcile::{Failed, Reconciler, Wrote, needs_disk};
+use status::{Publisher, Seen};
 use tasks::Tasks;
 
 /// How often a node compares its pools with its HostVolumes, and publishes the state of the pools: a disk that hangs is noticed after
@@ -45,6 +46,10 @@ const PERIOD: Duration = Duration::from_secs(4);
 /// How long a pool must be unusable before its volumes are `Lost`: opening a large pool takes a while, and so does mounting
 /// a disk by hand.
 const PATIENCE: Duration = Duration::from_secs(30);
+
+/// How many statuses one pass writes at most. A mistake in the configuration changes the phase of all volumes at once; the rest are
+/// written in the next passes, if it is not corrected before.
+const WRITES_MAX: usize = 20;
 
 /// Carries out what HostVolumes ask of this node.
 pub(crate) struct Agent {
@@ -78,12 +83,13 @@ impl Agent {
     /// Runs forever. If it returns, the error says why it cannot go on.
     pub(crate) async fn run(self, node: Arc<Node>) -> anyhow::Error {
         let fields = format!("spec.node={}", self.name);
-        let volumes: Api<api::HostVolume> = Api::all(self.client.clone());
-        let watch = watcher(volumes, Config::default().fields(&fields));
+        let volumes = undecoded::<api::HostVolume>(self.client.clone());
+        let config = Config::default().fields(&fields);
         let reconciler = Arc::new(Reconciler {
             node: Arc::clone(&node),
             assignments: Arc::clone(&self.assignments),
             events: Events::new(self.client.clone(), self.name.to_string(), self.runtime.clone()),
+            metrics: Arc::clone(&self.metrics),
         });
         let tasks = Tasks::new(Arc::clone(&reconciler), Arc::clone(&self.metrics));
         let passes = Passes {
@@ -96,7 +102,7 @@ impl Agent {
             unusable: HashMap::new(),
         };
         tokio::select! {
-            () = follow("watch HostVolumes", watch, &self.metrics, &*self.cache) => anyhow::anyhow!("the API watch has ended"),
+            () = follow("watch HostVolumes", volumes, config, &self.metrics, &*self.cache) => anyhow::anyhow!("the API watch has ended"),
             () = deletes::run(&self.cache, &tasks, &self.metrics) => anyhow::anyhow!("the task that deletes volumes has ended"),
             error = passes.run() => error,
         }
@@ -134,17 +140,21 @@ impl Passes {
     }
 
     fn pass(&mut self) {
-        let mut orphans = Vec::new();
+        let mut seen = Seen {
+            allocated: None,
+            unassigned: Unassigned::default(),
+        };
         if self.cache.is_complete() {
             // HostVolumes are read before the disks: a volume that is Ready in the API server was on a disk earlier.
-            let volumes = self.cache.volumes(|volume| !volume.deleting);
+            let volumes = self.cache.volumes(|_| true);
+            seen.allocated = Some(allocated(&volumes));
             let inventory = self.node.inventory();
             self.note_unusable(&inventory.unusable);
             self.reconcile_all(&volumes, &inventory);
-            orphans = find_orphans(&self.node, &self.cache, &self.tasks, inventory.volumes);
+            seen.unassigned = find_unassigned(&self.node, &self.cache, &self.tasks, inventory.volumes);
         }
-        self.metrics.set_orphans(orphans.len());
-        if let Err(why) = self.publisher.publish(&self.node, &self.metrics, &orphans) {
+        self.metrics.set_orphans(seen.unassigned.orphans.len());
+        if let Err(why) = self.publisher.publish(&self.node, &self.metrics, &seen) {
             self.metrics.failed("publish pools");
             warn!(node = %self.node.name(), %why, "cannot publish the status of the pools; trying again");
         }
@@ -159,24 +169,40 @@ impl Passes {
 
     fn reconcile_all(&self, volumes: &[HostVolume], inventory: &Inventory) {
         let on_disk = OnDisk::new(inventory);
-        let too_early = |pool| self.unusable.get(pool).is_some_and(|since| since.elapsed() < PATIENCE);
-        for volume in volumes.iter().filter(|volume| !too_early(&volume.pool)) {
+        let too_early = |pool: &PoolName| self.unusable.get(pool).is_some_and(|since| since.elapsed() < PATIENCE);
+        let due = |volume: &&HostVolume| !volume.deleting && volume.unreadable.is_none() && !too_early(&volume.pool);
+        let mut written = 0;
+        for volume in volumes.iter().filter(due) {
             let found = on_disk.find(volume);
-            if let Found::Record(record) = found
-                && volume.spec.bytes > record.spec.bytes
-            {
-                self.tasks.reconcile(volume.clone(), Some(record.clone()));
+            if needs_disk(volume, found) {
+                self.tasks.reconcile(volume.clone(), found.record().cloned());
                 continue;
             }
-            let Err(Failed { task, why }) = self.reconciler.reconcile(volume, found) else {
-                continue;
-            };
-            self.metrics.failed(task);
-            warn!(volume.id = %volume.id, node = %volume.node, %why, task, "cannot reconcile a volume; trying again");
-            if matches!(why, Reason::Api { .. }) {
-                // The API server will not answer for the others either.
+            match self.reconciler.reconcile(volume, found) {
+                Ok(Wrote::Nothing) => {}
+                Ok(Wrote::Status) => written += 1,
+                Err(Failed { task, why }) => {
+                    self.metrics.failed(task);
+                    warn!(volume.id = %volume.id, node = %volume.node, %why, task, "cannot reconcile a volume; trying again");
+                    if matches!(why, Reason::Api { .. }) {
+                        // The API server will not answer for the others either.
+                        return;
+                    }
+                }
+            }
+            if written == WRITES_MAX {
                 return;
             }
         }
     }
+}
+
+/// Bytes of each pool that are allocated to HostVolumes.
+fn allocated(volumes: &[HostVolume]) -> HashMap<PoolName, Bytes> {
+    let mut allocated: HashMap<PoolName, Bytes> = HashMap::new();
+    for volume in volumes {
+        let pool = allocated.entry(volume.pool.clone()).or_default();
+        *pool = pool.plus(volume.spec.bytes);
+    }
+    allocated
 }

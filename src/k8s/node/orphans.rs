@@ -12,23 +12,32 @@ use crate::volume::disk::PoolVolume;
 use crate::volume::host_volume::HostVolumeStore as _;
 use crate::volume::id::{PoolName, VolumeId};
 
-/// Finds the orphans among the volumes on the pools. Discards those that never had data, and returns the rest.
-pub(super) fn find_orphans(
+/// Volumes that are on a pool and have no HostVolume.
+#[derive(Default)]
+pub(super) struct Unassigned {
+    /// Nobody uses them.
+    pub(super) orphans: Vec<(PoolName, PoolVolume)>,
+    /// They are mounted.
+    pub(super) in_use: Vec<(PoolName, PoolVolume)>,
+}
+
+/// Finds the volumes on the pools that have no HostVolume. Discards those that never had data, and returns the rest.
+pub(super) fn find_unassigned(
     node: &Node,
     cache: &NodeCache,
     tasks: &Arc<Tasks>,
     found: Vec<(PoolName, PoolVolume)>,
-) -> Vec<(PoolName, PoolVolume)> {
+) -> Unassigned {
     let unassigned: Vec<_> = found
         .into_iter()
         .filter(|(_, volume)| !is_assigned(cache, volume) && !is_of_self_test(volume))
         .collect();
+    let mut result = Unassigned::default();
     if unassigned.is_empty() {
-        return unassigned;
+        return result;
     }
     // Some may have been deleted since they were seen on the disk.
     let there = node.inventory().volumes;
-    let mut orphans = Vec::new();
     for (pool, volume) in unassigned {
         let same = |(other, there): &(PoolName, PoolVolume)| {
             (other, &there.id, &there.record) == (&pool, &volume.id, &volume.record)
@@ -39,10 +48,11 @@ pub(super) fn find_orphans(
         let unused = volume.record.as_ref().ok().filter(|record| !record.ready);
         match unused.and_then(|record| record.uid) {
             Some(uid) => discard_unused(tasks, volume.id, uid),
-            None => orphans.push((pool, volume)),
+            None if volume.mounts.is_empty() => result.orphans.push((pool, volume)),
+            None => result.in_use.push((pool, volume)),
         }
     }
-    orphans
+    result
 }
 
 fn is_of_self_test(volume: &PoolVolume) -> bool {

@@ -31,8 +31,12 @@ impl Tasks {
     /// Reconciles a volume, unless a thread is working on it already. `record` is what was found on the disk, if it was looked at.
     pub(super) fn reconcile(self: &Arc<Self>, volume: HostVolume, record: Option<Record>) {
         self.start(volume.id.clone(), move |reconciler| {
-            let found = record.as_ref().map_or(Found::Unknown, Found::Record);
-            reconciler.reconcile(&volume, found)
+            let found = match &record {
+                Some(record) if record.uid == Some(volume.uid) => Found::Record(record),
+                Some(record) => Found::Earlier(record),
+                None => Found::Unknown,
+            };
+            reconciler.reconcile(&volume, found).map(drop)
         });
     }
 

@@ -3,7 +3,8 @@
 //!
 //! Correctness does not depend on who leads: a name belongs to the controller that records it first, and a HostVolume is
 //! only deleted by its UID. Any number of controllers may act at once, with one inaccuracy: two that allocate the last room
-//! of a pool at the same moment do not see each other's volume, and allocate more than the pool has, as with overcommit.
+//! of a pool at the same moment do not see each other's volume, and allocate more than the pool has. Each finds that as soon as
+//! its watch shows the other's volume, and so does the node; the pool takes no new volumes until all fit again.
 
 pub(crate) mod cache;
 mod fence;
@@ -18,11 +19,11 @@ use uuid::Uuid;
 
 use super::control::{Control, CreateRequest, Health, Volume};
 use super::error::{Error, Reason};
-use super::host_volume::{HostVolume, HostVolumeStore, NewHostVolume, StatusReason};
-use super::id::{NodeName, PoolName, VolumeId};
+use super::host_volume::{HostVolume, HostVolumeStore, NewHostVolume, NotCreated, StatusReason};
+use super::id::{PoolName, VolumeId};
 use super::record::{Phase, VolumeSpec};
 use super::size::{Bytes, Growth, SizeRange};
-use cache::ClusterCache;
+use cache::{ClusterCache, Reservation};
 
 pub(crate) use fence::Fence;
 
@@ -33,11 +34,29 @@ const DELETE_WAIT: Duration = Duration::from_secs(20);
 /// reason from before the delete is overwritten by then.
 const REASON_WAIT: Duration = Duration::from_secs(3);
 
+/// How long a delete waits for a node that does not seem to answer: calls that wait for such nodes would keep the sidecar from other
+/// volumes.
+const SILENT_WAIT: Duration = Duration::from_secs(1);
+
 /// Creates, grows and deletes volumes on all nodes.
 pub(crate) struct Controller {
     store: Arc<dyn HostVolumeStore>,
     cache: Arc<ClusterCache>,
     fence: Arc<Fence>,
+}
+
+/// What a new volume gets.
+enum Reserved<'a> {
+    /// The room for a volume of this size.
+    Room(Reservation<'a>, Bytes),
+    /// Nothing: there is a volume of that name.
+    Exists(Box<HostVolume>),
+}
+
+impl Reserved<'_> {
+    fn exists(there: HostVolume) -> Self {
+        Self::Exists(Box::new(there))
+    }
 }
 
 /// An error about a volume on the node of its HostVolume.
@@ -64,25 +83,30 @@ impl Controller {
         self.store.get(id).map_err(about(id))
     }
 
-    /// The node and the size for a new volume, or the existing volume of that name.
-    fn choose(&self, id: &VolumeId, request: &CreateRequest) -> Result<Result<(NodeName, Bytes), HostVolume>, Error> {
-        // The cache may lag behind, so it cannot prove that the name is free. But if it knows the name, choosing a node
-        // would count the volume twice.
+    /// Chooses the node for a new volume and reserves its room there; or finds the volume of that name.
+    fn reserve(&self, id: &VolumeId, request: &CreateRequest) -> Result<Reserved<'_>, Error> {
+        // The cache may lag behind, so it cannot prove that the name is free.
         if self.cache.uid(id).is_some()
             && let Some(there) = self.find(id)?
         {
-            return Ok(Err(there));
+            return Ok(Reserved::exists(there));
         }
         let Some(bytes) = request.size.choose() else {
-            return self.existing_or(id, Reason::EmptyRange(request.size)).map(Err);
+            return self
+                .existing_or(id, Reason::EmptyRange(request.size))
+                .map(Reserved::exists);
         };
         if !self.cache.is_complete() {
             let why = "this controller has not seen all nodes and volumes yet; the call will be retried";
             return Err(about(id)(Reason::Waiting(why.into())));
         }
-        match self.cache.choose(&request.parameters.pool, bytes, &request.topology) {
-            Ok(node) => Ok(Ok((node, bytes))),
-            Err(refusal) => self.existing_or(id, refusal).map(Err),
+        match self
+            .cache
+            .reserve(id, &request.parameters.pool, bytes, &request.topology)
+        {
+            Ok(reservation) => Ok(Reserved::Room(reservation, bytes)),
+            Err(running @ Reason::Running(_)) => Err(about(id)(running)),
+            Err(refusal) => self.existing_or(id, refusal).map(Reserved::exists),
         }
     }
 
@@ -93,13 +117,13 @@ impl Controller {
     }
 
     fn try_create(&self, id: &VolumeId, request: &CreateRequest) -> Result<Volume, Error> {
-        let (node, bytes) = match self.choose(id, request)? {
-            Ok(chosen) => chosen,
-            Err(there) => return existing(there, request),
+        let (reservation, bytes) = match self.reserve(id, request)? {
+            Reserved::Room(reservation, bytes) => (reservation, bytes),
+            Reserved::Exists(there) => return existing(*there, request),
         };
         let new = NewHostVolume {
             id: id.clone(),
-            node,
+            node: reservation.node.clone(),
             pool: request.parameters.pool.clone(),
             spec: VolumeSpec {
                 name: request.name.clone(),
@@ -108,12 +132,19 @@ impl Controller {
                 directory: request.parameters.directory,
             },
         };
-        let recorded = self.store.create_or_get(&new);
-        let (volume, created) = recorded.map_err(|reason| Error::new(Some(id), Some(&new.node), reason))?;
+        let (volume, created) = match self.store.create_or_get(&new) {
+            Ok(recorded) => recorded,
+            Err(NotCreated { reason, unsure }) => {
+                if unsure {
+                    reservation.unsure();
+                }
+                return Err(Error::new(Some(id), Some(&new.node), reason));
+            }
+        };
+        reservation.recorded(&volume);
         if !created {
             return existing(volume, request);
         }
-        self.cache.note(&volume);
         info!(volume.id = %id, node = %volume.node, pool = %volume.pool, size = %volume.spec.bytes, "volume assigned");
         Ok(to_volume(volume))
     }
@@ -150,8 +181,10 @@ impl Controller {
 
     fn wait_deleted(&self, volume: &HostVolume) -> Result<(), Reason> {
         let HostVolume { id, uid, node, .. } = volume;
-        let answer = match self.cache.wait_deleted(id, *uid, REASON_WAIT) {
-            Err(None) => {
+        let silent = self.cache.is_silent(node);
+        let first = if silent { SILENT_WAIT } else { REASON_WAIT };
+        let answer = match self.cache.wait_deleted(id, *uid, first) {
+            Err(None) if !silent => {
                 let rest = DELETE_WAIT.saturating_sub(REASON_WAIT);
                 self.cache.wait_deleted(id, *uid, rest)
             }
@@ -169,11 +202,15 @@ impl Controller {
             Err(Some(StatusReason { message, .. })) => {
                 Err(Reason::Waiting(format!("it is not deleted yet; {message}")))
             }
-            Err(None) => Err(Reason::Waiting(format!(
-                "it is not deleted yet: hostdir on node {node} has not answered within {} s; the delete \
-                 continues when hostdir runs there; if the node is gone for good, delete the Node object",
-                DELETE_WAIT.as_secs()
-            ))),
+            Err(None) => {
+                if !silent {
+                    self.cache.note_silent(node);
+                }
+                Err(Reason::Waiting(format!(
+                    "it is not deleted yet: hostdir on node {node} does not answer; the delete continues when hostdir runs \
+                     there; if the node is gone for good, delete the Node object"
+                )))
+            }
         }
     }
 
@@ -190,17 +227,15 @@ impl Controller {
             Growth::None => return Ok(has),
             Growth::To(bytes) => bytes,
         };
-        // Unknown room must not count as zero: that would be a final error.
-        let room = has.plus(self.cache.room_of(node, pool)?);
-        if wanted > room {
-            let pool = pool.clone();
-            return Err(Reason::NoRoomToGrow { pool, wanted, room });
+        let reservation = self.cache.reserve_growth(volume, wanted)?;
+        match self.store.set_capacity(volume, wanted) {
+            Ok(Some(grown)) => reservation.recorded(&grown),
+            Ok(None) => return Err(Reason::Running("this volume".into())),
+            Err(reason) => {
+                reservation.unsure();
+                return Err(reason);
+            }
         }
-        let Some(grown) = self.store.set_capacity(volume, wanted)? else {
-            return Err(Reason::Running("this volume".into()));
-        };
-        // The same room must not be allocated again before the watch shows the new size.
-        self.cache.raise(&grown);
         info!(volume.id = %id, node = %node, pool = %pool, size = %wanted, "volume expanded");
         Ok(wanted)
     }

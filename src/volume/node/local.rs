@@ -133,6 +133,7 @@ impl Node {
             format: Record::FORMAT,
             id: id.clone(),
             uid: None,
+            adopted: Vec::new(),
             spec: VolumeSpec {
                 name: request.name.clone(),
                 claim: request.claim.clone(),

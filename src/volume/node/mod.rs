@@ -2,11 +2,13 @@
 //! repeat.
 //!
 //! - [`publish`]: mount and unmount; the first publish of a volume makes its directory.
+//! - [`adopt`]: data whose HostVolume is gone.
 //! - [`expand`] and [`stats`]: sizes.
 //! - [`local`]: what a node does itself in local mode and a [controller](super::controller) does in elected mode.
 //! - [`pool_health`]: pools are opened and inspected, and a disk that hangs is noticed.
 //! - [`open_pool`]: which volumes a pool has, and how much of it is allocated.
 
+mod adopt;
 mod expand;
 mod local;
 mod locks;

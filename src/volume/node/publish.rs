@@ -133,7 +133,7 @@ impl Node {
         let PublishRequest { id, made_on, uid, .. } = request;
         let mut lookup = self.look_up(id)?;
         if let (Some(wanted), Some((pool, PoolVolume { record: Ok(record), .. }))) = (*uid, &lookup.found)
-            && record.uid != Some(wanted)
+            && !record.is_of(wanted)
         {
             if record.ready {
                 let there = record.uid.map_or_else(|| "none".into(), |uid| uid.to_string());
@@ -161,6 +161,11 @@ impl Node {
 
     /// Checks that a HostVolume is assigned to this node and is the requested one.
     fn check_assignment(&self, assigned: &HostVolume, uid: Option<Uuid>) -> Result<(), Reason> {
+        if let Some(why) = &assigned.unreadable {
+            return Err(Reason::Waiting(format!(
+                "its HostVolume cannot be read: {why}; correct it, or upgrade hostdir"
+            )));
+        }
         if assigned.deleting {
             return Err(Reason::Deleting);
         }
@@ -181,6 +186,7 @@ impl Node {
             format: Record::FORMAT,
             id: assigned.id.clone(),
             uid: Some(assigned.uid),
+            adopted: Vec::new(),
             spec: assigned.spec,
             project: None,
             pool_id: pool.id,

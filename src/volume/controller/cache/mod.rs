@@ -3,9 +3,12 @@
 //! The cache answers without asking the API server, and may lag behind. What must be exact (whether a name is taken) comes
 //! from the [`HostVolumeStore`](crate::volume::host_volume::HostVolumeStore).
 
+mod nodes;
+mod reservations;
 mod state;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::ops::Bound;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -13,14 +16,16 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use uuid::Uuid;
 
-use crate::volume::control::{Topology, Volume};
-use crate::volume::error::Reason;
+use crate::volume::control::Volume;
 use crate::volume::host_volume::{HostVolume, StatusReason};
 use crate::volume::id::{NodeName, PoolName, VolumeId};
 use crate::volume::pool_status::{PoolStatus, PoolUsage};
 use crate::volume::record::Phase;
 use crate::volume::size::Bytes;
-use state::{CachedVolume, Pending, PoolKey, State};
+use state::{CachedVolume, List, PoolKey, State};
+
+pub(crate) use nodes::NodeState;
+pub(super) use reservations::Reservation;
 
 #[derive(Default)]
 pub(crate) struct ClusterCache {
@@ -37,6 +42,23 @@ pub(crate) struct Counts {
     pub(crate) deleting: usize,
 }
 
+/// Volumes with data, by whether they have a PersistentVolume, and whether they are marked as having none.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Released {
+    /// How many have none, and are marked so.
+    pub(crate) marked: usize,
+    /// Those that have none, and are not marked.
+    pub(crate) unmarked: Vec<VolumeId>,
+    /// Those that have one, and are marked as having none.
+    pub(crate) back: Vec<VolumeId>,
+}
+
+fn hash(id: &VolumeId) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    id.hash(&mut hasher);
+    hasher.finish()
+}
+
 impl ClusterCache {
     /// A HostVolume is new or has changed.
     pub(crate) fn apply(&self, volume: &HostVolume) {
@@ -49,13 +71,7 @@ impl ClusterCache {
     /// A HostVolume is gone.
     pub(crate) fn forget(&self, id: &VolumeId, uid: Uuid) {
         let mut state = self.lock();
-        if state.volumes.get(id).is_some_and(|cached| cached.uid == uid) {
-            state.remove(id);
-            state.deleting.remove(id);
-        }
-        if state.pending.get(id).is_some_and(|pending| pending.cached.uid == uid) {
-            state.pending.remove(id);
-        }
+        state.forget(id, uid);
         drop(state);
         self.changed.notify_all();
     }
@@ -71,9 +87,8 @@ impl ClusterCache {
             .collect();
         for id in gone {
             state.remove(&id);
-            state.deleting.remove(&id);
         }
-        state.seen.volumes = true;
+        state.seen.insert(List::HostVolumes);
         drop(state);
         self.changed.notify_all();
     }
@@ -92,46 +107,12 @@ impl ClusterCache {
     pub(crate) fn retain_pools(&self, nodes: &BTreeSet<NodeName>) {
         let mut state = self.lock();
         state.pools.retain(|node, _| nodes.contains(node));
-        state.seen.host_nodes = true;
-    }
-
-    pub(crate) fn node_exists(&self, node: NodeName) {
-        let mut state = self.lock();
-        state.absent.remove(&node);
-        state.nodes.insert(node);
-    }
-
-    pub(crate) fn node_is_gone(&self, node: &NodeName) {
-        self.lock().nodes.remove(node);
-    }
-
-    /// A list of Nodes is complete: the others are gone.
-    pub(crate) fn retain_nodes(&self, nodes: &BTreeSet<NodeName>) {
-        let mut state = self.lock();
-        state.nodes.retain(|node| nodes.contains(node));
-        state.seen.nodes = true;
+        state.seen.insert(List::HostNodes);
     }
 
     /// Whether all lists have been seen completely.
     pub(crate) fn is_complete(&self) -> bool {
-        self.lock().seen.is_complete()
-    }
-
-    /// Counts a HostVolume that was just created, until the watch shows it.
-    pub(super) fn note(&self, volume: &HostVolume) {
-        let mut state = self.lock();
-        if state
-            .volumes
-            .get(&volume.id)
-            .is_none_or(|cached| cached.uid != volume.uid)
-        {
-            let cached = state.cached(volume);
-            let pending = Pending {
-                cached,
-                since: Instant::now(),
-            };
-            state.pending.insert(volume.id.clone(), pending);
-        }
+        self.lock().is_complete()
     }
 
     /// The UID of a HostVolume, if one is known.
@@ -163,33 +144,6 @@ impl ClusterCache {
         }
     }
 
-    /// The node for a volume: the first preferred node that has room for it, else the node with the most room.
-    pub(super) fn choose(&self, pool: &PoolName, bytes: Bytes, topology: &Topology) -> Result<NodeName, Reason> {
-        let mut state = self.lock();
-        state.expire();
-        let candidates: Vec<&NodeName> = state.pools.keys().filter(|node| topology.admits(node)).collect();
-        let mut refusals = Vec::new();
-        let mut fit: Vec<(usize, Bytes, &NodeName)> = Vec::new();
-        for node in candidates {
-            match state.room(node, pool) {
-                Ok(room) if room >= bytes => {
-                    let segment = node.segment();
-                    let preferred = topology.preferred.iter().position(|wanted| *wanted == segment);
-                    fit.push((preferred.unwrap_or(usize::MAX), room, node));
-                }
-                Ok(room) => refusals.push(format!(
-                    "{bytes} do not fit in pool {pool} of node {node}, which has room for {room}"
-                )),
-                Err(why) => refusals.push(format!("node {node}: {why}")),
-            }
-        }
-        fit.sort_by(|a, b| (a.0, b.1, a.2).cmp(&(b.0, a.1, b.2)));
-        match fit.first() {
-            Some((_, _, node)) => Ok((*node).clone()),
-            None => Err(state.no_node(topology, refusals)),
-        }
-    }
-
     /// The largest volume that can be created in this pool on the nodes of this segment; `None` if these nodes have
     /// published their pools and no node at all has a pool of that name.
     pub(super) fn room(&self, pool: &PoolName, segment: Option<&str>) -> Option<Bytes> {
@@ -205,28 +159,6 @@ impl ClusterCache {
             }
         }
         (known || !published).then_some(most)
-    }
-
-    /// The largest volume that can be created in a pool of a node.
-    pub(super) fn room_of(&self, node: &NodeName, pool: &PoolName) -> Result<Bytes, Reason> {
-        let mut state = self.lock();
-        state.expire();
-        let room = state.room(node, pool);
-        room.map_err(|why| Reason::Waiting(format!("it cannot grow now: node {node}: {why}")))
-    }
-
-    /// Counts the new size of a HostVolume, unless the cache knows a newer state of it.
-    pub(super) fn raise(&self, volume: &HostVolume) {
-        let mut state = self.lock();
-        if let Some(pending) = state.pending.get_mut(&volume.id)
-            && pending.cached.uid == volume.uid
-        {
-            pending.cached.bytes = pending.cached.bytes.max(volume.spec.bytes);
-        }
-        let known = state.volumes.get(&volume.id);
-        if known.is_some_and(|cached| cached.uid == volume.uid && cached.bytes < volume.spec.bytes) {
-            state.insert(volume);
-        }
     }
 
     /// The filesystem of a pool, if it is the same on all nodes that have one.
@@ -247,47 +179,15 @@ impl ClusterCache {
         let range = || (start, Bound::<&VolumeId>::Unbounded);
         let there = |(_, cached): &(&VolumeId, &CachedVolume)| !cached.deleting;
         let seen = state.volumes.range::<VolumeId, _>(range()).filter(there).take(max);
-        let pending = state.pending.range::<VolumeId, _>(range());
-        let pending = pending
-            .map(|(id, pending)| (id, &pending.cached))
+        let created = state.reservations.range::<VolumeId, _>(range());
+        let created = created
+            .filter_map(|(id, reserved)| Some((id, reserved.created.as_ref()?)))
             .filter(there)
             .take(max);
-        let all: BTreeMap<&VolumeId, &CachedVolume> = pending.chain(seen).collect();
+        let all: BTreeMap<&VolumeId, &CachedVolume> = created.chain(seen).collect();
         all.into_iter()
             .take(max)
             .map(|(id, cached)| cached.volume(id))
-            .collect()
-    }
-
-    /// Notes which of the nodes that HostVolumes and HostNodes name do not exist, and since when. The queries below rely on
-    /// this.
-    pub(crate) fn note_absent(&self) {
-        self.lock().note_absent();
-    }
-
-    /// Volumes that are being deleted and whose Node has not existed for `grace`.
-    pub(crate) fn abandoned(&self, grace: Duration) -> Vec<VolumeId> {
-        let state = self.lock();
-        let volumes = state.volumes.iter();
-        volumes
-            .filter(|(_, cached)| cached.deleting && state.is_gone(&cached.place.node, grace))
-            .map(|(id, _)| id.clone())
-            .collect()
-    }
-
-    /// Whether a Node has not existed for `grace`.
-    pub(crate) fn is_gone(&self, node: &NodeName, grace: Duration) -> bool {
-        self.lock().is_gone(node, grace)
-    }
-
-    /// Nodes that have a HostNode and no volumes, and have not existed for `grace`.
-    pub(crate) fn empty_absent_nodes(&self, grace: Duration) -> Vec<NodeName> {
-        let state = self.lock();
-        let used: BTreeSet<&NodeName> = state.volumes.values().map(|cached| &cached.place.node).collect();
-        let published = state.pools.keys();
-        published
-            .filter(|node| state.is_gone(node, grace) && !used.contains(node))
-            .cloned()
             .collect()
     }
 
@@ -296,14 +196,55 @@ impl ClusterCache {
         let state = self.lock();
         let volumes = state.volumes.iter();
         volumes
-            .filter(|(_, cached)| cached.phase == Phase::Claimed && !cached.deleting && cached.created < before)
+            .filter(|(_, cached)| {
+                cached.readable && cached.phase == Phase::Claimed && !cached.deleting && cached.created < before
+            })
             .map(|(id, _)| id.clone())
             .collect()
     }
+
+    /// A PersistentVolume exists, or is gone. A volume is named after it.
+    pub(crate) fn set_persistent(&self, id: &VolumeId, exists: bool) {
+        let mut state = self.lock();
+        if exists {
+            state.persistent.insert(hash(id));
+        } else {
+            state.persistent.remove(&hash(id));
+        }
+    }
+
+    /// A list of PersistentVolumes is complete: the others are gone.
+    pub(crate) fn retain_persistent(&self, listed: &BTreeSet<VolumeId>) {
+        let mut state = self.lock();
+        state.persistent = listed.iter().map(hash).collect();
+        state.seen.insert(List::PersistentVolumes);
+    }
+
+    /// Which volumes with data have no PersistentVolume.
+    pub(crate) fn released(&self) -> Released {
+        let state = self.lock();
+        let mut released = Released::default();
+        if !state.seen.contains(&List::PersistentVolumes) {
+            return released;
+        }
+        for (id, cached) in &state.volumes {
+            if !cached.readable || cached.deleting || cached.phase == Phase::Claimed {
+                continue;
+            }
+            match (state.persistent.contains(&hash(id)), cached.released) {
+                (false, true) => released.marked += 1,
+                (false, false) => released.unmarked.push(id.clone()),
+                (true, true) => released.back.push(id.clone()),
+                (true, false) => {}
+            }
+        }
+        released
+    }
+
     pub(crate) fn counts(&self) -> Counts {
         let state = self.lock();
         let mut counts = Counts::default();
-        for cached in state.volumes.values() {
+        for cached in state.volumes.values().filter(|cached| cached.readable) {
             match cached.phase {
                 Phase::Claimed => counts.claimed += 1,
                 Phase::Ready => counts.ready += 1,

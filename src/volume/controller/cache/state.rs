@@ -1,14 +1,15 @@
 //! The state behind the cache, and the arithmetic on it.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use jiff::Timestamp;
 use uuid::Uuid;
 
-use crate::volume::control::{Topology, Volume};
-use crate::volume::error::Reason;
+use super::nodes::NodeState;
+use super::reservations::Reserved;
+use crate::volume::control::Volume;
 use crate::volume::host_volume::{HostVolume, StatusReason};
 use crate::volume::id::{NodeName, PoolName, VolumeId};
 use crate::volume::pool_status::PoolStatus;
@@ -37,6 +38,8 @@ struct Allocated {
     bytes: Bytes,
     /// How many volumes have data, by the id of the pool that they were made on.
     made_on: BTreeMap<PoolId, usize>,
+    /// The volumes that have room reserved here.
+    reserved: BTreeSet<VolumeId>,
 }
 
 /// A HostVolume, reduced to what is needed: there may be a hundred thousand.
@@ -46,57 +49,61 @@ pub(super) struct CachedVolume {
     pub(super) bytes: Bytes,
     pub(super) directory: Directory,
     pub(super) phase: Phase,
+    /// If not, only its place and its size are known.
+    pub(super) readable: bool,
     pub(super) made_on: Option<PoolId>,
     pub(super) deleting: bool,
+    pub(super) released: bool,
     pub(super) status_reason: Option<Box<StatusReason>>,
     pub(super) created: Timestamp,
 }
 
-/// A HostVolume that was created and that the watch has not shown yet.
-pub(super) struct Pending {
-    pub(super) cached: CachedVolume,
-    pub(super) since: Instant,
-}
-
-/// How long a HostVolume counts without being shown by the watch. If it takes longer, it was deleted before the watch could
-/// show it.
-const PENDING_MAX: Duration = Duration::from_mins(1);
-
 #[derive(Default)]
 pub(super) struct State {
     pub(super) volumes: BTreeMap<VolumeId, CachedVolume>,
-    pub(super) pending: BTreeMap<VolumeId, Pending>,
+    pub(super) reservations: BTreeMap<VolumeId, Reserved>,
+    /// How many calls have reserved room.
+    pub(super) calls: u64,
     allocated: HashMap<Arc<PoolKey>, Allocated>,
     pub(super) pools: BTreeMap<NodeName, BTreeMap<PoolName, PoolStatus>>,
-    pub(super) nodes: BTreeSet<NodeName>,
+    pub(super) nodes: BTreeMap<NodeName, NodeState>,
+    /// Whether hostdir's pod on a node is Ready, if these pods are watched.
+    pub(super) agents: Option<BTreeMap<NodeName, bool>>,
+    /// Nodes that a delete has waited for in vain, and when.
+    pub(super) silent: BTreeMap<NodeName, Instant>,
+    /// The volumes that have a PersistentVolume, as hashes of their ids: the ids of all would take several megabytes.
+    pub(super) persistent: HashSet<u64>,
     /// Volumes that are being deleted, and since when this controller knows it.
     pub(super) deleting: BTreeMap<VolumeId, Instant>,
     /// Nodes that are named by objects but do not exist, and since when.
     pub(super) absent: BTreeMap<NodeName, Instant>,
-    pub(super) seen: Seen,
+    /// The lists that have been seen completely.
+    pub(super) seen: BTreeSet<List>,
 }
 
-/// Which lists have been seen completely.
-#[derive(Clone, Copy, Default)]
-pub(super) struct Seen {
-    pub(super) volumes: bool,
-    pub(super) host_nodes: bool,
-    pub(super) nodes: bool,
-}
-
-impl Seen {
-    pub(super) fn is_complete(self) -> bool {
-        self.volumes && self.host_nodes && self.nodes
-    }
+/// A list of objects that the cache follows.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum List {
+    HostVolumes,
+    HostNodes,
+    Nodes,
+    PersistentVolumes,
 }
 
 impl State {
-    pub(super) fn get(&self, id: &VolumeId) -> Option<&CachedVolume> {
-        let pending = || self.pending.get(id).map(|pending| &pending.cached);
-        self.volumes.get(id).or_else(pending)
+    /// Whether all lists have been seen completely that creating and deleting volumes depends on.
+    pub(super) fn is_complete(&self) -> bool {
+        [List::HostVolumes, List::HostNodes, List::Nodes]
+            .iter()
+            .all(|list| self.seen.contains(list))
     }
 
-    fn place(&mut self, node: &NodeName, pool: &PoolName) -> Arc<PoolKey> {
+    pub(super) fn get(&self, id: &VolumeId) -> Option<&CachedVolume> {
+        let created = || self.reservations.get(id)?.created.as_ref();
+        self.volumes.get(id).or_else(created)
+    }
+
+    pub(super) fn place(&mut self, node: &NodeName, pool: &PoolName) -> Arc<PoolKey> {
         let place = PoolKey::new(node, pool);
         if let Some(allocated) = self.allocated.get(&place) {
             return Arc::clone(&allocated.place);
@@ -106,6 +113,7 @@ impl State {
             place: Arc::clone(&place),
             bytes: Bytes(0),
             made_on: BTreeMap::new(),
+            reserved: BTreeSet::new(),
         };
         self.allocated.insert(Arc::clone(&place), allocated);
         place
@@ -118,14 +126,17 @@ impl State {
             bytes: volume.spec.bytes,
             directory: volume.spec.directory,
             phase: volume.phase,
+            readable: volume.unreadable.is_none(),
             made_on: volume.made_on,
             deleting: volume.deleting,
+            released: volume.released,
             status_reason: volume.status_reason.clone().map(Box::new),
             created: volume.created,
         }
     }
 
     pub(super) fn insert(&mut self, volume: &HostVolume) {
+        let deleting = self.deleting.get(&volume.id).copied();
         self.remove(&volume.id);
         let cached = self.cached(volume);
         if let Some(allocated) = self.allocated.get_mut(&cached.place) {
@@ -135,20 +146,19 @@ impl State {
             }
         }
         if cached.deleting {
-            self.deleting.entry(volume.id.clone()).or_insert_with(Instant::now);
+            let since = deleting.unwrap_or_else(Instant::now);
+            self.deleting.insert(volume.id.clone(), since);
         }
-        let uid = cached.uid;
+        let (place, bytes) = (Arc::clone(&cached.place), cached.bytes);
         self.volumes.insert(volume.id.clone(), cached);
-        if self
-            .pending
-            .get(&volume.id)
-            .is_some_and(|pending| pending.cached.uid == uid)
-        {
-            self.pending.remove(&volume.id);
+        let reserved = self.reservations.get(&volume.id);
+        if reserved.is_some_and(|reserved| reserved.place == place && reserved.bytes <= bytes) {
+            self.end_reservation(&volume.id);
         }
     }
 
     pub(super) fn remove(&mut self, id: &VolumeId) {
+        self.deleting.remove(id);
         let Some(cached) = self.volumes.remove(id) else { return };
         let Some(allocated) = self.allocated.get_mut(&cached.place) else {
             return;
@@ -164,12 +174,50 @@ impl State {
         }
     }
 
+    /// The HostVolume of this UID is gone.
+    pub(super) fn forget(&mut self, id: &VolumeId, uid: Uuid) {
+        if let Some(cached) = self.volumes.get(id).filter(|cached| cached.uid == uid) {
+            // Its node works.
+            let place = Arc::clone(&cached.place);
+            self.silent.remove(&place.node);
+            self.remove(id);
+        }
+        let created = self.reservations.get(id).and_then(|reserved| reserved.created.as_ref());
+        if created.is_some_and(|created| created.uid == uid) {
+            self.end_reservation(id);
+        }
+    }
+
+    pub(super) fn put_reservation(&mut self, id: &VolumeId, reserved: Reserved) {
+        self.end_reservation(id);
+        if let Some(allocated) = self.allocated.get_mut(&reserved.place) {
+            allocated.reserved.insert(id.clone());
+        }
+        self.reservations.insert(id.clone(), reserved);
+    }
+
+    pub(super) fn end_reservation(&mut self, id: &VolumeId) -> Option<Reserved> {
+        let reserved = self.reservations.remove(id)?;
+        if let Some(allocated) = self.allocated.get_mut(&reserved.place) {
+            allocated.reserved.remove(id);
+        }
+        Some(reserved)
+    }
+
+    /// What is allocated to volumes, and reserved for those that the watch has not shown yet.
     pub(super) fn allocated_of(&self, place: &PoolKey) -> Bytes {
-        let pending = self.pending.values().filter(|pending| *pending.cached.place == *place);
-        let pending = pending.fold(Bytes(0), |sum, pending| sum.plus(pending.cached.bytes));
-        self.allocated
-            .get(place)
-            .map_or(pending, |allocated| allocated.bytes.plus(pending))
+        let Some(allocated) = self.allocated.get(place) else {
+            return Bytes(0);
+        };
+        let reserved = allocated.reserved.iter().map(|id| self.reserved_beyond(id, place));
+        reserved.fold(allocated.bytes, Bytes::plus)
+    }
+
+    /// What is reserved for a volume beyond the size that the watch has shown.
+    fn reserved_beyond(&self, id: &VolumeId, place: &PoolKey) -> Bytes {
+        let reserved = self.reservations.get(id).map_or(Bytes(0), |reserved| reserved.bytes);
+        let shown = self.volumes.get(id).filter(|shown| *shown.place == *place);
+        reserved.less(shown.map_or(Bytes(0), |shown| shown.bytes))
     }
 
     /// The largest volume that can be created in a pool, or why none can.
@@ -182,7 +230,7 @@ impl State {
             let known: Vec<&str> = pools.keys().map(PoolName::as_str).collect();
             format!("it has no pool {pool} (it has: {})", known.join(", "))
         })?;
-        if !self.nodes.contains(node) {
+        if !self.nodes.contains_key(node) {
             return Err("the Node is no longer in the cluster".into());
         }
         let space = status
@@ -200,55 +248,6 @@ impl State {
         }
         let allocated = self.allocated_of(&place);
         Ok(status.limits.room(*space, status.foreign, allocated))
-    }
-
-    pub(super) fn no_node(&self, topology: &Topology, mut refusals: Vec<String>) -> Reason {
-        let unknown = topology.requisite.iter().flatten().filter(|segment| {
-            let known = |node: &NodeName| node.segment() == **segment;
-            !self.pools.keys().any(known)
-        });
-        refusals.extend(
-            unknown.map(|segment| format!("node {segment}: hostdir has not published its pools; is it running there?")),
-        );
-        if refusals.is_empty() {
-            refusals.push("no node has published its pools; are hostdir's node pods running?".into());
-        }
-        // A cluster may have a thousand nodes; the first few show what is wrong.
-        let more = refusals.len().saturating_sub(5);
-        refusals.truncate(5);
-        let more = if more > 0 {
-            format!("; and {more} more nodes")
-        } else {
-            String::new()
-        };
-        Reason::NoNode(format!("{}{more}", refusals.join("; ")))
-    }
-
-    pub(super) fn expire(&mut self) {
-        self.pending.retain(|_, pending| pending.since.elapsed() < PENDING_MAX);
-    }
-
-    pub(super) fn is_gone(&self, node: &NodeName, grace: Duration) -> bool {
-        self.absent.get(node).is_some_and(|since| since.elapsed() >= grace)
-    }
-
-    /// Notes since when nodes that are named by objects do not exist.
-    pub(super) fn note_absent(&mut self) {
-        if !self.seen.is_complete() {
-            return;
-        }
-        let named = self
-            .volumes
-            .values()
-            .map(|cached| &cached.place.node)
-            .chain(self.pools.keys());
-        let absent: BTreeSet<&NodeName> = named.filter(|node| !self.nodes.contains(*node)).collect();
-        let mut since = BTreeMap::new();
-        for node in absent {
-            let first = self.absent.get(node).copied().unwrap_or_else(Instant::now);
-            since.insert(node.clone(), first);
-        }
-        self.absent = since;
     }
 }
 

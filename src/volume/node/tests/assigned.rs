@@ -7,7 +7,7 @@ use jiff::Timestamp;
 use uuid::Uuid;
 
 use super::*;
-use crate::volume::host_volume::HostVolume;
+use crate::volume::host_volume::{Decision, HostVolume};
 use crate::volume::record::{Directory, Phase, PoolId, Record, VolumeSpec};
 
 /// HostVolumes in memory.
@@ -31,7 +31,11 @@ impl HostVolumes {
             phase: Phase::Claimed,
             made_on: None,
             status_reason: None,
+            released: false,
             deleting: false,
+            unreadable: None,
+            decision: Decision::default(),
+            held: true,
             other_finalizers: Vec::new(),
             created: Timestamp::UNIX_EPOCH,
         };

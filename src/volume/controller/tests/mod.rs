@@ -1,15 +1,20 @@
 //! Controllers on a store in memory that fails on demand.
 
+mod nodes;
+mod room;
+
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Condvar, Mutex};
 
 use jiff::Timestamp;
 use uuid::Uuid;
 
-use super::cache::ClusterCache;
+use super::cache::{ClusterCache, NodeState};
 use super::*;
 use crate::volume::control::Topology;
+use crate::volume::host_volume::Decision;
+use crate::volume::id::NodeName;
 use crate::volume::pool_status::PoolStatus;
 use crate::volume::record::PoolId;
 use crate::volume::room::{Limits, Space};
@@ -21,6 +26,34 @@ struct MemoryStore {
     entries: Mutex<BTreeMap<VolumeId, HostVolume>>,
     /// Answers get lost, but the changes are made anyway.
     loses_answers: AtomicBool,
+    /// Nothing is created.
+    refuses: AtomicBool,
+    gate: Gate,
+}
+
+/// Holds calls until all have either come here or ended, so that they are certainly concurrent.
+#[derive(Default)]
+struct Gate {
+    /// How many are awaited; none are held if 0.
+    awaited: Mutex<usize>,
+    changed: Condvar,
+}
+
+impl Gate {
+    fn arrive(&self) {
+        let mut awaited = self.awaited.lock().unwrap();
+        *awaited = awaited.saturating_sub(1);
+        self.changed.notify_all();
+    }
+
+    fn pass(&self) {
+        self.arrive();
+        let awaited = self.awaited.lock().unwrap();
+        let held = self
+            .changed
+            .wait_timeout_while(awaited, Duration::from_secs(30), |awaited| *awaited > 0);
+        assert!(!held.unwrap().1.timed_out(), "some calls neither came nor ended");
+    }
 }
 
 impl MemoryStore {
@@ -41,10 +74,17 @@ impl MemoryStore {
 }
 
 impl HostVolumeStore for MemoryStore {
-    fn create_or_get(&self, new: &NewHostVolume) -> Result<(HostVolume, bool), Reason> {
+    fn create_or_get(&self, new: &NewHostVolume) -> Result<(HostVolume, bool), NotCreated> {
+        self.gate.pass();
+        if self.refuses.load(Ordering::Relaxed) {
+            return Err(NotCreated {
+                reason: Reason::Waiting("refused".into()),
+                unsure: false,
+            });
+        }
         let mut entries = self.entries.lock().unwrap();
         if let Some(there) = entries.get(&new.id) {
-            return self.answer((there.clone(), false));
+            return self.answer((there.clone(), false)).map_err(NotCreated::unsure);
         }
         let host_volume = HostVolume {
             id: new.id.clone(),
@@ -56,12 +96,16 @@ impl HostVolumeStore for MemoryStore {
             phase: Phase::Claimed,
             made_on: None,
             status_reason: None,
+            released: false,
             deleting: false,
+            unreadable: None,
+            decision: Decision::default(),
+            held: true,
             other_finalizers: Vec::new(),
             created: Timestamp::now(),
         };
         entries.insert(new.id.clone(), host_volume.clone());
-        self.answer((host_volume, true))
+        self.answer((host_volume, true)).map_err(NotCreated::unsure)
     }
 
     fn get(&self, id: &VolumeId) -> Result<Option<HostVolume>, Reason> {
@@ -108,6 +152,12 @@ struct Fixture {
     controller: Controller,
     fence: Arc<Fence>,
 }
+
+const READY: NodeState = NodeState {
+    ready: true,
+    cordoned: false,
+    tainted: false,
+};
 
 fn node(number: usize) -> NodeName {
     NodeName::parse(&format!("node-{number}")).unwrap()
@@ -161,7 +211,7 @@ impl Fixture {
     fn beside(store: Arc<MemoryStore>) -> Self {
         let cache = Arc::new(ClusterCache::default());
         for number in 1..=3 {
-            cache.node_exists(node(number));
+            cache.set_node(node(number), READY);
             cache.set_pools(node(number), pool_of(10 * number as u64, PoolId::random()));
         }
         let nodes: BTreeSet<NodeName> = (1..=3).map(node).collect();
@@ -224,21 +274,6 @@ fn a_volume_goes_where_it_is_asked_for_and_else_where_most_room_is() {
         refusal.to_string().contains("node node-7: hostdir has not published"),
         "{refusal}"
     );
-}
-
-#[test]
-fn a_new_volume_counts_once_before_and_after_the_watch_shows_it() {
-    let fixture = Fixture::new();
-    fixture.create("a", 4, &[1]).unwrap();
-    assert_eq!(fixture.room(1), 6);
-    fixture.create("a", 4, &[1]).unwrap();
-    assert_eq!(fixture.room(1), 6);
-    fixture.watch();
-    assert_eq!(fixture.room(1), 6);
-    fixture.delete("a").unwrap();
-    assert_eq!(fixture.room(1), 10);
-    fixture.watch();
-    assert_eq!(fixture.room(1), 10);
 }
 
 #[test]
@@ -323,59 +358,6 @@ fn a_finalizer_is_not_removed_from_a_volume_that_was_just_used() {
 }
 
 #[test]
-fn a_pool_that_was_replaced_has_no_room_while_volumes_are_on_the_old_one() {
-    let fixture = Fixture::new();
-    fixture.create("a", 1, &[1]).unwrap();
-    fixture.store.change(&id("a"), |host_volume| {
-        host_volume.phase = Phase::Ready;
-        host_volume.made_on = Some(PoolId::random());
-    });
-    fixture.watch();
-    assert_eq!(fixture.room(1), 0);
-    let refusal = fixture.create("b", 1, &[1]).unwrap_err();
-    assert!(refusal.to_string().contains("bring that disk back"), "{refusal}");
-    fixture.store.entries.lock().unwrap().clear();
-    fixture.watch();
-    assert_eq!(fixture.room(1), 10);
-}
-
-#[test]
-fn a_pool_that_nobody_has_is_told_from_one_that_is_full() {
-    let fixture = Fixture::new();
-    let fast = PoolName::parse("fast").unwrap();
-    assert_eq!(fixture.controller.room(&fast, None), None);
-    let unheard = node(7).segment();
-    assert_eq!(
-        fixture.controller.room(&fast, Some(&unheard)),
-        Some(Bytes(0)),
-        "nothing is known about that node yet"
-    );
-    fixture.cache.node_is_gone(&node(1));
-    assert_eq!(fixture.room(1), 0, "the Node is gone");
-}
-
-#[test]
-fn only_deletes_of_absent_nodes_are_abandoned_and_only_after_a_while() {
-    let fixture = Fixture::new();
-    fixture.create("a", 1, &[1]).unwrap();
-    fixture.create("b", 1, &[2]).unwrap();
-    for name in ["a", "b"] {
-        fixture.store.change(&id(name), |host_volume| {
-            host_volume.phase = Phase::Ready;
-            host_volume.deleting = true;
-        });
-    }
-    fixture.watch();
-    fixture.cache.node_is_gone(&node(1));
-    fixture.cache.note_absent();
-    assert_eq!(fixture.cache.abandoned(Duration::from_mins(1)), [] as [VolumeId; 0]);
-    assert_eq!(fixture.cache.abandoned(Duration::ZERO), [id("a")]);
-    fixture.cache.node_exists(node(1));
-    fixture.cache.note_absent();
-    assert_eq!(fixture.cache.abandoned(Duration::ZERO), [] as [VolumeId; 0]);
-}
-
-#[test]
 fn a_ghost_changes_nothing() {
     let fixture = Fixture::new();
     fixture.create("there", 1, &[1]).unwrap();
@@ -404,32 +386,6 @@ fn a_controller_is_not_ready_before_it_has_seen_everything() {
     assert!(!controller.probe(false).unwrap());
     cache.retain_volumes(&BTreeSet::new());
     assert!(controller.probe(false).unwrap());
-}
-
-#[test]
-fn a_volume_grows_as_far_as_there_is_room_and_never_shrinks() {
-    let fixture = Fixture::new();
-    fixture.create("a", 4, &[1]).unwrap();
-    fixture.watch();
-    let expand = |gib: u64, limit: Option<u64>| {
-        let size = SizeRange {
-            required: Bytes(gib << 30),
-            limit: limit.map(|gib| Bytes(gib << 30)),
-        };
-        fixture.controller.expand(&id("a"), size).map_err(|error| *error.reason)
-    };
-    assert_eq!(expand(10, None).unwrap(), Bytes(10 << 30));
-    fixture.watch();
-    assert_eq!(fixture.room(1), 0);
-    assert_eq!(
-        expand(5, None).unwrap(),
-        Bytes(10 << 30),
-        "the volume is larger already"
-    );
-    let refusal = expand(11, None).unwrap_err();
-    assert!(matches!(refusal, Reason::NoRoomToGrow { .. }), "{refusal}");
-    let refusal = expand(4, Some(5)).unwrap_err();
-    assert!(matches!(refusal, Reason::Shrink { .. }), "{refusal}");
 }
 
 #[test]
@@ -477,4 +433,33 @@ fn a_volume_whose_answer_was_lost_is_found_although_its_node_is_full_by_now() {
     assert_eq!(other.create("a", 8, &[1]).unwrap(), made);
     let refusal = other.create("b", 8, &[1]).unwrap_err();
     assert!(matches!(refusal, Reason::NoNode(_)), "{refusal}");
+}
+
+#[test]
+fn volumes_whose_persistent_volume_is_gone_are_known() {
+    let fixture = Fixture::new();
+    for name in ["a", "b"] {
+        fixture.create(name, 1, &[1]).unwrap();
+        fixture
+            .store
+            .change(&id(name), |host_volume| host_volume.phase = Phase::Ready);
+    }
+    fixture.create("unused", 1, &[1]).unwrap();
+    fixture.watch();
+    assert!(
+        fixture.cache.released().unmarked.is_empty(),
+        "PersistentVolumes are not known yet"
+    );
+    fixture.cache.retain_persistent(&BTreeSet::from([id("a")]));
+    assert_eq!(fixture.cache.released().unmarked, [id("b")]);
+    fixture
+        .store
+        .change(&id("b"), |host_volume| host_volume.released = true);
+    fixture.watch();
+    assert_eq!(
+        (fixture.cache.released().marked, fixture.cache.released().unmarked.len()),
+        (1, 0)
+    );
+    fixture.cache.set_persistent(&id("b"), true);
+    assert_eq!(fixture.cache.released().back, [id("b")]);
 }
