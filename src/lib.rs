@@ -12,7 +12,8 @@
 //! - [`leader`] is a second core, which knows nothing of volumes: it decides which controller must not lead and which one
 //!   takes over. `k8s::election` carries that out.
 //! - [`config`] reads the command line and the configuration file; [`run`] connects all parts and serves until SIGTERM;
-//!   [`metrics`] holds the metrics, and [`http`] serves them; [`log`] writes the log; [`background`] starts threads.
+//!   [`metrics`] holds the metrics, and [`http`] serves them; [`log`] writes the log; [`background`] starts threads; [`unused`]
+//!   names volumes that nobody uses.
 //!
 //! Dependencies point one way: from `run` to the edges, and from the edges to the cores. The edges never depend on each
 //! other.
@@ -36,7 +37,12 @@
 //! | foreign | bytes in use on the filesystem when the pool was created |
 //! | enforced, unenforced | a volume with, or without, a size limit that the kernel enforces |
 //! | discard, trash, eraser | to move a volume to the trash by one rename; the directory it goes to; the thread that erases it |
-//! | orphan | a volume that is on a pool but has no HostVolume |
+//! | orphan | a volume that is on a pool, has no HostVolume, and is not in use |
+//! | delete-data, leave-data, adopt-data | annotations of a HostVolume: what is to become of its data |
+//! | adopt | to give a HostVolume the data that an earlier one of the same name has left |
+//! | reservation | room that is counted before the API server knows of the volume |
+//! | overallocated | said of a pool: more is allocated than it has |
+//! | silent | said of a node: not Ready, without a Ready pod of hostdir, or it did not answer lately |
 //! | self-test | `hostdir selftest`, and the volumes it makes |
 //! | heartbeat | a Lease that a controller renews to show that it answers |
 //! | guilty | said of a leader that must not lead; its guilt is the reason |
@@ -69,7 +75,8 @@
 //! without asking the API server. Otherwise the node reads the HostVolume, writes its record to the pool, marks the
 //! HostVolume `Ready` with the id of the pool, and only then makes `data/`. DeleteVolume deletes the HostVolume by its UID;
 //! the volume's node moves the data into `trash/` and removes the finalizer, and then the controller answers. A `Claimed`
-//! volume has no data, so its delete needs no node.
+//! volume has no data, so its delete needs no node. A HostVolume that is deleted in another way keeps its data: only the
+//! annotation `delete-data`, which DeleteVolume or a person sets, says that the data may go.
 //!
 //! # Guarantees
 //!
@@ -102,4 +109,5 @@ mod linux;
 mod log;
 mod metrics;
 pub mod run;
+mod unused;
 mod volume;

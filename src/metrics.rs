@@ -80,6 +80,7 @@ pub(crate) struct Metrics {
     oldest_delete: Gauge,
     orphans: Gauge,
     released: Gauge,
+    unused: Gauge,
     unreadable: Family<Object, Gauge>,
     errors: Family<Task, Counter>,
     abandoned: Counter,
@@ -134,6 +135,11 @@ impl Default for Metrics {
                 r,
                 "volumes_without_persistent_volume",
                 "Volumes with data whose PersistentVolume is gone",
+            ),
+            unused: new(
+                r,
+                "volumes_unused",
+                "Local mode: volumes that no pod has used for 30 days",
             ),
             unreadable: new(
                 r,
@@ -264,6 +270,11 @@ impl Metrics {
     /// Sets the number of volumes with data whose PersistentVolume is gone.
     pub(crate) fn set_released(&self, count: usize) {
         self.released.set(gauge(count as u64));
+    }
+
+    /// Sets the number of volumes that no pod has used for long.
+    pub(crate) fn set_unused(&self, count: usize) {
+        self.unused.set(gauge(count as u64));
     }
 
     /// Sets whether an object in the API server cannot be read.

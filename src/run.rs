@@ -21,7 +21,7 @@ use crate::metrics::Metrics;
 use crate::volume::controller::cache::ClusterCache;
 use crate::volume::host_volume::NoAssignments;
 use crate::volume::{Control, Controller, Fence, Health, Node, SelfTest};
-use crate::{background, http};
+use crate::{background, http, unused};
 
 /// Threads for blocking calls; further calls wait for a free thread. There are enough that calls stuck on one bad disk do
 /// not block the others; a waiting thread costs about 10 KiB.
@@ -114,9 +114,10 @@ fn local(args: NodeArgs) -> anyhow::Result<()> {
     let roles = Roles {
         health: Arc::clone(&node) as _,
         control: Some(Arc::clone(&node) as _),
-        node: Some(node),
+        node: Some(Arc::clone(&node)),
     };
-    process.serve(roles, std::future::pending())
+    let unused = unused::watch(node, Arc::clone(&process.metrics));
+    process.serve(roles, async { match unused.await {} })
 }
 
 fn node(args: NodeArgs) -> anyhow::Result<()> {

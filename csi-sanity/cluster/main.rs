@@ -15,6 +15,7 @@ mod mode;
 mod objects;
 mod overselling;
 mod pair;
+mod placement;
 mod pods;
 mod proxy;
 mod records;

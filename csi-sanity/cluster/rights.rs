@@ -181,6 +181,50 @@ fn nodes_and_controllers_have_only_the_rights_they_need() {
     lab.nothing_is_left();
 }
 
+/// In local mode, each node writes the PersistentVolumes of its own volumes.
+#[needs(Root, Go, Cluster)]
+fn a_node_of_local_mode_cannot_touch_the_volumes_of_others() {
+    let lab = lab(Mode::Local, "own", "PersistentVolumes of other nodes and other drivers");
+    lab.join_network().unwrap();
+    for (name, node) in [("one", "node-1"), ("two", "node-2")] {
+        lab.apply(&[lab.claim(name, "10Mi"), on_node(pod(name, name), node)]);
+    }
+    lab.running("one");
+    lab.running("two");
+    let (own, other) = (lab.volume_of("one"), lab.volume_of("two"));
+    let foreign = json!({
+        "apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": "foreign"},
+        "spec": {
+            "capacity": {"storage": "1Mi"}, "accessModes": ["ReadWriteOnce"], "storageClassName": "none",
+            "csi": {"driver": "example.org", "volumeHandle": "x"},
+        },
+    });
+    lab.kubectl().apply(&foreign.to_string()).unwrap();
+    let driver = lab.driver_on("node-1")["metadata"]["name"].as_str().unwrap().to_owned();
+    let bound = token(&lab, "hostdir-local", Some(&driver));
+    let unbound = token(&lab, "hostdir-local", None);
+    let label = |token: &str, name: &str| {
+        let patch = r#"{"metadata":{"labels":{"tried":"yes"}}}"#;
+        with_token(&lab, token, &["patch", "pv", name, "--type=merge", "-p", patch])
+    };
+    label(&bound, &own).expect("its own volume");
+    for (what, refused) in [
+        ("another's volume", label(&bound, &other)),
+        ("another driver's volume", label(&bound, "foreign")),
+        ("with an unbound token", label(&unbound, &own)),
+        (
+            "a delete of another's",
+            with_token(&lab, &bound, &["delete", "pv", &other, "--wait=false"]),
+        ),
+    ] {
+        let error = format!("{:#}", refused.expect_err(what));
+        assert!(error.contains("may write"), "{what}: {error}");
+    }
+    lab.kubectl().run(&["delete", "pv", "foreign"]).unwrap();
+    lab.delete_all(crate::lab::PATIENCE);
+    lab.nothing_is_left();
+}
+
 #[needs(Root, Go, Cluster)]
 fn health_and_metrics_are_served_over_http() {
     let lab = lab(Mode::Elected, "watched", "health and metrics over HTTP");

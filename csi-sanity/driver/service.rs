@@ -8,7 +8,8 @@ use hostdir_lab::scene::start;
 use hostdir_lab::scratch::names;
 use hostdir_lab::{Driver, Scratch, needs, wait_until};
 use nix::sys::signal::Signal;
-use std::fs;
+use std::fs::{self, File};
+use std::time::{Duration, SystemTime};
 use tonic::Code;
 
 #[needs(Root)]
@@ -64,6 +65,38 @@ fn sigterm_lets_running_calls_end_and_leaves_no_socket() {
     let (restarted, client) = start(&driver);
     assert_eq!(client.list(0), ["pvc-1"]);
     assert!(restarted.stop().success());
+}
+
+#[needs(Root)]
+fn volumes_that_no_pod_has_used_for_long_are_named() {
+    let scratch = Scratch::new();
+    let driver = Driver::new(&scratch).pool("default", &scratch.path("pool"));
+    let (process, client) = start(&driver);
+    for name in ["pvc-old", "pvc-new", "pvc-mounted"] {
+        client.create(name).unwrap();
+    }
+    client.publish("pvc-mounted", &scratch.path("target")).unwrap();
+    assert!(process.stop().success());
+    let long_ago = SystemTime::now() - Duration::from_hours(31 * 24);
+    for name in ["pvc-old", "pvc-mounted"] {
+        let dir = File::open(scratch.path(&format!("pool/volumes/{name}"))).unwrap();
+        dir.set_modified(long_ago).unwrap();
+    }
+    let (process, client) = start(&driver);
+    process.wait_for_log("no pod has used these volumes for 30 days");
+    let log = process.log();
+    assert!(log.contains("volumes=1") && log.contains("pvc-old"), "{log}");
+    client.publish("pvc-old", &scratch.path("other")).unwrap();
+    let used = fs::metadata(scratch.path("pool/volumes/pvc-old"))
+        .unwrap()
+        .modified()
+        .unwrap();
+    assert!(
+        used.elapsed().unwrap() < Duration::from_hours(1),
+        "its use is not noted"
+    );
+    client.unpublish("pvc-old", &scratch.path("other")).unwrap();
+    client.unpublish("pvc-mounted", &scratch.path("target")).unwrap();
 }
 
 #[needs(Root)]

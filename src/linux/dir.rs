@@ -13,7 +13,8 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, OFlag, OpenHow, RenameFlags, ResolveFlag, openat2, renameat2};
-use nix::sys::stat::{Mode, mkdirat};
+use nix::sys::stat::{Mode, UtimensatFlags, mkdirat, utimensat};
+use nix::sys::time::TimeSpec;
 use nix::unistd::{UnlinkatFlags, fsync, unlinkat};
 
 use super::sys::{self, Stat};
@@ -108,6 +109,12 @@ impl Dir {
     /// statx(2) of an entry, or of this directory when `name` is empty.
     pub(super) fn stat(&self, name: &CStr) -> nix::Result<Stat> {
         sys::statx(&self.fd, name)
+    }
+
+    /// Sets the times of an entry to now.
+    pub(super) fn touch(&self, name: &CStr) -> nix::Result<()> {
+        let now = TimeSpec::UTIME_NOW;
+        utimensat(&self.fd, name, &now, &now, UtimensatFlags::NoFollowSymlink)
     }
 
     pub(super) fn inode(&self) -> Result<Inode, DiskError> {

@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use jiff::Timestamp;
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, Flock, OFlag};
 use nix::sys::stat::{Mode, fchmod};
@@ -184,7 +185,10 @@ impl Disk for PoolDisk {
 
     fn bind(&self, id: &VolumeId, target: &TargetPath, options: MountOptions) -> Result<bool, BindError> {
         let data = absent(self.open_data(id))?.ok_or(BindError::NoData)?;
-        target::bind(&data, target, options)
+        let bound = target::bind(&data, target, options)?;
+        // Says when a pod used the volume last. On a disk that is read-only by now, it says so no more.
+        let _ = self.volumes.dir.touch(&dir_name(id));
+        Ok(bound)
     }
 
     fn discard(&self, id: &VolumeId) -> Result<(), DiskError> {
@@ -222,7 +226,13 @@ impl PoolDisk {
             match name.to_str().map(VolumeId::parse) {
                 Ok(Ok(id)) => {
                     let record = self.read_record(&id);
-                    found.push(PoolVolume::new(id, record));
+                    let modified = self.volumes.dir.stat(&name).map(|stat| stat.modified);
+                    let used = modified.ok().and_then(|seconds| Timestamp::from_second(seconds).ok());
+                    let volume = PoolVolume::new(id, record);
+                    found.push(PoolVolume {
+                        used: used.unwrap_or(volume.used),
+                        ..volume
+                    });
                 }
                 Ok(Err(_)) | Err(_) => {
                     warn!(path = %self.volumes.dir.path().display(), ?name, "not a volume of hostdir; ignoring it");

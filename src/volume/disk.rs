@@ -4,6 +4,7 @@
 use std::error::Error;
 use std::path::PathBuf;
 
+use jiff::Timestamp;
 use thiserror::Error;
 
 use super::access::{AccessMode, MountOptions, TargetPath};
@@ -175,6 +176,8 @@ pub(crate) struct PoolVolume {
     pub(crate) record: Result<Record, String>,
     /// Where it is mounted, as far as this process knows. Entries are checked before they are relied on.
     pub(crate) mounts: Vec<Mount>,
+    /// When it was mounted last or, if it never was, recorded.
+    pub(crate) used: Timestamp,
 }
 
 impl PoolVolume {
@@ -183,6 +186,7 @@ impl PoolVolume {
             id,
             record,
             mounts: Vec::new(),
+            used: Timestamp::now(),
         }
     }
 }

@@ -43,6 +43,8 @@ pub(super) struct Stat {
     pub(super) links: u32,
     /// What it uses on the disk, in bytes.
     pub(super) bytes: u64,
+    /// When its content was changed last, in seconds since 1970: for a directory, its entries.
+    pub(super) modified: i64,
 }
 
 impl Stat {
@@ -73,7 +75,12 @@ fn attribute(bit: c_int) -> u64 {
 /// automounts, and asks no server of a network filesystem.
 pub(super) fn statx<P: ?Sized + NixPath>(dir: impl AsFd, path: &P) -> Result<Stat> {
     let flags = libc::AT_SYMLINK_NOFOLLOW | libc::AT_NO_AUTOMOUNT | libc::AT_EMPTY_PATH | libc::AT_STATX_DONT_SYNC;
-    let mask = libc::STATX_TYPE | libc::STATX_INO | libc::STATX_MNT_ID | libc::STATX_NLINK | libc::STATX_BLOCKS;
+    let mask = libc::STATX_TYPE
+        | libc::STATX_INO
+        | libc::STATX_MNT_ID
+        | libc::STATX_NLINK
+        | libc::STATX_BLOCKS
+        | libc::STATX_MTIME;
     let mut buffer = MaybeUninit::<libc::statx>::zeroed();
     let result = path.with_nix_path(|path| {
         // SAFETY: `path` is NUL-terminated, the buffer is large enough, and both outlive the call.
@@ -93,6 +100,7 @@ pub(super) fn statx<P: ?Sized + NixPath>(dir: impl AsFd, path: &P) -> Result<Sta
         links: found.stx_nlink,
         // These blocks have 512 bytes, whatever the block size of the filesystem (inode(7)).
         bytes: found.stx_blocks.saturating_mul(512),
+        modified: found.stx_mtime.tv_sec,
     })
 }
 

@@ -24,7 +24,9 @@ mod tests;
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 
+use jiff::Timestamp;
 use tracing::{info, warn};
 use uuid::Uuid;
 
@@ -162,6 +164,15 @@ impl Node {
             }
         }
         inventory
+    }
+
+    /// The volumes that no pod uses, and has used for `age`, if all pools can be used.
+    pub(crate) fn unused(&self, age: Duration) -> Option<Vec<PoolVolume>> {
+        let inventory = self.inventory();
+        let before = Timestamp::now().checked_sub(age).ok()?;
+        let unused = |volume: &PoolVolume| volume.mounts.is_empty() && volume.used < before;
+        let volumes = inventory.volumes.into_iter().map(|(_, volume)| volume);
+        inventory.unusable.is_empty().then(|| volumes.filter(unused).collect())
     }
 
     /// The current status of the pools.

@@ -5,6 +5,7 @@ use std::ops::Bound;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use jiff::Timestamp;
 use tracing::{error, info};
 
 use crate::background;
@@ -411,6 +412,7 @@ impl OpenPool {
     /// Notes that a volume is mounted at a target with this access mode.
     pub(super) fn note_mount(&self, id: &VolumeId, target: &TargetPath, mode: AccessMode) {
         if let Some(volume) = self.lock().by_id.get_mut(id) {
+            volume.used = Timestamp::now();
             volume.mounts.retain(|mount| mount.target != *target);
             volume.mounts.push(Mount {
                 target: target.clone(),

@@ -22,7 +22,7 @@ use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, s
 use nix::unistd::Pid;
 
 /// The steps: all calls by which the driver reads or changes a disk or a mount, or starts a thread.
-const CALLS: [(libc::c_long, &str); 26] = [
+const CALLS: [(libc::c_long, &str); 27] = [
     // glibc's renameat2 without flags calls renameat.
     (libc::SYS_renameat, "renameat"),
     (libc::SYS_syncfs, "syncfs"),
@@ -50,6 +50,7 @@ const CALLS: [(libc::c_long, &str); 26] = [
     (libc::SYS_lseek, "lseek"),
     (libc::SYS_flock, "flock"),
     (libc::SYS_clone3, "clone3"),
+    (libc::SYS_utimensat, "utimensat"),
 ];
 
 /// Calls that change nothing on a disk and no mount: on memory, threads, time, sockets, signals and the process itself, and some that
