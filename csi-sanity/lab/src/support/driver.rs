@@ -233,6 +233,21 @@ impl Process {
         self.tasks().count()
     }
 
+    /// What each thread does, see proc_pid_status(5) and proc_pid_syscall(5).
+    fn threads_now(&self) -> String {
+        let of = |task: PathBuf| {
+            let read = |file: &str| fs::read_to_string(task.join(file)).unwrap_or_default();
+            let status = read("status");
+            let wanted = ["Name:", "State:", "SigPnd:", "ShdPnd:", "SigBlk:"];
+            let fields = status
+                .lines()
+                .filter(|line| wanted.iter().any(|name| line.starts_with(name)));
+            let fields: Vec<&str> = fields.collect();
+            format!("{} syscall {}", fields.join(" "), read("syscall").trim())
+        };
+        self.tasks().map(of).collect::<Vec<_>>().join("\n")
+    }
+
     /// The directories of the threads in proc(5).
     pub fn tasks(&self) -> impl Iterator<Item = PathBuf> + use<> {
         let tasks = fs::read_dir(format!("/proc/{}/task", self.pid())).expect("list the threads");
@@ -290,9 +305,9 @@ impl Process {
         while !self.log().contains(text) {
             assert!(
                 start.elapsed() < DEADLINE,
-                "{text:?} is not in the driver's log:
-{}",
-                self.log()
+                "{text:?} is not in the driver's log:\n{}\n{}",
+                self.log(),
+                self.threads_now()
             );
             std::thread::sleep(Duration::from_millis(5));
         }
