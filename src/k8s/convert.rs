@@ -312,4 +312,42 @@ mod tests {
         assert_eq!(usable("default").unwrap().available, Bytes(40 << 30));
         assert_eq!(usable("gone").unwrap_err(), "its disk is missing");
     }
+
+    #[test]
+    fn what_can_be_read_of_a_volume_counts() {
+        let object = |change: fn(&mut Value)| {
+            let mut object = json!({
+                "apiVersion": "hostdir.csi/v1alpha1", "kind": "HostVolume",
+                "metadata": {
+                    "name": "pvc-1", "uid": "0b5bd0f0-5b0f-4b0e-8b0a-5b5b5b5b5b5b", "resourceVersion": "42",
+                    "creationTimestamp": "2026-08-01T10:20:30Z",
+                },
+                "spec": {
+                    "node": "node-1", "pool": "default", "name": "pvc-1", "capacity": "10Mi",
+                    "directory": {"mode": "0770", "uid": 0, "gid": 0},
+                },
+                "status": {"phase": "Ready"},
+            });
+            change(&mut object);
+            any_host_volume(serde_json::from_value(object).unwrap())
+        };
+        assert_eq!(object(|_| {}).unwrap().unreadable, None);
+        for change in [
+            (|object| object["spec"]["directory"]["uid"] = json!(4_294_967_296_u64)) as fn(&mut Value),
+            |object| object["status"]["phase"] = json!("Moving"),
+            |object| object["status"]["poolId"] = json!("x"),
+            |object| object["spec"]["claim"] = json!(7),
+        ] {
+            let volume = object(change).unwrap();
+            assert!(volume.unreadable.is_some());
+            assert_eq!((volume.node.as_str(), volume.spec.bytes), ("node-1", Bytes(10 << 20)));
+        }
+        for change in [
+            (|object| object["spec"]["node"] = json!("")) as fn(&mut Value),
+            |object| object["spec"]["capacity"] = json!("much"),
+            |object| object["spec"] = Value::Null,
+        ] {
+            object(change).unwrap_err();
+        }
+    }
 }

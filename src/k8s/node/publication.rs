@@ -41,6 +41,10 @@ fn without_space(status: &HostNodeStatus) -> HostNodeStatus {
         pool.free = None;
         pool.total = pool.total.take().map(|_| String::new());
     }
+    for condition in &mut status.conditions {
+        // It has figures of the space.
+        condition.message.clear();
+    }
     status
 }
 

@@ -100,11 +100,11 @@ impl Reconciler {
         }
         if leave {
             let unreachable = self.node.unreachable(volume);
-            if !delete || unreachable.is_some() {
+            if unreachable.is_some() || !delete {
                 return self.leave(volume, unreachable.as_ref());
             }
         }
-        if !delete {
+        if !delete && self.node.may_have_data(volume) {
             return self.refuse_delete(volume);
         }
         let Err(Error { reason, .. }) = self.node.delete_assigned(volume) else {

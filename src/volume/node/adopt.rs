@@ -4,6 +4,7 @@ use tracing::info;
 use uuid::Uuid;
 
 use super::Node;
+use crate::volume::disk::PoolVolume;
 use crate::volume::error::{Error, Reason};
 use crate::volume::host_volume::HostVolume;
 use crate::volume::record::{Record, VolumeSpec};
@@ -74,6 +75,16 @@ impl Node {
             return Err(self.error(Some(id), reason));
         }
         self.delete_of(id, *uid)
+    }
+
+    /// Whether a HostVolume has data, as far as the API server and the pools say; if in doubt, it has.
+    pub(crate) fn may_have_data(&self, volume: &HostVolume) -> bool {
+        let Ok(lookup) = self.look_up(&volume.id) else {
+            return true;
+        };
+        let with_data = |there: &PoolVolume| there.record.as_ref().map_or(true, |record| record.ready);
+        let found = lookup.found.as_ref().is_some_and(|(_, there)| with_data(there));
+        found || volume.made_on.is_some() || lookup.unusable.is_some()
     }
 
     /// Why the data of a HostVolume cannot be reached on this node, if it certainly cannot: its pool is not configured, or cannot be
