@@ -2,7 +2,7 @@
 //! behind or stuck.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::Duration;
 
@@ -91,13 +91,13 @@ impl<'a> Life<'a> {
         let name = format!("{victim:?}-{lie_name}").to_lowercase();
         let node = json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": name}});
         lab.kubectl().apply(&node.to_string()).unwrap();
-        let proxy = Proxy::new(&lab.kubeconfig, lie);
+        let proxy = Proxy::new(Path::new(&lab.kubeconfig), lie);
         proxy.write_kubeconfig(&scratch.path("kubeconfig"));
         let kubeconfig = |of: Victim| -> PathBuf {
             if of == victim {
                 scratch.path("kubeconfig")
             } else {
-                lab.kubeconfig.clone()
+                lab.kubeconfig.clone().into()
             }
         };
         let pool = format!("default={}", scratch.path("pool").display());

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use hostdir_lab::client::of_size;
+use hostdir::csi::proto::{CapacityRange, CreateVolumeRequest};
 use hostdir_lab::disk::mount_new;
 use hostdir_lab::{Client, Driver, needs, wait_for};
 
@@ -24,12 +24,23 @@ fn small(namespace: &str, title: &str) -> Pair {
     pair
 }
 
+fn tenth(name: &str) -> CreateVolumeRequest {
+    let size = CapacityRange {
+        required_bytes: SIZE,
+        limit_bytes: 0,
+    };
+    CreateVolumeRequest {
+        capacity_range: Some(size),
+        ..on_node(name)
+    }
+}
+
 /// Creates volumes from many threads at once, and returns the ids of those that were created.
 fn create_many(controllers: &[&Client], count: usize) -> Vec<String> {
     std::thread::scope(|scope| {
         let create = |number: usize| {
             let controller = controllers[number % controllers.len()];
-            let request = of_size(on_node(&format!("pvc-{number}")), SIZE, 0);
+            let request = tenth(&format!("pvc-{number}"));
             scope.spawn(move || controller.create_as(request))
         };
         let calls: Vec<_> = (0..count).map(create).collect();
@@ -100,8 +111,7 @@ fn what_two_controllers_promise_too_much_is_noticed_and_ends() {
     assert!(events.contains("Overallocated"), "{events}");
     for controller in [&controller, &other] {
         assert_eq!(controller.capacity("default"), 0);
-        let request = of_size(on_node("pvc-one-more"), SIZE, 0);
-        let refusal = controller.create_as(request).unwrap_err();
+        let refusal = controller.create_as(tenth("pvc-one-more")).unwrap_err();
         assert_eq!(refusal.code(), tonic::Code::ResourceExhausted, "{refusal}");
     }
     delete_all(&other, &created);

@@ -61,7 +61,8 @@ impl Proxy {
             .unwrap();
         let client = runtime.block_on(async {
             let config = kube::config::Kubeconfig::read_from(kubeconfig).unwrap();
-            let config = kube::Config::from_custom_kubeconfig(config, &kube::config::KubeConfigOptions::default());
+            let options = kube::config::KubeConfigOptions::default();
+            let config = kube::Config::from_custom_kubeconfig(config, &options);
             let mut config = config.await.unwrap();
             config.read_timeout = None;
             Client::try_from(config).unwrap()

@@ -26,7 +26,7 @@ impl Used {
         let mut pair = Pair::new(namespace, title);
         let mut node = pair.node().start();
         let controller = pair.start_controller();
-        let volume = controller.create_as(on_node("pvc-used")).unwrap();
+        let volume = controller.create_as(on_node(&format!("pvc-{namespace}"))).unwrap();
         let client = node.connect();
         let used = Self {
             pair,
@@ -170,7 +170,7 @@ fn a_hostvolume_that_is_deleted_by_hand_keeps_its_data_and_gets_it_back() {
     used.publish().expect("it can still be mounted");
     // A backup tool makes it anew, under another UID.
     let spec = json!({
-        "node": NODE, "pool": "default", "name": "pvc-used", "capacity": "10Mi",
+        "node": NODE, "pool": "default", "name": used.id(), "capacity": "10Mi",
         "directory": {"mode": "0770", "uid": 0, "gid": 0},
     });
     let anew = json!({
@@ -262,7 +262,7 @@ fn a_volume_whose_persistent_volume_is_gone_is_shown() {
     );
     used.has_event("PersistentVolumeGone");
     let pv = json!({
-        "apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": "pvc-used"},
+        "apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": used.id()},
         "spec": {
             "capacity": {"storage": "10Mi"}, "accessModes": ["ReadWriteOnce"], "storageClassName": "",
             "persistentVolumeReclaimPolicy": "Retain",
@@ -275,7 +275,7 @@ fn a_volume_whose_persistent_volume_is_gone_is_shown() {
         |object| has_condition(object, "PersistentVolumeGone", "False"),
         "is not marked any more",
     );
-    kubectl.run(&["delete", "pv", "pvc-used"]).unwrap();
+    kubectl.run(&["delete", "pv", used.id()]).unwrap();
     used.unpublish();
     used.end();
 }
@@ -320,7 +320,7 @@ fn an_object_that_cannot_be_read_stops_nobody() {
     let used = Used::new("unreadable", "objects that cannot be read");
     let lab = used.lab();
     let kubectl = lab.kubectl();
-    let bad_count = r#"{"status":{"orphanCount":4294967296}}"#;
+    let bad_count = r#"{"status":{"version":"0","orphanCount":4294967296}}"#;
     let patch = |kind: &str, name: &str, patch: &str| {
         kubectl.run(&["patch", kind, name, "--subresource=status", "--type=merge", "-p", patch])
     };
@@ -337,9 +337,11 @@ fn an_object_that_cannot_be_read_stops_nobody() {
     lab.wait("the schema has no limits", || {
         Ok(kubectl.apply(&by_hand.to_string()).is_ok())
     });
-    let other =
-        json!({"apiVersion": "hostdir.csi/v1alpha1", "kind": "HostNode", "metadata": {"name": "other"}, "spec": {}});
-    kubectl.apply(&other.to_string()).unwrap();
+    let node = json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "other"}});
+    let host_node = json!({
+        "apiVersion": "hostdir.csi/v1alpha1", "kind": "HostNode", "metadata": {"name": "other"}, "spec": {},
+    });
+    kubectl.apply(&format!("{node}\n---\n{host_node}")).unwrap();
     lab.wait("a HostNode has a bad number", || {
         Ok(patch("hostnode", "other", bad_count).is_ok())
     });
@@ -357,18 +359,23 @@ fn an_object_that_cannot_be_read_stops_nobody() {
         "--timeout=180s",
     ];
     kubectl.run(&wait).expect("controllers become ready");
-    let controllers = lab.controllers();
-    let ready = controllers.iter().find(|pod| crate::lab::is_ready(pod)).unwrap();
-    let metrics = lab.http(ready, "metrics").unwrap();
-    for (kind, name) in [("HostVolume", "bad"), ("HostVolume", used.id()), ("HostNode", "other")] {
-        let shown = format!("hostdir_object_unreadable{{kind=\"{kind}\",name=\"{name}\"}} 1");
-        assert!(metrics.contains(&shown), "{shown} is not in\n{metrics}");
-    }
-    let counted = format!(
-        "hostdir_pool_promised_bytes{{node=\"{NODE}\",pool=\"default\"}} {}",
-        (1_u64 << 30) + (10 << 20)
-    );
-    assert!(metrics.contains(&counted), "what cannot be read has no room: {metrics}");
+    let mut wanted: Vec<String> = [("HostVolume", "bad"), ("HostVolume", used.id()), ("HostNode", "other")]
+        .map(|(kind, name)| format!("hostdir_object_unreadable{{kind=\"{kind}\",name=\"{name}\"}} 1"))
+        .into();
+    // What cannot be read has room all the same.
+    let bytes = (1_u64 << 30) + (1 << 20);
+    wanted.push(format!(
+        "hostdir_pool_promised_bytes{{node=\"{NODE}\",pool=\"default\"}} {bytes}"
+    ));
+    lab.wait("a controller shows what it cannot read", || {
+        let controllers = lab.controllers();
+        let lives = |pod: &&Value| crate::lab::is_ready(pod) && pod["metadata"]["deletionTimestamp"].is_null();
+        let Some(controller) = controllers.iter().find(lives) else {
+            return Ok(false);
+        };
+        let metrics = lab.http(controller, "metrics")?;
+        Ok(wanted.iter().all(|line| metrics.contains(line)))
+    });
     used.unpublish();
     used.restart_node();
     used.publish().expect("its data is there, whatever its phase");
@@ -376,7 +383,7 @@ fn an_object_that_cannot_be_read_stops_nobody() {
     let node = kubectl.get(&["hostnode", NODE]).unwrap();
     assert_eq!(node["status"]["orphanCount"], 0, "{node}");
     patch("hostvolume", used.id(), r#"{"status":{"phase":"Ready"}}"#).unwrap();
-    kubectl.run(&["delete", "hostnode", "other"]).unwrap();
+    kubectl.run(&["delete", "node,hostnode", "other"]).unwrap();
     let uid = kubectl.get(&["hostvolume", "bad"]).unwrap()["metadata"]["uid"]
         .as_str()
         .unwrap()
