@@ -4,11 +4,12 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hostdir::csi::proto::Volume;
 use hostdir_lab::scratch::names;
 use hostdir_lab::{Client, Driver, Process, Scratch, needs, wait_for};
+use nix::unistd::Pid;
 use serde_json::json;
 use tonic::{Code, Status};
 
@@ -50,27 +51,42 @@ struct Immortal {
 }
 
 impl Immortal {
-    fn new(driver: Driver) -> Self {
-        let mut process = driver.spawn();
-        let client = process.connect();
+    /// `born` is told of each process before that has asked anything.
+    fn new(driver: Driver, born: impl Fn(Pid)) -> Self {
+        let (process, client, deaths) = live(&driver, born);
         Self {
             driver,
             process,
             client,
-            deaths: 0,
+            deaths,
         }
     }
 
-    /// Returns whether it had died.
-    fn revive(&mut self) -> bool {
-        if !self.process.is_dead() {
-            return false;
+    fn revive(&mut self, born: impl Fn(Pid)) {
+        if self.process.is_dead() {
+            let deaths;
+            (self.process, self.client, deaths) = live(&self.driver, born);
+            self.deaths += 1 + deaths;
         }
-        self.deaths += 1;
-        self.process = self.driver.spawn();
-        self.client = self.process.connect();
-        true
     }
+}
+
+/// Starts a process until one lives long enough to answer. Returns how many died before.
+fn live(driver: &Driver, born: impl Fn(Pid)) -> (Process, Client, usize) {
+    let mut deaths = 0;
+    let mut process = driver.spawn();
+    born(process.pid());
+    let mut client = None;
+    wait_for(PATIENCE, "the process answers", || {
+        if process.is_dead() {
+            deaths += 1;
+            process = driver.spawn();
+            born(process.pid());
+        }
+        client = Client::connect(&driver.socket).ok();
+        client.is_some()
+    });
+    (process, client.expect("the wait has set it"), deaths)
 }
 
 /// A volume's life on a node of its own.
@@ -105,56 +121,60 @@ impl<'a> Life<'a> {
         let node = Driver::with_args(&scratch.mkdir("node"), &args).kubeconfig(kubeconfig(Victim::Node));
         let controller = Driver::with_args(&scratch.mkdir("controller"), &["controller"]);
         let controller = controller.kubeconfig(kubeconfig(Victim::Controller));
+        let born = |who: Victim| {
+            let proxy = &proxy;
+            move |pid| {
+                if who == victim {
+                    proxy.begin("start", pid);
+                }
+            }
+        };
+        let node = Immortal::new(node, born(Victim::Node));
+        let controller = Immortal::new(controller, born(Victim::Controller));
         Self {
             lab,
             name,
+            scratch,
             victim,
             proxy,
-            node: Immortal::new(node),
-            controller: Immortal::new(controller),
-            scratch,
+            node,
+            controller,
         }
     }
 
-    fn victim(&mut self) -> &mut Immortal {
+    fn victim(&self) -> &Immortal {
         match self.victim {
-            Victim::Node => &mut self.node,
-            Victim::Controller => &mut self.controller,
+            Victim::Node => &self.node,
+            Victim::Controller => &self.controller,
         }
     }
 
     /// Lets the API server lie about what belongs to an act, which is tried until it succeeds.
     fn act<T>(&mut self, act: &'static str, mut work: impl FnMut(&Self) -> Result<T, Status>) -> T {
-        let pid = self.victim().process.pid();
-        self.proxy.begin(act, pid);
-        let mut done = None;
-        let mut refusals = Vec::new();
-        let name = self.name.clone();
-        wait_for(PATIENCE, &format!("{name}: {act}"), || {
-            match work(self) {
-                Ok(value) => done = Some(value),
-                Err(status) => {
-                    // A final answer must not be a guess.
-                    let final_ = [
-                        Code::NotFound,
-                        Code::AlreadyExists,
-                        Code::InvalidArgument,
-                        Code::OutOfRange,
-                    ];
-                    assert!(!final_.contains(&status.code()), "{name}: {act}: {status}");
-                    refusals.push(status.to_string());
-                }
+        self.proxy.begin(act, self.victim().process.pid());
+        let start = Instant::now();
+        loop {
+            let status = match work(self) {
+                Ok(value) => return value,
+                Err(status) => status,
+            };
+            let name = &self.name;
+            // A final answer must not be a guess.
+            let guesses = [
+                Code::NotFound,
+                Code::AlreadyExists,
+                Code::InvalidArgument,
+                Code::OutOfRange,
+            ];
+            assert!(!guesses.contains(&status.code()), "{name}: {act}: {status}");
+            assert!(start.elapsed() < PATIENCE, "{name}: {act}: {status}");
+            let born = |pid| self.proxy.begin(act, pid);
+            match self.victim {
+                Victim::Node => self.node.revive(born),
+                Victim::Controller => self.controller.revive(born),
             }
-            if self.victim().revive() {
-                let pid = self.victim().process.pid();
-                self.proxy.begin(act, pid);
-            }
-            if refusals.len() % 50 == 49 {
-                report(&format!("{name}: {act}: {}", refusals.last().unwrap()));
-            }
-            done.is_some()
-        });
-        done.expect("the wait has set it")
+            std::thread::sleep(Duration::from_millis(50));
+        }
     }
 
     fn object(&self, id: &str) -> anyhow::Result<serde_json::Value> {
@@ -236,7 +256,10 @@ fn whatever_the_api_server_answers_nothing_is_lost_doubled_or_stuck() {
     );
     lab.join_network().unwrap();
     let of = |victim: Victim| LIES.map(|lie| (victim, lie));
-    let lives = Mutex::new([of(Victim::Node), of(Victim::Controller)].concat());
+    let mut lives = [of(Victim::Node), of(Victim::Controller)].concat();
+    // The last ones begin first: silence takes longest.
+    lives.sort_by_key(|(_, lie)| *lie == Lie::Silence);
+    let lives = Mutex::new(lives);
     std::thread::scope(|scope| {
         for _ in 0..AT_ONCE {
             scope.spawn(|| {

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use kube::Client;
+use kube::{Client, Config};
 use tokio::runtime::Handle;
 
 use crate::volume::Reason;
@@ -11,12 +11,18 @@ use crate::volume::error::chain;
 /// How long to wait for an answer: below the 30 s that external-provisioner waits for us.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How long a connection may be silent while an answer is awaited. On watches the API server sends a bookmark every minute
+/// (`defaultBookmarkFrequency`, k8s.io/apiserver/pkg/storage/cacher): a longer silence means that it is gone without a word.
+const READ_TIMEOUT: Duration = Duration::from_secs(75);
+
 /// A client that is configured by the environment: by the service account of this pod, or by a kubeconfig.
 ///
 /// # Errors
 /// There is neither a service account nor a kubeconfig.
 pub(crate) async fn client() -> anyhow::Result<Client> {
-    Ok(Client::try_default().await?)
+    let mut config = Config::infer().await?;
+    config.read_timeout = Some(READ_TIMEOUT);
+    Ok(Client::try_from(config)?)
 }
 
 /// Sends a request and waits for the answer, on a thread that may block. `verb` names the request in messages.

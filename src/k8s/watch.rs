@@ -2,13 +2,14 @@
 //! read is logged, shown in the metrics, and left alone; the others are followed all the same.
 
 use std::collections::BTreeSet;
-use std::pin::pin;
+use std::time::Duration;
 
 use futures::TryStreamExt;
 use kube::api::{Api, ApiResource, DynamicObject};
 use kube::runtime::WatchStreamExt;
 use kube::runtime::watcher::{Config, Event, watcher};
 use kube::{Client, Resource, ResourceExt};
+use tokio::time::timeout;
 use tracing::{info, warn};
 use uuid::Uuid;
 
@@ -47,6 +48,9 @@ pub(super) fn undecoded<K: Resource<DynamicType = ()>>(client: Client) -> Api<Dy
     Api::all_with(client, &ApiResource::erase::<K>(&()))
 }
 
+/// How long to wait for the next objects of a list.
+const LIST_TIMEOUT: Duration = Duration::from_secs(30);
+
 /// Follows a watch forever. A watch that fails is started again, with back-off.
 pub(super) async fn follow<F: Follower>(
     what: &'static str,
@@ -55,54 +59,88 @@ pub(super) async fn follow<F: Follower>(
     metrics: &Metrics,
     follower: F,
 ) {
-    let mut events = pin!(watcher(objects, config).default_backoff());
-    let mut failing = false;
-    let mut listed = BTreeSet::new();
-    let mut unreadable = UnreadableObjects::new(F::KIND, metrics);
-    let applied = |object: DynamicObject, unreadable: &mut UnreadableObjects<'_>| {
+    let mut following = Following {
+        what,
+        metrics,
+        follower,
+        failing: false,
+        listing: true,
+        listed: BTreeSet::new(),
+        unreadable: UnreadableObjects::new(F::KIND, metrics),
+    };
+    let begin = || Box::pin(watcher(objects.clone(), config.clone()).default_backoff());
+    let mut events = begin();
+    loop {
+        // A watch may have nothing to say for long; if its connection is silent, it fails by itself.
+        let limit = if following.listing { LIST_TIMEOUT } else { Duration::MAX };
+        match timeout(limit, events.try_next()).await {
+            Ok(Ok(Some(event))) => following.note(event),
+            Ok(Ok(None)) => return,
+            Ok(Err(error)) => following.failed(&chain(&error)),
+            Err(_) => {
+                following.failed("a list is not answered");
+                events = begin();
+            }
+        }
+    }
+}
+
+struct Following<'a, F: Follower> {
+    what: &'static str,
+    metrics: &'a Metrics,
+    follower: F,
+    failing: bool,
+    /// Whether a list is awaited, and what of it has come.
+    listing: bool,
+    listed: BTreeSet<F::Key>,
+    unreadable: UnreadableObjects<'a>,
+}
+
+impl<F: Follower> Following<'_, F> {
+    fn note(&mut self, event: Event<DynamicObject>) {
+        if std::mem::take(&mut self.failing) {
+            info!(what = self.what, "the API server answers again");
+        }
+        match event {
+            Event::Init => {
+                self.listing = true;
+                self.listed.clear();
+                self.unreadable.clear();
+            }
+            Event::InitApply(object) => {
+                let key = self.applied(object);
+                self.listed.extend(key);
+            }
+            Event::InitDone => {
+                self.listing = false;
+                self.follower.retain(&std::mem::take(&mut self.listed));
+            }
+            Event::Apply(object) => drop(self.applied(object)),
+            Event::Delete(object) => {
+                self.unreadable.remove(&object.name_any());
+                self.follower.gone(object);
+            }
+        }
+    }
+
+    fn applied(&mut self, object: DynamicObject) -> Option<F::Key> {
         let name = object.name_any();
-        match follower.applied(object) {
+        match self.follower.applied(object) {
             Ok(key) => {
-                unreadable.remove(&name);
+                self.unreadable.remove(&name);
                 Some(key)
             }
             Err(Unreadable { key, why }) => {
-                unreadable.insert(name, &why);
+                self.unreadable.insert(name, &why);
                 key
             }
         }
-    };
-    loop {
-        match events.try_next().await {
-            Ok(Some(event)) => {
-                if std::mem::take(&mut failing) {
-                    info!(what, "the API server answers again");
-                }
-                match event {
-                    Event::Init => {
-                        listed.clear();
-                        unreadable.clear();
-                    }
-                    Event::InitApply(object) => listed.extend(applied(object, &mut unreadable)),
-                    Event::InitDone => follower.retain(&std::mem::take(&mut listed)),
-                    Event::Apply(object) => drop(applied(object, &mut unreadable)),
-                    Event::Delete(object) => {
-                        unreadable.remove(&object.name_any());
-                        follower.gone(object);
-                    }
-                }
-            }
-            Ok(None) => return,
-            Err(error) => {
-                metrics.failed(what);
-                if !std::mem::replace(&mut failing, true) {
-                    warn!(
-                        what,
-                        why = chain(&error),
-                        "the API server does not answer; trying again"
-                    );
-                }
-            }
+    }
+
+    fn failed(&mut self, why: &str) {
+        self.metrics.failed(self.what);
+        if !std::mem::replace(&mut self.failing, true) {
+            warn!(what = self.what, why, "the API server does not answer; trying again");
         }
     }
 }
