@@ -17,6 +17,14 @@ fn the_plain_manifests_install_hostdir() {
     let kubectl = lab.kubectl();
     lab.helm(&["uninstall", Mode::Elected.release(), "--namespace", NAMESPACE, "--wait"])
         .unwrap();
+    // The guards outlive the release, as the definitions do.
+    for kept in ["hostdir-definitions", "hostdir-volumes"] {
+        for kind in ["validatingadmissionpolicy", "validatingadmissionpolicybinding"] {
+            kubectl.get(&[kind, kept]).expect("it is kept");
+        }
+    }
+    let slip = kubectl.run(&["delete", "crd", "hostvolumes.hostdir.csi", "--dry-run=server"]);
+    assert!(format!("{:#}", slip.unwrap_err()).contains("the data of every volume"));
     let apply = [
         "apply",
         "--server-side",

@@ -5,7 +5,8 @@ use crate::mode::Mode;
 use crate::objects::{claim_of, class, on_node, pod};
 use hostdir_lab::needs;
 use serde_json::json;
-use std::time::Instant;
+use std::fmt::Write as _;
+use std::time::{Duration, Instant};
 
 #[needs(Root, Go, Cluster)]
 fn deletes_wait_for_a_node_that_is_off_but_not_for_a_deleted_one() {
@@ -87,6 +88,85 @@ fn deletes_wait_for_a_node_that_is_off_but_not_for_a_deleted_one() {
     });
     lab.delete("pod", "kept");
     lab.delete("pvc", "kept");
+    lab.nothing_is_left();
+}
+
+/// How many volumes wait for their delete: four times as many as external-provisioner has workers.
+const WAITING: usize = 400;
+
+#[needs(Root, Go, Cluster)]
+fn deletes_on_a_dead_node_keep_no_claim_on_a_healthy_one_waiting() {
+    let lab = lab(Mode::Elected, "dead-zone", "400 deletes wait for a dead node");
+    let mut text = json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "dead"}}).to_string();
+    let driver = Mode::Elected.driver();
+    for number in 0..WAITING {
+        let name = format!("pvc-dead-{number}");
+        let volume = json!({
+            "apiVersion": "hostdir.csi/v1alpha1", "kind": "HostVolume",
+            "metadata": {"name": name, "finalizers": ["hostdir.csi/node"]},
+            "spec": {
+                "node": "dead", "pool": "default", "name": name, "capacity": "1Mi",
+                "directory": {"mode": "0770", "uid": 0, "gid": 0},
+            },
+            "status": {"phase": "Ready"},
+        });
+        // Its claim was deleted.
+        let claim = json!({"namespace": lab.namespace, "name": name, "uid": "0b5bd0f0-5b0f-4b0e-8b0a-5b5b5b5b5b5b"});
+        let pv = json!({
+            "apiVersion": "v1", "kind": "PersistentVolume",
+            "metadata": {"name": name, "annotations": {"pv.kubernetes.io/provisioned-by": driver}},
+            "spec": {
+                "capacity": {"storage": "1Mi"}, "accessModes": ["ReadWriteOnce"], "storageClassName": "hostdir",
+                "persistentVolumeReclaimPolicy": "Delete", "claimRef": claim,
+                "csi": {"driver": driver, "volumeHandle": name},
+            },
+        });
+        write!(text, "\n---\n{volume}\n---\n{pv}").unwrap();
+    }
+    lab.kubectl().feed(&["create", "-f", "-"], &text).unwrap();
+    // The phase is a status, which `create` leaves out.
+    let patch = r#"{"status":{"phase":"Ready","poolId":"6b1f9a64-8d0e-4a3c-9a57-1f0a8c1d2e3f"}}"#;
+    let volumes = lab.kubectl().list(&["hostvolumes"]).unwrap();
+    let names: Vec<&str> = volumes
+        .iter()
+        .filter_map(|volume| volume["metadata"]["name"].as_str())
+        .collect();
+    for some in names.chunks(100) {
+        let args = [
+            "patch",
+            "hostvolume",
+            "--subresource=status",
+            "--type=merge",
+            "-p",
+            patch,
+        ];
+        lab.kubectl().run(&[&args[..], some].concat()).unwrap();
+    }
+    lab.wait("all deletes wait", || {
+        let volumes = lab.kubectl().list(&["hostvolumes"])?;
+        let deleting = |volume: &&serde_json::Value| !volume["metadata"]["deletionTimestamp"].is_null();
+        Ok(volumes.iter().filter(deleting).count() == WAITING)
+    });
+    let start = Instant::now();
+    lab.apply(&[lab.claim("healthy", "1Mi"), pod("healthy", "healthy")]);
+    lab.wait("the claim is bound", || {
+        Ok(lab.get("pvc", "healthy")?["status"]["phase"] == "Bound")
+    });
+    let bound = start.elapsed();
+    lab.running("healthy");
+    let start = Instant::now();
+    lab.delete("pod", "healthy");
+    let volume = lab.volume_of("healthy");
+    lab.delete("pvc", "healthy");
+    lab.wait("the healthy volume is deleted", || {
+        lab.kubectl().is_gone(&["hostvolume", &volume])
+    });
+    report(&format!(
+        "with {WAITING} deletes that wait, a claim is bound in {bound:.1?}, and deleted in {:.1?}",
+        start.elapsed()
+    ));
+    assert!(bound < Duration::from_secs(5), "{bound:.1?}");
+    lab.kubectl().run(&["delete", "node", "dead"]).unwrap();
     lab.nothing_is_left();
 }
 

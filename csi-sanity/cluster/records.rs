@@ -253,6 +253,35 @@ fn data_that_can_be_reached_is_deleted_although_it_may_be_left() {
 }
 
 #[needs(Root, Go, Cluster)]
+fn a_finalizer_of_somebody_else_keeps_nobody_busy() {
+    let used = Used::new("foreign", "a HostVolume with a finalizer of somebody else");
+    let kubectl = used.lab().kubectl();
+    let finalizers = |finalizers: &Value| {
+        let patch = json!({"metadata": {"finalizers": finalizers}}).to_string();
+        kubectl
+            .run(&["patch", "hostvolume", used.id(), "--type=merge", "-p", &patch])
+            .unwrap();
+    };
+    finalizers(&json!(["hostdir.csi/node", "example.org/other"]));
+    used.unpublish();
+    let refusal = used.controller.delete(used.id()).unwrap_err();
+    assert_eq!(refusal.code(), tonic::Code::Unavailable, "{refusal}");
+    used.wait_for(
+        |object| object["metadata"]["finalizers"] == json!(["example.org/other"]),
+        "has no finalizer of hostdir",
+    );
+    assert_eq!(names(used.pair.scratch.path("pool/volumes")), [""; 0]);
+    let version = || used.object()["metadata"]["resourceVersion"].clone();
+    let before = version();
+    let refusal = used.controller.delete(used.id()).unwrap_err();
+    assert_eq!(refusal.code(), tonic::Code::Unavailable, "{refusal}");
+    assert_eq!(version(), before, "somebody writes it again and again");
+    assert_eq!(used.node.borrow().0.log().matches("finalizer removed").count(), 1);
+    finalizers(&json!([]));
+    used.end();
+}
+
+#[needs(Root, Go, Cluster)]
 fn a_volume_whose_persistent_volume_is_gone_is_shown() {
     let used = Used::new("released", "a PersistentVolume is gone");
     // It never had one.

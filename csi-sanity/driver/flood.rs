@@ -1,7 +1,7 @@
 //! Who floods the HTTP port, or stops reading the log, stops nothing.
 
 use std::io::{PipeReader, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -42,6 +42,25 @@ fn get(address: SocketAddr, path: &str) -> Option<String> {
     let mut answer = String::new();
     connection.read_to_string(&mut answer).ok()?;
     Some(answer)
+}
+
+/// Where the machine has no IPv6, the same address means IPv4 alone.
+#[needs(Root)]
+fn one_port_serves_all_addresses_of_the_machine() {
+    let scratch = Scratch::new();
+    let all = TcpListener::bind("[::]:0");
+    let mut addresses: Vec<IpAddr> = vec![Ipv4Addr::LOCALHOST.into()];
+    addresses.extend(all.as_ref().ok().map(|_| IpAddr::from(Ipv6Addr::LOCALHOST)));
+    let free = all.or_else(|_| TcpListener::bind("0.0.0.0:0")).unwrap();
+    let port = free.local_addr().unwrap().port();
+    drop(free);
+    let driver = Driver::new(&scratch).pool("default", &scratch.path("pool"));
+    let (_process, _client) = start(&driver.arg(format!("--http-endpoint=[::]:{port}")));
+    for address in addresses {
+        wait_until("the port is served", || {
+            get((address, port).into(), "/healthz").is_some_and(|answer| answer.contains("200 OK"))
+        });
+    }
 }
 
 fn volume_works(client: &Client, name: &str, target: &Path) {

@@ -147,3 +147,36 @@ impl Assignments for NoAssignments {
         Ok(())
     }
 }
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::volume::record::Directory;
+
+    /// A HostVolume of 1 GiB on node-a that was never used.
+    pub(crate) fn host_volume(name: &str) -> HostVolume {
+        HostVolume {
+            id: VolumeId::parse(name).unwrap(),
+            uid: Uuid::new_v4(),
+            version: "1".into(),
+            node: NodeName::parse("node-a").unwrap(),
+            pool: PoolName::default(),
+            spec: VolumeSpec {
+                name: name.into(),
+                claim: None,
+                bytes: Bytes::GIB,
+                directory: Directory::default(),
+            },
+            phase: Phase::Claimed,
+            made_on: None,
+            status_reason: None,
+            released: false,
+            deleting: false,
+            unreadable: None,
+            decision: Decision::default(),
+            held: true,
+            other_finalizers: Vec::new(),
+            created: Timestamp::UNIX_EPOCH,
+        }
+    }
+}

@@ -87,3 +87,38 @@ pub(super) async fn run(cache: &NodeCache, tasks: &Arc<Tasks>, metrics: &Metrics
         let _ = timeout(wait, cache.delete.notified()).await;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::volume::host_volume::tests::host_volume;
+
+    #[test]
+    fn what_cannot_be_deleted_is_tried_more_and_more_seldom() {
+        let mut volume = host_volume("pvc-1");
+        let mut pending = Pending::new(&volume);
+        assert!(pending.try_now(&volume));
+        assert!(!pending.try_now(&volume), "at once again");
+        let pause = |pending: &mut Pending| {
+            pending.due = Instant::now();
+            assert!(pending.try_now(&volume));
+            pending.pause
+        };
+        assert_eq!(pause(&mut pending), RETRY);
+        pending.since = Instant::now().checked_sub(EAGER).unwrap();
+        let pauses: Vec<u64> = (0..6).map(|_| pause(&mut pending).as_secs()).collect();
+        assert_eq!(pauses, [2, 4, 8, 15, 15, 15]);
+        // Somebody has decided what is to become of the data.
+        volume.decision.leave = true;
+        assert!(pending.try_now(&volume));
+        assert_eq!(pending.pause, RETRY);
+    }
+
+    #[test]
+    fn deletes_that_wait_are_not_tried_at_the_same_moment() {
+        let ids = (0..100).map(|number| VolumeId::parse(&format!("pvc-{number}")).unwrap());
+        let spreads: std::collections::HashSet<Duration> = ids.map(|id| spread(&id, RETRY_MAX)).collect();
+        assert!(spreads.len() > 30, "{spreads:?}");
+        assert!(spreads.iter().all(|spread| *spread < RETRY_MAX / 4));
+    }
+}

@@ -13,7 +13,7 @@ use uuid::Uuid;
 use super::cache::{ClusterCache, NodeState};
 use super::*;
 use crate::volume::control::Topology;
-use crate::volume::host_volume::Decision;
+use crate::volume::host_volume::tests::host_volume;
 use crate::volume::id::NodeName;
 use crate::volume::pool_status::PoolStatus;
 use crate::volume::record::PoolId;
@@ -87,22 +87,11 @@ impl HostVolumeStore for MemoryStore {
             return self.answer((there.clone(), false)).map_err(NotCreated::unsure);
         }
         let host_volume = HostVolume {
-            id: new.id.clone(),
-            uid: Uuid::new_v4(),
-            version: "1".into(),
             node: new.node.clone(),
             pool: new.pool.clone(),
             spec: new.spec.clone(),
-            phase: Phase::Claimed,
-            made_on: None,
-            status_reason: None,
-            released: false,
-            deleting: false,
-            unreadable: None,
-            decision: Decision::default(),
-            held: true,
-            other_finalizers: Vec::new(),
             created: Timestamp::now(),
+            ..host_volume(new.id.as_str())
         };
         entries.insert(new.id.clone(), host_volume.clone());
         self.answer((host_volume, true)).map_err(NotCreated::unsure)

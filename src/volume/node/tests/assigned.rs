@@ -3,12 +3,12 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
-use jiff::Timestamp;
 use uuid::Uuid;
 
 use super::*;
-use crate::volume::host_volume::{Decision, HostVolume};
-use crate::volume::record::{Directory, Phase, PoolId, Record, VolumeSpec};
+use crate::volume::host_volume::HostVolume;
+use crate::volume::host_volume::tests::host_volume;
+use crate::volume::record::{Phase, PoolId, Record};
 
 /// HostVolumes in memory.
 #[derive(Default)]
@@ -16,29 +16,7 @@ struct HostVolumes(Mutex<HashMap<VolumeId, HostVolume>>);
 
 impl HostVolumes {
     fn make(&self, name: &str) -> HostVolume {
-        let host_volume = HostVolume {
-            id: id(name),
-            uid: Uuid::new_v4(),
-            version: "1".into(),
-            node: NodeName::parse("node-a").unwrap(),
-            pool: pool("default"),
-            spec: VolumeSpec {
-                name: name.into(),
-                claim: None,
-                bytes: Bytes::GIB,
-                directory: Directory::default(),
-            },
-            phase: Phase::Claimed,
-            made_on: None,
-            status_reason: None,
-            released: false,
-            deleting: false,
-            unreadable: None,
-            decision: Decision::default(),
-            held: true,
-            other_finalizers: Vec::new(),
-            created: Timestamp::UNIX_EPOCH,
-        };
+        let host_volume = host_volume(name);
         self.0.lock().unwrap().insert(id(name), host_volume.clone());
         host_volume
     }
