@@ -7,7 +7,8 @@ use hostdir_lab::faults::{Fault, Step};
 use hostdir_lab::scene::start;
 use hostdir_lab::scratch::names;
 use hostdir_lab::{Driver, Scratch, needs, wait_until};
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use std::fs::{self, File};
 use std::time::{Duration, SystemTime};
 use tonic::Code;
@@ -97,6 +98,32 @@ fn volumes_that_no_pod_has_used_for_long_are_named() {
     );
     client.unpublish("pvc-old", &scratch.path("other")).unwrap();
     client.unpublish("pvc-mounted", &scratch.path("target")).unwrap();
+}
+
+/// kill(2) of a thread's id signals the process, and the kernel prefers that thread to handle it. Some threads do not have the
+/// descriptors that a handler writes to.
+#[needs(Root)]
+fn whichever_thread_sigterm_reaches_the_driver_stops() {
+    let scratch = Scratch::new();
+    let driver = Driver::new(&scratch).pool("default", &scratch.path("pool"));
+    let mut number = 0;
+    loop {
+        let (mut process, client) = start(&driver);
+        client.create(&format!("pvc-{number}")).unwrap();
+        let Some(thread) = process.tasks().nth(number) else {
+            break;
+        };
+        let name = fs::read_to_string(thread.join("comm")).unwrap();
+        let id: i32 = thread.file_name().unwrap().to_str().unwrap().parse().unwrap();
+        drop(client);
+        kill(Pid::from_raw(id), Signal::SIGTERM).unwrap();
+        wait_until(&format!("it stops, by its thread {}", name.trim()), || {
+            process.is_dead()
+        });
+        assert!(process.ended().success(), "{name}: {}", process.log());
+        number += 1;
+    }
+    assert!(number > 4, "it has only {number} threads");
 }
 
 #[needs(Root)]

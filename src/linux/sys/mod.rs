@@ -10,13 +10,18 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 use libc::{c_int, c_long, c_uint};
 use nix::errno::Errno;
+use nix::sys::signal::{SigSet, Signal};
 use nix::{NixPath, Result};
 
 use crate::volume::disk::Inode;
 
 /// Gives this thread a table of file descriptors of its own, with nothing but the standard streams in it: close_range(2),
 /// Linux 5.9. Threads that it starts share this table. The caller must not own a descriptor.
+///
+/// These threads handle no signals, so that the kernel picks another one (signal(7)): the handler writes to a descriptor that they
+/// do not have, and the signal would be lost.
 pub(super) fn own_descriptors() -> Result<()> {
+    SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT]).thread_block()?;
     let (first, last) = (libc::STDERR_FILENO + 1, c_uint::MAX);
     // SAFETY: the call takes no pointer. It closes descriptors of the new table only, of which this thread owns none.
     let result = unsafe { libc::syscall(libc::SYS_close_range, first, last, libc::CLOSE_RANGE_UNSHARE) };

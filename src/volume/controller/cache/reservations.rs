@@ -13,8 +13,8 @@ use crate::volume::id::{NodeName, PoolName, VolumeId};
 use crate::volume::size::Bytes;
 
 /// How long room stays reserved after its call has ended, unless the watch shows the HostVolume before: if it takes longer, the
-/// HostVolume was never created, or it was deleted before the watch could show it.
-const RESERVED_MAX: Duration = Duration::from_mins(1);
+/// HostVolume was never created, or it was deleted before the watch could show it. Longer than a dead watch goes unnoticed.
+const RESERVED_MAX: Duration = Duration::from_mins(2);
 
 /// The room of a volume that the watch has not shown yet, or not with this size.
 pub(super) struct Reserved {
@@ -56,7 +56,7 @@ impl Reservation<'_> {
         self.cache.lock().count(volume);
     }
 
-    /// The API server may have made the change or not: the room stays reserved for a minute, or until the watch or the next
+    /// The API server may have made the change or not: the room stays reserved for two minutes, or until the watch or the next
     /// call shows which.
     pub(in crate::volume::controller) fn unsure(self) {
         let mut state = self.cache.lock();
