@@ -43,17 +43,17 @@ enum Victim {
 }
 
 /// A process that is started again when it dies.
-struct Immortal {
+struct Restarted {
     driver: Driver,
     process: Process,
     client: Client,
     deaths: usize,
 }
 
-impl Immortal {
-    /// `born` is told of each process before that has asked anything.
-    fn new(driver: Driver, born: impl Fn(Pid)) -> Self {
-        let (process, client, deaths) = live(&driver, born);
+impl Restarted {
+    /// `started` is told of each process before that has asked anything.
+    fn new(driver: Driver, started: impl Fn(Pid)) -> Self {
+        let (process, client, deaths) = live(&driver, started);
         Self {
             driver,
             process,
@@ -62,26 +62,26 @@ impl Immortal {
         }
     }
 
-    fn revive(&mut self, born: impl Fn(Pid)) {
+    fn restart_if_dead(&mut self, started: impl Fn(Pid)) {
         if self.process.is_dead() {
             let deaths;
-            (self.process, self.client, deaths) = live(&self.driver, born);
+            (self.process, self.client, deaths) = live(&self.driver, started);
             self.deaths += 1 + deaths;
         }
     }
 }
 
 /// Starts a process until one lives long enough to answer. Returns how many died before.
-fn live(driver: &Driver, born: impl Fn(Pid)) -> (Process, Client, usize) {
+fn live(driver: &Driver, started: impl Fn(Pid)) -> (Process, Client, usize) {
     let mut deaths = 0;
     let mut process = driver.spawn();
-    born(process.pid());
+    started(process.pid());
     let mut client = None;
     wait_for(PATIENCE, "the process answers", || {
         if process.is_dead() {
             deaths += 1;
             process = driver.spawn();
-            born(process.pid());
+            started(process.pid());
         }
         client = Client::connect(&driver.socket).ok();
         client.is_some()
@@ -96,8 +96,8 @@ struct Life<'a> {
     scratch: Scratch,
     victim: Victim,
     proxy: Proxy,
-    node: Immortal,
-    controller: Immortal,
+    node: Restarted,
+    controller: Restarted,
 }
 
 impl<'a> Life<'a> {
@@ -121,7 +121,7 @@ impl<'a> Life<'a> {
         let node = Driver::with_args(&scratch.mkdir("node"), &args).kubeconfig(kubeconfig(Victim::Node));
         let controller = Driver::with_args(&scratch.mkdir("controller"), &["controller"]);
         let controller = controller.kubeconfig(kubeconfig(Victim::Controller));
-        let born = |who: Victim| {
+        let started = |who: Victim| {
             let proxy = &proxy;
             move |pid| {
                 if who == victim {
@@ -129,8 +129,8 @@ impl<'a> Life<'a> {
                 }
             }
         };
-        let node = Immortal::new(node, born(Victim::Node));
-        let controller = Immortal::new(controller, born(Victim::Controller));
+        let node = Restarted::new(node, started(Victim::Node));
+        let controller = Restarted::new(controller, started(Victim::Controller));
         Self {
             lab,
             name,
@@ -142,7 +142,7 @@ impl<'a> Life<'a> {
         }
     }
 
-    fn victim(&self) -> &Immortal {
+    fn victim(&self) -> &Restarted {
         match self.victim {
             Victim::Node => &self.node,
             Victim::Controller => &self.controller,
@@ -168,10 +168,10 @@ impl<'a> Life<'a> {
             ];
             assert!(!guesses.contains(&status.code()), "{name}: {act}: {status}");
             assert!(start.elapsed() < PATIENCE, "{name}: {act}: {status}");
-            let born = |pid| self.proxy.begin(act, pid);
+            let started = |pid| self.proxy.begin(act, pid);
             match self.victim {
-                Victim::Node => self.node.revive(born),
-                Victim::Controller => self.controller.revive(born),
+                Victim::Node => self.node.restart_if_dead(started),
+                Victim::Controller => self.controller.restart_if_dead(started),
             }
             std::thread::sleep(Duration::from_millis(50));
         }

@@ -95,7 +95,7 @@ impl ClusterCache {
 
 /// A node that has room for a volume. The best comes first in order.
 #[derive(PartialEq, Eq, PartialOrd, Ord)]
-struct Fit<'a> {
+struct Candidate<'a> {
     /// Its place among the preferred nodes.
     preferred: usize,
     tainted: bool,
@@ -111,11 +111,11 @@ impl State {
     pub(super) fn choose(&self, pool: &PoolName, bytes: Bytes, topology: &Topology) -> Result<NodeName, Reason> {
         let is_chosen = topology.requisite.as_ref().is_some_and(|nodes| nodes.len() == 1);
         let mut refusals = Vec::new();
-        let mut fits = Vec::new();
+        let mut candidates = Vec::new();
         for node in self.pools.keys().filter(|node| topology.admits(node)) {
             let usable = if is_chosen { Ok(()) } else { self.can_take_pods(node) };
             match usable.and_then(|()| self.room(node, pool)) {
-                Ok(room) if room >= bytes => fits.push(Fit {
+                Ok(room) if room >= bytes => candidates.push(Candidate {
                     preferred: topology
                         .preferred
                         .iter()
@@ -131,8 +131,8 @@ impl State {
                 Err(why) => refusals.push(format!("node {node}: {why}")),
             }
         }
-        match fits.into_iter().min() {
-            Some(fit) => Ok(fit.node.clone()),
+        match candidates.into_iter().min() {
+            Some(best) => Ok(best.node.clone()),
             None => Err(self.no_node(topology, refusals)),
         }
     }
