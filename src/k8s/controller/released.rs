@@ -23,7 +23,7 @@ use crate::volume::host_volume::{HostVolume, HostVolumeStore as _};
 use crate::volume::id::VolumeId;
 
 /// How long a PersistentVolume must be gone: the watches of both kinds of objects are not in step.
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// How many volumes are marked in one pass at most.
 const MARKS_MAX: usize = 50;
