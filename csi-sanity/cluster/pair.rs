@@ -35,6 +35,20 @@ impl Pair {
         let scratch = Scratch::new();
         let node = json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": NODE}});
         lab.kubectl().apply(&node.to_string()).unwrap();
+        // Until the node controller misses its kubelet, volumes that may go anywhere can go there.
+        let now = jiff::Timestamp::now().to_string();
+        let ready = json!({"type": "Ready", "status": "True", "lastHeartbeatTime": now, "lastTransitionTime": now});
+        let patch = json!({"status": {"conditions": [ready]}}).to_string();
+        let args = [
+            "patch",
+            "node",
+            NODE,
+            "--subresource=status",
+            "--type=merge",
+            "-p",
+            &patch,
+        ];
+        lab.kubectl().run(&args).unwrap();
         Self {
             lab,
             scratch,
