@@ -173,9 +173,10 @@ fn deletes_on_a_dead_node_keep_no_claim_on_a_healthy_one_waiting() {
         Ok(lab.kubectl().list(&["hostvolumes"])?.is_empty())
     });
     // external-provisioner would try again after minutes.
-    let left = lab.kubectl().list(&["pv"]).unwrap();
-    let names: Vec<&str> = left.iter().filter_map(|pv| pv["metadata"]["name"].as_str()).collect();
-    if !names.is_empty() {
+    lab.wait("the PersistentVolumes are gone", || {
+        let left = lab.kubectl().list(&["pv"])?;
+        let names: Vec<&str> = left.iter().filter_map(|pv| pv["metadata"]["name"].as_str()).collect();
+        let delete = ["delete", "pv", "--ignore-not-found", "--wait=false"];
         let free = [
             "patch",
             "pv",
@@ -183,11 +184,12 @@ fn deletes_on_a_dead_node_keep_no_claim_on_a_healthy_one_waiting() {
             "-p",
             r#"{"metadata":{"finalizers":null}}"#,
         ];
-        lab.kubectl().run(&[&free[..], &names].concat()).unwrap();
-        lab.kubectl()
-            .run(&[&["delete", "pv", "--ignore-not-found"][..], &names].concat())
-            .unwrap();
-    }
+        // Some go by themselves meanwhile.
+        for args in [&delete[..], &free[..]].iter().filter(|_| !names.is_empty()) {
+            let _ = lab.kubectl().run(&[args, &names[..]].concat());
+        }
+        Ok(names.is_empty())
+    });
     lab.nothing_is_left();
 }
 
