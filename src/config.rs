@@ -56,7 +56,7 @@ pub(crate) struct ServeArgs {
     #[arg(long, env = "DRIVER_NAME", value_name = "NAME", default_value = DRIVER_NAME)]
     pub(crate) driver_name: String,
 
-    /// Serve /healthz, /readyz and /metrics at this address, such as [::]:9808: with IPv4 and IPv6, as far as the machine has them
+    /// Serve /healthz, /readyz and /metrics at this address, such as `[::]:9808`: with IPv4 and IPv6, as far as the machine has them
     #[arg(long, value_name = "ADDRESS")]
     pub(crate) http_endpoint: Option<SocketAddr>,
 

@@ -64,7 +64,7 @@ pub(crate) async fn serve(address: SocketAddr, health: Arc<dyn Health>, metrics:
     }
 }
 
-/// Listens on an address. [::] means all addresses of the machine, also where it has no IPv6.
+/// Listens on an address. `[::]` means all addresses of the machine, also where it has no IPv6.
 async fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
     match TcpListener::bind(address).await {
         Err(error) if address.ip() == Ipv6Addr::UNSPECIFIED && has_no_ipv6(&error) => {
