@@ -208,10 +208,18 @@ fn events_name_a_disk_that_is_no_longer_mounted() {
     lab.kubectl()
         .run(&["delete", "pods", "--all", "-n", &lab.namespace, "--wait"])
         .unwrap();
-    // The disk is lost forever: without the pool in the configuration, the volume is deleted with its claim.
+    // The disk is lost forever, and leaves the configuration.
     lab.install(&[]);
+    let volume = lab.volume_of("disk");
+    lab.delete("pvc", "disk");
+    lab.wait("the delete waits for somebody to give up the data", || {
+        let volume = lab.kubectl().get(&["hostvolume", &volume])?;
+        Ok(volume["status"]["reason"] == "PoolRemoved")
+    });
+    let uid = lab.kubectl().get(&["hostvolume", &volume]).unwrap()["metadata"]["uid"].clone();
+    let given_up = format!("hostdir.csi/leave-data={}", uid.as_str().unwrap());
     lab.kubectl()
-        .run(&["delete", "pvc", "--all", "-n", &lab.namespace, "--wait"])
+        .run(&["annotate", "hostvolume", &volume, &given_up])
         .unwrap();
     lab.kubectl().run(&["delete", "storageclass", "disk"]).unwrap();
     lab.nothing_is_left();
