@@ -242,6 +242,29 @@ fn a_volume_on_a_pool_that_left_the_configuration_is_not_said_to_be_gone() {
 }
 
 #[needs(Root, Go, Cluster)]
+fn a_delete_does_not_wait_for_a_dead_disk_that_somebody_gives_up() {
+    let used = Used::new("dead-disk", "leave-data on a dead disk");
+    used.unpublish();
+    let (pool, gone) = (used.pair.scratch.path("pool"), used.pair.scratch.path("gone"));
+    fs::rename(&pool, &gone).unwrap();
+    let refusal = used.controller.delete(used.id()).unwrap_err();
+    assert!(refusal.message().contains("pool default cannot be used"), "{refusal:?}");
+    used.annotate("leave-data", &used.uid());
+    used.lab()
+        .wait("the delete ends", || Ok(used.controller.delete(used.id()).is_ok()));
+    used.has_event("DataLeft");
+    // The disk is back.
+    fs::rename(&gone, &pool).unwrap();
+    used.data_is_there();
+    used.lab().wait("it is listed as an orphan", || {
+        let node = used.lab().kubectl().get(&["hostnode", NODE])?;
+        Ok(node["status"]["orphans"][0]["id"] == used.id())
+    });
+    fs::remove_dir_all(pool.join("volumes").join(used.id())).unwrap();
+    used.end();
+}
+
+#[needs(Root, Go, Cluster)]
 fn data_that_can_be_reached_is_deleted_although_it_may_be_left() {
     let used = Used::new("reachable", "leave-data on a healthy disk");
     used.annotate("leave-data", &used.uid());
