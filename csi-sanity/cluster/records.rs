@@ -260,8 +260,51 @@ fn a_delete_does_not_wait_for_a_dead_disk_that_somebody_gives_up() {
         let node = used.lab().kubectl().get(&["hostnode", NODE])?;
         Ok(node["status"]["orphans"][0]["id"] == used.id())
     });
-    fs::remove_dir_all(pool.join("volumes").join(used.id())).unwrap();
+    fs::rename(pool.join("volumes").join(used.id()), gone).unwrap();
     used.end();
+}
+
+#[needs(Root, Go, Cluster)]
+fn a_wrong_path_of_a_pool_does_not_mark_all_volumes_at_once() {
+    const VOLUMES: usize = 30;
+    let mut pair = Pair::new("wrong-path", "a pool is configured at a wrong path");
+    let mut node = pair.node().start();
+    let controller = pair.start_controller();
+    let client = node.connect();
+    let target = pair.scratch.path("target");
+    let volumes: Vec<String> = (0..VOLUMES)
+        .map(|number| {
+            let volume = controller.create_as(on_node(&format!("pvc-{number}"))).unwrap();
+            publish(&client, &volume, &target).unwrap();
+            client.unpublish(&volume.volume_id, &target).unwrap();
+            volume.volume_id
+        })
+        .collect();
+    drop(node);
+    let (pool, right) = (pair.scratch.path("pool"), pair.scratch.path("right"));
+    fs::rename(&pool, &right).unwrap();
+    let node = pair.node().start();
+    pair.lab.wait("all volumes are Lost", || {
+        Ok(node.log().matches("phase=\"Lost\"").count() == VOLUMES)
+    });
+    let log = node.log();
+    let lost = log.lines().filter(|line| line.contains("phase=\"Lost\""));
+    let times: Vec<jiff::Timestamp> = lost
+        .map(|line| line.split(' ').next().unwrap().parse().unwrap())
+        .collect();
+    // The passes are four seconds apart.
+    let took = times[VOLUMES - 1].duration_since(times[0]);
+    assert!(took.as_secs() >= 2, "all of them within {took:?}");
+    drop(node);
+    fs::rename(&pool, pair.scratch.path("wrong")).unwrap();
+    fs::rename(&right, &pool).unwrap();
+    let node = pair.node().start();
+    for id in volumes {
+        pair.lab
+            .wait("the volume is deleted", || Ok(controller.delete(&id).is_ok()));
+    }
+    drop(node);
+    pair.end();
 }
 
 #[needs(Root, Go, Cluster)]
