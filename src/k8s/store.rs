@@ -2,7 +2,7 @@
 
 use kube::Client;
 use kube::api::{Api, DeleteParams, Patch, PatchParams, PostParams, Preconditions};
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::runtime::Handle;
 use uuid::Uuid;
 
@@ -25,6 +25,19 @@ impl ApiStore {
     pub(crate) fn new(client: Client, runtime: Handle) -> Self {
         let volumes = Api::all(client);
         Self { volumes, runtime }
+    }
+
+    /// Writes the status of a HostVolume, and returns the changed object; `None` if it has changed since `volume` was read.
+    pub(super) fn write_status(&self, volume: &HostVolume, status: &Value) -> Result<Option<api::HostVolume>, Reason> {
+        let verb = "write the status of its HostVolume";
+        let patch = Patch::Merge(json!({"metadata": {"resourceVersion": volume.version}, "status": status}));
+        let params = PatchParams::default();
+        let patched = self.volumes.patch_status(volume.id.as_str(), &params, &patch);
+        match ask(&self.runtime, verb, patched) {
+            Ok(object) => Ok(Some(object)),
+            Err(Problem::Conflict(_) | Problem::NotFound(_)) => Ok(None),
+            Err(problem) => Err(problem.into()),
+        }
     }
 }
 

@@ -7,13 +7,13 @@ use std::time::{Duration, Instant};
 
 use k8s_openapi::api::core::v1::PersistentVolume;
 use kube::Client;
-use kube::api::{Api, Patch, PatchParams};
+use kube::api::Api;
 use serde_json::json;
 use tokio::runtime::Handle;
 use tracing::warn;
 
-use crate::k8s::api::{self, Condition, PV_GONE};
-use crate::k8s::client::{Problem, ask, find};
+use crate::k8s::api::{Condition, PV_GONE};
+use crate::k8s::client::find;
 use crate::k8s::convert;
 use crate::k8s::events::Events;
 use crate::k8s::store::ApiStore;
@@ -105,18 +105,8 @@ impl Released {
             },
             last_transition_time: convert::now(),
         };
-        let patch = Patch::Merge(json!({
-            "metadata": {"resourceVersion": volume.version},
-            "status": {"conditions": [condition]},
-        }));
-        let volumes: Api<api::HostVolume> = Api::all(self.client.clone());
-        let params = PatchParams::default();
-        let patched = volumes.patch_status(volume.id.as_str(), &params, &patch);
-        match ask(&self.runtime, "write the status of its HostVolume", patched) {
-            Ok(_) => Ok(true),
-            Err(Problem::Conflict(_) | Problem::NotFound(_)) => Ok(false),
-            Err(problem) => Err(problem.into()),
-        }
+        let written = self.store.write_status(volume, &json!({"conditions": [condition]}))?;
+        Ok(written.is_some())
     }
 }
 

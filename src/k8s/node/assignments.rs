@@ -4,14 +4,13 @@
 use std::sync::Arc;
 
 use kube::Client;
-use kube::api::{Api, Patch, PatchParams};
 use serde_json::{Value, json};
 use tokio::runtime::Handle;
 
 use super::cache::NodeCache;
-use crate::k8s::client::{Problem, api_error, ask};
+use crate::k8s::client::api_error;
+use crate::k8s::convert;
 use crate::k8s::store::ApiStore;
-use crate::k8s::{api, convert};
 use crate::volume::Reason;
 use crate::volume::host_volume::{Assignments, HostVolume, HostVolumeStore as _};
 use crate::volume::id::VolumeId;
@@ -23,36 +22,25 @@ const CONFLICTS: usize = 3;
 pub(super) struct ApiAssignments {
     cache: Arc<NodeCache>,
     pub(super) store: ApiStore,
-    volumes: Api<api::HostVolume>,
-    runtime: Handle,
 }
 
 impl ApiAssignments {
     pub(super) fn new(cache: Arc<NodeCache>, client: Client, runtime: Handle) -> Self {
         Self {
             cache,
-            store: ApiStore::new(client.clone(), runtime.clone()),
-            volumes: Api::all(client),
-            runtime,
+            store: ApiStore::new(client, runtime),
         }
     }
 
     /// Writes the status of a HostVolume. Returns false if the object has changed since `volume` was read.
     pub(super) fn write_status(&self, volume: &HostVolume, status: &Value) -> Result<bool, Reason> {
-        let verb = "write the status of its HostVolume";
-        let patch = Patch::Merge(json!({"metadata": {"resourceVersion": volume.version}, "status": status}));
-        let params = PatchParams::default();
-        let patched = self.volumes.patch_status(volume.id.as_str(), &params, &patch);
-        match ask(&self.runtime, verb, patched) {
-            Ok(object) => {
-                if let Ok(volume) = convert::host_volume(object) {
-                    self.cache.update(volume);
-                }
-                Ok(true)
-            }
-            Err(Problem::Conflict(_) | Problem::NotFound(_)) => Ok(false),
-            Err(problem) => Err(problem.into()),
+        let Some(object) = self.store.write_status(volume, status)? else {
+            return Ok(false);
+        };
+        if let Ok(volume) = convert::host_volume(object) {
+            self.cache.update(volume);
         }
+        Ok(true)
     }
 }
 
