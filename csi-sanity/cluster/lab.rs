@@ -304,6 +304,25 @@ impl Lab {
         self.kubectl().list(&["pods", "-n", NAMESPACE, "-l", &labels]).unwrap()
     }
 
+    /// The controllers' pods that are ready and not about to end: the rollout of another test may still go on.
+    pub(crate) fn live_controllers(&self) -> Vec<Value> {
+        let mut pods = self.controllers();
+        pods.retain(|pod| is_ready(pod) && pod["metadata"]["deletionTimestamp"].is_null());
+        pods
+    }
+
+    /// Waits until the metrics of a pod of hostdir contain all these lines.
+    pub(crate) fn metrics_have(&self, pod: &Value, lines: &[&str]) {
+        let mut metrics = String::new();
+        let waited = self.kubectl().wait(PATIENCE, "metrics", || {
+            metrics = self.http(pod, "metrics")?;
+            Ok(lines.iter().all(|line| metrics.contains(line)))
+        });
+        if let Err(error) = waited {
+            panic!("{error:#}: not all of {lines:#?} are in\n{metrics}");
+        }
+    }
+
     /// The name of the leader's pod, and its node; `None` if no pod leads.
     pub(crate) fn leader(&self) -> Option<(String, String)> {
         let lease = self.kubectl().get(&["lease", "hostdir-csi", "-n", NAMESPACE]).ok()?;

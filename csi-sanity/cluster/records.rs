@@ -463,9 +463,8 @@ fn an_object_that_cannot_be_read_stops_nobody() {
         "hostdir_pool_promised_bytes{{node=\"{NODE}\",pool=\"default\"}} {bytes}"
     ));
     lab.wait("a controller shows what it cannot read", || {
-        let controllers = lab.controllers();
-        let lives = |pod: &&Value| crate::lab::is_ready(pod) && pod["metadata"]["deletionTimestamp"].is_null();
-        let Some(controller) = controllers.iter().find(lives) else {
+        let controllers = lab.live_controllers();
+        let Some(controller) = controllers.first() else {
             return Ok(false);
         };
         let metrics = lab.http(controller, "metrics")?;

@@ -21,6 +21,9 @@ const FLOOD: usize = 1_100;
 /// What the driver may take in a flood, in MiB.
 const MEMORY_MAX: f64 = 32.0;
 
+/// After how many probes without success in a row the kubelet acts. One may be late on a busy machine.
+const PROBE_FAILURES: usize = 3;
+
 /// A driver with an HTTP port.
 fn with_http(scratch: &Scratch) -> (Process, Client, SocketAddr) {
     let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
@@ -42,6 +45,12 @@ fn get(address: SocketAddr, path: &str) -> Option<String> {
     let mut answer = String::new();
     connection.read_to_string(&mut answer).ok()?;
     Some(answer)
+}
+
+/// The answer to a request if it is not a success.
+fn failure(address: SocketAddr, path: &str) -> Option<String> {
+    let answer = get(address, path).unwrap_or_default();
+    (!answer.contains("200 OK")).then_some(answer)
 }
 
 /// Where the machine has no IPv6, the same address means IPv4 alone.
@@ -122,8 +131,11 @@ fn survives(connections: usize, sent: &[u8]) {
         });
         for round in 0..20 {
             for path in ["/healthz", "/readyz", "/metrics"] {
-                let answer = get(address, path).unwrap_or_default();
-                assert!(answer.contains("200 OK"), "round {round}: {path} answers {answer:?}");
+                let answers: Vec<_> = (0..PROBE_FAILURES).map_while(|_| failure(address, path)).collect();
+                assert!(
+                    answers.len() < PROBE_FAILURES,
+                    "round {round}: {path} answers {answers:?}"
+                );
             }
             volume_works(&client, &format!("pvc-{round}"), &scratch.path("target"));
             assert!(process.descriptors() < 200, "{} descriptors", process.descriptors());
