@@ -100,7 +100,8 @@ impl Election {
     }
 
     pub(super) fn note(&self, what: &str) {
-        report(&format!("  {:>6.1} s  {what}", self.start.elapsed().as_secs_f64()));
+        let (test, time) = (&self.lab.namespace, self.start.elapsed().as_secs_f64());
+        report(&format!("  {test} {time:>6.1} s  {what}"));
     }
 
     /// The leader, and its node by number.
