@@ -82,21 +82,12 @@ pub(crate) struct ControllerArgs {
 
     /// A sidecar of this pod: the Lease that it is elected by, and the address where it serves /healthz, such as
     /// hostdir-csi=127.0.0.1:9809. This controller then watches that election. May be repeated
-    #[arg(
-        long = "sidecar",
-        value_name = "LEASE=ADDRESS",
-        requires = "namespace",
-        requires = "controllers"
-    )]
+    #[arg(long = "sidecar", value_name = "LEASE=ADDRESS", requires = "namespace")]
     pub(crate) sidecars: Vec<SidecarArg>,
 
     /// The namespace of this pod
     #[arg(long, env = "POD_NAMESPACE", value_name = "NAME")]
     pub(crate) namespace: Option<String>,
-
-    /// The label selector of the controllers' pods
-    #[arg(long, env = "CONTROLLERS", value_name = "SELECTOR")]
-    pub(crate) controllers: Option<String>,
 
     /// The label selector of the pods of `hostdir node` in this pod's namespace. A volume that may go to any node then goes only where
     /// such a pod is Ready
@@ -157,15 +148,6 @@ pub(crate) struct LeaderArgs {
     /// The name that the driver is registered under
     #[arg(long, env = "DRIVER_NAME", value_name = "NAME", default_value = DRIVER_NAME)]
     pub(crate) driver_name: String,
-
-    /// The label selector of the controllers' pods
-    #[arg(
-        long,
-        env = "CONTROLLERS",
-        value_name = "SELECTOR",
-        default_value = "app.kubernetes.io/name=hostdir,app.kubernetes.io/component=controller"
-    )]
-    pub(crate) controllers: String,
 }
 
 impl LeaderArgs {

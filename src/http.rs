@@ -171,13 +171,17 @@ impl Readiness {
     }
 }
 
-/// Requests a path from an HTTP server, and only checks that the status is a success.
+/// How long an answer may be, in bytes. The metrics of a sidecar are about 100 KiB.
+const ANSWER_MAX: usize = 4 << 20;
+
+/// Gets a path from an HTTP server.
 ///
 /// # Errors
-/// The server does not answer, or not with a success.
-pub(crate) async fn ask(address: SocketAddr, path: &str) -> anyhow::Result<()> {
+/// The server does not answer, not with a success, or its answer is no text or too long.
+pub(crate) async fn fetch(address: SocketAddr, path: &str) -> anyhow::Result<String> {
     let client = Client::builder(TokioExecutor::new()).build_http::<Body>();
     let answer = client.get(format!("http://{address}{path}").parse()?).await?;
     ensure!(answer.status().is_success(), "{address} answers {}", answer.status());
-    Ok(())
+    let text = axum::body::to_bytes(Body::new(answer.into_body()), ANSWER_MAX).await?;
+    Ok(String::from_utf8(text.into())?)
 }

@@ -88,6 +88,7 @@ pub(crate) struct Metrics {
     swept: Counter,
     leaders: Family<Leader, Gauge>,
     silence: Family<Lease, Gauge>,
+    candidates: Family<Lease, Gauge>,
     leaderless: Family<Lease, Counter<f64, AtomicU64>>,
     hand_overs: Family<HandOver, Counter>,
 }
@@ -170,7 +171,12 @@ impl Default for Metrics {
             silence: new(
                 r,
                 "leader_heartbeat_age_seconds",
-                "How long the holder of a Lease has sent no heartbeat",
+                "How long the holder of a Lease has sent no heartbeat that says that it could lead",
+            ),
+            candidates: new(
+                r,
+                "leader_candidates",
+                "How many controllers could lead, the leader among them; if it is 0, no volumes are created or resized",
             ),
             leaderless: new(
                 r,
@@ -328,6 +334,14 @@ impl Metrics {
             self.leaders.get_or_create(&leader).set(1);
             self.silence.get_or_create(&of).set(gauge(silence.as_secs()));
         }
+    }
+
+    /// Sets how many controllers could lead.
+    pub(crate) fn set_candidates(&self, lease: &str, candidates: usize) {
+        let of = Lease {
+            lease: lease.to_owned(),
+        };
+        self.candidates.get_or_create(&of).set(gauge(candidates as u64));
     }
 
     pub(crate) fn handed_over(&self, lease: &str, reason: &'static str) {

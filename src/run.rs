@@ -14,7 +14,7 @@ use crate::config::{
     host_name,
 };
 use crate::csi::{self, Endpoint, Listener, Question, Serving};
-use crate::k8s::{self, Agent, Agents, ApiStore, Check, Gc, GcConfig, Guard, GuardConfig};
+use crate::k8s::{self, Agent, Agents, ApiStore, Backlog, Check, Gc, GcConfig, Get, Guard, GuardConfig};
 use crate::linux::{self, Linux};
 use crate::log::{self, LogGuard};
 use crate::metrics::Metrics;
@@ -86,7 +86,7 @@ fn selftest(args: &SelftestArgs) -> anyhow::Result<()> {
 fn leader(args: &LeaderArgs) -> anyhow::Result<()> {
     let (report, well) = small_runtime()?.block_on(async {
         let client = k8s::client().await.context("cannot reach the API server")?;
-        k8s::report(client, &args.namespace, &args.leases(), &args.controllers).await
+        k8s::report(client, &args.namespace, &args.leases()).await
     })?;
     print!("{report}");
     anyhow::ensure!(
@@ -140,7 +140,6 @@ fn controller(args: ControllerArgs) -> anyhow::Result<()> {
         pod_name,
         sidecars,
         namespace,
-        controllers,
         node_pods,
         node_grace,
         unused_age,
@@ -159,16 +158,16 @@ fn controller(args: ControllerArgs) -> anyhow::Result<()> {
     let fence = Arc::<Fence>::default();
     let agents = namespace.clone().zip(node_pods);
     let agents = agents.map(|(namespace, selector)| Agents { namespace, selector });
-    let guard = namespace.zip(controllers).filter(|_| !sidecars.is_empty());
-    let guard = guard.map(|(namespace, controllers)| {
+    let backlog = Arc::new(Backlog::new(process.serve.driver_name.clone()));
+    let guard = namespace.filter(|_| !sidecars.is_empty()).map(|namespace| {
         let config = GuardConfig {
             namespace,
             pod: pod_name.clone(),
-            controllers,
             driver: check_driver(process.serve.endpoint.clone()),
-            sidecars: sidecars.into_iter().map(check_sidecar).collect(),
+            sidecars: sidecars.into_iter().map(get_from_sidecar).collect(),
         };
-        Guard::new(config, client.clone(), Arc::clone(&fence), Arc::clone(&metrics))
+        let (client, backlog) = (client.clone(), Arc::clone(&backlog));
+        Guard::new(config, client, backlog, Arc::clone(&fence), Arc::clone(&metrics))
     });
     let mut gc = Gc::new(config, &cache, &store, client.clone(), pod_name, runtime, &metrics);
     background::spawn("gc".into(), move || gc.run()).context("cannot start the garbage collection")?;
@@ -186,7 +185,7 @@ fn controller(args: ControllerArgs) -> anyhow::Result<()> {
             }
         };
         tokio::select! {
-            () = Box::pin(k8s::feed(client, cache, agents, metrics)) => anyhow::anyhow!("the API watches have ended"),
+            () = Box::pin(k8s::feed(client, cache, backlog, agents, metrics)) => anyhow::anyhow!("the API watches have ended"),
             ghost = watch => ghost,
         }
     })
@@ -199,12 +198,8 @@ fn check_driver(endpoint: Endpoint) -> Check {
     })
 }
 
-/// A sidecar serves this path once it has found its driver, before it takes part in the election.
-fn check_sidecar(SidecarArg { lease, address }: SidecarArg) -> (String, Check) {
-    (
-        lease,
-        Arc::new(move || Box::pin(http::ask(address, "/healthz/leader-election"))),
-    )
+fn get_from_sidecar(SidecarArg { lease, address }: SidecarArg) -> (String, Get) {
+    (lease, Arc::new(move |path| Box::pin(http::fetch(address, path))))
 }
 
 fn linux() -> anyhow::Result<Arc<Linux>> {

@@ -6,7 +6,8 @@
 //! - `node`: a node follows its own HostVolumes; `node::reconcile` makes a volume match its HostVolume; `node::status`
 //!   publishes the pools as a HostNode.
 //! - `controller`: a controller follows all HostVolumes, HostNodes, Nodes and PersistentVolumes; `controller::gc` cleans up after
-//!   lost nodes and deletes unused volumes; `controller::released` marks volumes whose PersistentVolume is gone.
+//!   lost nodes and deletes unused volumes; `controller::released` marks volumes whose PersistentVolume is gone;
+//!   `controller::backlog` knows what waits for the sidecars.
 //! - `election`: every controller watches who leads, and takes over from a leader that must not lead.
 //!
 //! Verbs of the core block; each request to the API server times out after ten seconds.
@@ -22,7 +23,7 @@ mod store;
 mod watch;
 
 pub(crate) use client::client;
-pub(crate) use controller::{Agents, Gc, GcConfig, feed};
-pub(crate) use election::{Check, Guard, GuardConfig, report};
+pub(crate) use controller::{Agents, Backlog, Gc, GcConfig, feed};
+pub(crate) use election::{Check, Get, Guard, GuardConfig, report};
 pub(crate) use node::Agent;
 pub(crate) use store::ApiStore;

@@ -11,33 +11,35 @@
 //!
 //! - Correctness does not depend on this module: any number of controllers may act at once
 //!   ([`Elected`](crate::volume::Controller)).
-//! - Every controller has a *heartbeat*, a Lease named after its Pod, which it renews only while it answers on its own
-//!   socket.
-//! - Every controller looks at the election every two seconds ([`Watchdog::look`]). A holder is *guilty* ([`Guilt`]) when
-//!   its Pod or Node is gone or has not been ready for a while, or when its heartbeat has stopped. A Lease that nobody
-//!   renews is left to expire.
-//! - A controller that is *fit* (it answers, its sidecar answers, it is in good standing itself, and its view of the API
-//!   server is fresh) then writes its own name into the Lease, at the version it has read. Its sidecar finds itself leading
-//!   at its next poll; the ghost's sidecar finds that it has lost, and exits. After deleting or emptying the Lease, any
-//!   sidecar could get it, even the ghost's.
-//! - If several controllers are fit, each waits one second for every fit one ranked before it. After a hand-over no
-//!   controller makes another for 45 s, and after three within ten minutes for five minutes: then the cause is not the
-//!   holder.
+//! - Every controller has a *heartbeat*, a Lease named after its Pod. It says which elections the controller could lead, and
+//!   it is sent only while the driver answers on its own socket. A controller could lead while its sidecar answers and, if it
+//!   leads, does its work ([`Queue`]).
+//! - Every controller looks at the election every two seconds ([`Watchdog::look`]). There is one reason to replace a holder:
+//!   for twelve seconds it has sent no heartbeat that says that it could lead ([`Guilt`]). A Lease that nobody renews is left
+//!   to expire.
+//! - A controller that could lead itself then writes its own name into the Lease, at the version it has read. Its sidecar finds
+//!   itself leading at its next poll; the ghost's sidecar finds that it has lost, and exits. After deleting or emptying the
+//!   Lease, any sidecar could get it, even the ghost's.
+//! - If several controllers could lead, each waits one second for every one ranked before it. After a hand-over no controller
+//!   makes another for 45 s, and after three within ten minutes for five minutes: then the cause is not the holder. If nobody
+//!   could lead, nobody takes over, and that is said.
 //! - A controller whose own Pod or Node is gone, or whose token is refused, is a ghost: it refuses all work, closes its
-//!   socket and exits ([`Verdict`]).
+//!   socket and exits ([`Verdict`]). So does one whose driver has not answered for a minute.
 //!
 //! All of this is a function of what was observed and when, without clocks, tasks or an API: a simulation tests it against
 //! crashes, pauses, partitions, wrong clocks and late reads. Ages count only time in which the API server answers, at most
 //! five seconds between two looks: an age is how long something was *observed*. Only a controller that has just begun to
 //! look relies on a clock: the holder's, which stamps both the holder's Lease and its heartbeat.
 
-mod guilt;
+mod candidate;
 mod view;
 mod watchdog;
+mod work;
 
 #[cfg(test)]
 mod simulation;
 
-pub(crate) use guilt::Guilt;
-pub(crate) use view::{ControllerPod, Election, NodeState, View, identity};
+pub(crate) use candidate::Guilt;
+pub(crate) use view::{Election, Heartbeat, Own, View, identity};
 pub(crate) use watchdog::{LeaseState, Obstacle, TakeOver, Verdict, Watchdog};
+pub(crate) use work::Queue;

@@ -26,28 +26,36 @@ pub(crate) struct Election {
     pub(crate) handed_over: Option<String>,
 }
 
-/// What is known of a Node.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum NodeState {
-    /// There is no such Node.
-    Gone,
-    /// Its kubelet does not report, or reports that it is not ready.
-    NotReady,
-    Ready,
+/// The last heartbeat of a controller.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Heartbeat {
+    /// When it was sent, by the sender's clock.
+    pub(crate) sent: Timestamp,
+    /// The Node that the sender runs on.
+    pub(crate) node: String,
+    /// For each election that the sender takes part in: why it could not lead, or `None` if it could.
+    pub(crate) elections: BTreeMap<String, Option<String>>,
 }
 
-/// The Pod of a controller.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct ControllerPod {
-    /// Its UID: a later Pod of the same name has another.
-    pub(crate) uid: String,
-    /// Whether its containers are ready, as the kubelet reports.
-    pub(crate) ready: bool,
-    /// Whether it is being deleted.
-    pub(crate) ending: bool,
-    pub(crate) node: String,
-    /// What is known of that Node.
-    pub(crate) node_state: NodeState,
+impl Heartbeat {
+    /// Whether the sender could lead this election.
+    pub(crate) fn can_lead(&self, lease: &str) -> bool {
+        self.elections.get(lease).is_some_and(Option::is_none)
+    }
+
+    /// Why the sender could not lead this election, if it says so.
+    pub(crate) fn cannot_lead(&self, lease: &str) -> Option<&str> {
+        self.elections.get(lease)?.as_deref()
+    }
+}
+
+/// What the API server says about the controller that looks.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Own {
+    /// The UID of its Pod; `None` if the Pod is gone. A later Pod of the same name has another.
+    pub(crate) uid: Option<String>,
+    /// The name of its Node, if the Node is gone.
+    pub(crate) node_gone: Option<String>,
 }
 
 /// The whole view, as read at one time.
@@ -55,8 +63,7 @@ pub(crate) struct ControllerPod {
 pub(crate) struct View {
     /// The watched elections whose Leases exist, by the names of the Leases.
     pub(crate) elections: BTreeMap<String, Election>,
-    /// The controllers, by [`identity`].
-    pub(crate) controllers: BTreeMap<String, ControllerPod>,
-    /// When each controller, by [`identity`], sent its last heartbeat, by its own clock.
-    pub(crate) heartbeats: BTreeMap<String, Timestamp>,
+    /// The heartbeats, by the [`identity`] of the sender.
+    pub(crate) heartbeats: BTreeMap<String, Heartbeat>,
+    pub(crate) own: Own,
 }

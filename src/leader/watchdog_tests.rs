@@ -1,14 +1,13 @@
 //! Single cases, in a world of three controllers: `a` leads and `b` looks.
 
-use super::super::guilt::*;
-use super::super::view::NodeState;
+use super::super::view::{Heartbeat, Own};
 use super::*;
 
 const LEASE: &str = "hostdir-csi";
+const RESIZER: &str = "external-resizer-hostdir-csi";
 
 struct World {
     view: View,
-    fit: BTreeSet<String>,
     dog: Watchdog,
     now: Duration,
     /// Which controllers still send heartbeats, and whether the holder renews the Lease.
@@ -18,13 +17,6 @@ struct World {
 
 impl World {
     fn new() -> Self {
-        let controller = |name: &str| ControllerPod {
-            uid: format!("uid-{name}"),
-            ready: true,
-            ending: false,
-            node: format!("node-{name}"),
-            node_state: NodeState::Ready,
-        };
         let names = ["a", "b", "c"];
         let election = Election {
             holder: "a".into(),
@@ -33,13 +25,20 @@ impl World {
             renewal: Timestamp::UNIX_EPOCH,
             handed_over: None,
         };
+        let heartbeat = |name: &str| Heartbeat {
+            sent: Timestamp::UNIX_EPOCH,
+            node: format!("node-{name}"),
+            elections: [(LEASE.to_owned(), None), (RESIZER.to_owned(), None)].into(),
+        };
         let mut world = Self {
             view: View {
                 elections: [(LEASE.to_owned(), election)].into(),
-                controllers: names.map(|name| (name.to_owned(), controller(name))).into(),
-                heartbeats: names.map(|name| (name.to_owned(), Timestamp::UNIX_EPOCH)).into(),
+                heartbeats: names.map(|name| (name.to_owned(), heartbeat(name))).into(),
+                own: Own {
+                    uid: Some("uid-b".into()),
+                    node_gone: None,
+                },
             },
-            fit: [LEASE.to_owned()].into(),
             dog: Watchdog::new("b".into()),
             now: Duration::from_hours(1),
             beating: names.into(),
@@ -49,8 +48,10 @@ impl World {
         world
     }
 
-    fn pod(&mut self, name: &str) -> &mut ControllerPod {
-        self.view.controllers.get_mut(name).unwrap()
+    /// Lets a controller say that it cannot lead an election, or that it can.
+    fn says(&mut self, name: &str, lease: &str, why: Option<&str>) {
+        let heartbeat = self.view.heartbeats.get_mut(name).unwrap();
+        heartbeat.elections.insert(lease.to_owned(), why.map(str::to_owned));
     }
 
     fn election(&mut self) -> &mut Election {
@@ -62,74 +63,95 @@ impl World {
         self.now += Duration::from_secs(seconds);
         let clock = Timestamp::UNIX_EPOCH + self.now;
         for name in &self.beating {
-            self.view.heartbeats.insert((*name).to_owned(), clock);
+            self.view.heartbeats.get_mut(*name).unwrap().sent = clock;
         }
         if self.renewing {
-            self.election().renewal = clock;
+            for election in self.view.elections.values_mut() {
+                election.renewal = clock;
+            }
         }
-        self.dog.look(self.now, &self.view, &self.fit)
+        self.dog.look(self.now, &self.view)
     }
 
-    fn obstacle(&mut self) -> Option<Obstacle> {
+    fn state(&mut self) -> LeaseState {
         match self.look(2) {
-            Verdict::Watching { leases, .. } => leases[LEASE].obstacle,
+            Verdict::Watching { mut leases, .. } => leases.remove(LEASE).unwrap(),
             Verdict::Ghost(why) => panic!("unexpected ghost: {why}"),
         }
     }
 
     /// Looks once a second. Returns after how many seconds it takes over, and why; `None` if it does not within `seconds`.
-    fn until(&mut self, seconds: u64) -> Option<(u64, Guilt)> {
+    fn until(&mut self, seconds: u64) -> Option<(u64, TakeOver)> {
         (1..=seconds).find_map(|second| match self.look(1) {
-            Verdict::Watching { mut take_overs, .. } => take_overs.pop().map(|due| (second, due.guilt)),
+            Verdict::Watching { mut take_overs, .. } => take_overs.pop().map(|due| (second, due)),
             Verdict::Ghost(why) => panic!("unexpected ghost: {why}"),
         })
     }
 
-    /// Like [`World::until`], but without the time in the reason.
-    fn reason(&mut self) -> Option<(u64, &'static str)> {
-        self.until(120).map(|(after, guilt)| (after, guilt.reason()))
+    /// After how many seconds it takes over.
+    fn after(&mut self, seconds: u64) -> Option<u64> {
+        self.until(seconds).map(|(after, _)| after)
     }
 }
 
 #[test]
-fn a_holder_in_good_standing_is_left_alone_for_ever() {
+fn a_holder_that_beats_is_left_alone_for_ever() {
     assert_eq!(World::new().until(10_000), None);
 }
 
 #[test]
-fn who_is_guilty_and_after_how_long() {
-    let mut world = World::new();
-    world.view.controllers.remove("a");
-    assert_eq!(world.reason(), Some((2, "PodGone")));
-
-    let mut world = World::new();
-    world.pod("a").node_state = NodeState::Gone;
-    assert_eq!(world.reason(), Some((2, "NodeGone")));
-
-    let mut world = World::new();
-    world.pod("a").node_state = NodeState::NotReady;
-    // The state of the Pod does not count: nobody updates it any more.
-    world.pod("a").ready = false;
-    assert_eq!(world.reason(), Some((62, "NodeNotReady")));
-
-    let mut world = World::new();
-    world.pod("a").ready = false;
-    assert_eq!(world.reason(), Some((32, "PodNotReady")));
-
-    let mut world = World::new();
-    world.pod("a").ending = true;
-    assert_eq!(world.reason(), Some((32, "PodEnding")));
-
+fn who_does_not_beat_is_replaced() {
     let mut world = World::new();
     world.beating.remove("a");
-    assert_eq!(world.reason(), Some((21, "DriverSilent")));
+    let (after, due) = world.until(60).unwrap();
+    assert_eq!(
+        (after, due.guilt.reason(), due.node.as_deref()),
+        (12, "Silent", Some("node-a"))
+    );
+    assert_eq!(due.guilt.to_string(), "its driver has sent no heartbeat for 12 s");
 
-    // A controller that never sent a heartbeat, such as an old version that knows none; `a` comes before `b`.
+    // The heartbeat goes with its Pod.
     let mut world = World::new();
-    world.election().holder = "c".into();
-    world.beating.remove("c");
-    world.view.heartbeats.remove("c");
-    assert_eq!(world.reason(), Some((23, "DriverSilent")));
+    world.beating.remove("a");
+    world.view.heartbeats.remove("a");
+    assert_eq!(world.after(60), Some(12));
+
+    // A controller that never sent a heartbeat, such as an old version that knows none.
+    let mut world = World::new();
+    world.election().holder = "old".into();
+    let (after, due) = world.until(60).unwrap();
+    // `a` comes before `b`.
+    assert_eq!((after, due.guilt.reason()), (14, "Silent"));
+}
+
+#[test]
+fn who_beats_but_cannot_lead_is_replaced_in_that_election_only() {
+    let mut world = World::new();
+    let other = Election {
+        holder: "a".into(),
+        ..world.election().clone()
+    };
+    world.view.elections.insert(RESIZER.into(), other);
+    assert_eq!(world.until(30), None);
+    world.says("a", RESIZER, Some("its sidecar does not answer"));
+    let (after, due) = world.until(60).unwrap();
+    assert_eq!((after, due.lease.as_str(), due.guilt.reason()), (12, RESIZER, "Unable"));
+    assert_eq!(due.guilt.to_string(), "its sidecar does not answer");
+    assert_eq!(world.state().guilt, None);
+}
+
+#[test]
+fn where_nobody_could_lead_nobody_takes_over() {
+    let mut world = World::new();
+    for name in ["a", "b", "c"] {
+        world.says(name, LEASE, Some("no work is done"));
+    }
+    assert_eq!(world.until(300), None);
+    let state = world.state();
+    assert_eq!((state.candidates, state.obstacle), (0, Some(Obstacle::Unable)));
+    // As soon as one could.
+    world.says("b", LEASE, None);
+    assert_eq!(world.after(60), Some(1));
 }
 
 #[test]
@@ -137,14 +159,13 @@ fn who_recovers_in_time_is_forgiven() {
     let mut world = World::new();
     for _ in 0..10 {
         world.beating.remove("a");
-        assert_eq!(world.until(19), None);
+        assert_eq!(world.until(11), None);
         world.beating.insert("a");
-        world.pod("a").ready = false;
-        assert_eq!(world.until(29), None);
-        world.pod("a").ready = true;
-        world.pod("a").node_state = NodeState::NotReady;
-        assert_eq!(world.until(59), None);
-        world.pod("a").node_state = NodeState::Ready;
+        assert_eq!(world.until(1), None);
+        world.says("a", LEASE, Some("its sidecar does not answer"));
+        assert_eq!(world.until(11), None);
+        world.says("a", LEASE, None);
+        assert_eq!(world.until(1), None);
     }
 }
 
@@ -154,13 +175,8 @@ fn a_lease_that_nobody_renews_is_left_to_expire() {
     world.renewing = false;
     world.beating.remove("a");
     assert_eq!(world.until(120), None);
-    let Verdict::Watching { leases, .. } = world.look(2) else {
-        panic!("unexpected ghost")
-    };
-    assert_eq!(
-        (&leases[LEASE].holder, leases[LEASE].leaderless),
-        (&None, Duration::from_secs(2))
-    );
+    let state = world.state();
+    assert_eq!((state.holder, state.leaderless), (None, Duration::from_secs(2)));
 
     let mut world = World::new();
     world.election().holder = String::new();
@@ -171,8 +187,7 @@ fn a_lease_that_nobody_renews_is_left_to_expire() {
 fn time_in_which_nothing_was_seen_does_not_count() {
     let mut world = World::new();
     world.beating.remove("a");
-    world.pod("a").ready = false;
-    assert_eq!(world.until(10), None);
+    assert_eq!(world.until(3), None);
     // The API server hangs, or this process does, for an hour.
     world.renewing = false;
     world.election().term = 10_000;
@@ -180,8 +195,7 @@ fn time_in_which_nothing_was_seen_does_not_count() {
         panic!("unexpected ghost")
     };
     assert_eq!(take_overs, []);
-    assert_eq!(world.until(4), None);
-    assert_eq!(world.reason(), Some((2, "DriverSilent")));
+    assert_eq!(world.after(60), Some(4));
 }
 
 #[test]
@@ -190,7 +204,7 @@ fn one_that_has_just_begun_to_look_goes_by_the_clock_of_the_holder() {
     world.beating.remove("a");
     // This controller hangs for a minute, in which the holder's sidecar renews.
     world.look(60);
-    assert_eq!(world.reason(), Some((7, "DriverSilent")));
+    assert_eq!(world.after(60), Some(6));
 
     // A heartbeat that comes back within a few seconds clears the holder: the API server may have hung.
     let mut world = World::new();
@@ -204,170 +218,104 @@ fn one_that_has_just_begun_to_look_goes_by_the_clock_of_the_holder() {
 #[test]
 fn who_has_just_begun_to_lead_has_time_to_begin() {
     let mut world = World::new();
-    world.pod("c").ready = false;
     world.beating.remove("c");
     assert_eq!(world.until(60), None);
     world.election().holder = "c".into();
-    assert_eq!(world.until(7), None);
-    // It is still not ready and sends no heartbeat; `a` comes before `b`.
-    assert_eq!(world.reason(), Some((4, "PodNotReady")));
+    // Until the ninth look it has held the Lease for less than eight seconds; `a` comes before `b`.
+    assert_eq!(world.after(60), Some(10));
 }
 
 #[test]
-fn each_election_is_judged_by_itself() {
+fn who_could_not_lead_does_not_take_over() {
     let mut world = World::new();
-    let other = Election {
-        holder: "c".into(),
-        ..world.election().clone()
-    };
-    world
-        .view
-        .elections
-        .insert("external-resizer-hostdir-csi".into(), other);
-    world.view.controllers.remove("c");
-    world.fit.insert("external-resizer-hostdir-csi".into());
-    world.look(1);
-    let Verdict::Watching { take_overs, leases } = world.look(2) else {
-        panic!("unexpected ghost")
-    };
-    let due: Vec<&str> = take_overs.iter().map(|due| due.lease.as_str()).collect();
-    assert_eq!(due, ["external-resizer-hostdir-csi"]);
-    assert_eq!(leases[LEASE].guilt, None);
-}
-
-#[test]
-fn who_took_over_tells_where_the_ghost_was() {
-    let mut world = World::new();
-    world.view.controllers.remove("a");
-    world.look(1);
-    let Verdict::Watching { take_overs, .. } = world.look(2) else {
-        panic!("unexpected ghost")
-    };
-    assert_eq!(take_overs[0].node.as_deref(), Some("node-a"));
-}
-
-#[test]
-fn who_is_not_fit_does_not_take_over() {
-    let mut world = World::new();
-    world.view.controllers.remove("a");
-    world.fit.clear();
-    assert_eq!((world.obstacle(), world.until(60)), (Some(Obstacle::Unfit), None));
-    world.fit.insert(LEASE.into());
+    world.beating.remove("a");
+    world.says("b", LEASE, Some("its sidecar does not answer"));
+    assert_eq!(world.until(60), None);
+    assert_eq!(world.state().obstacle, Some(Obstacle::Unable));
+    world.says("b", LEASE, None);
     assert!(world.until(1).is_some());
 
     let mut world = World::new();
-    world.view.controllers.remove("a");
-    world.pod("b").ready = false;
-    assert_eq!((world.obstacle(), world.until(60)), (Some(Obstacle::Standing), None));
-
-    let mut world = World::new();
-    world.view.controllers.remove("a");
+    world.beating.remove("a");
     world.beating.remove("b");
-    world.look(1);
-    world.look(1);
-    assert_eq!(
-        world.until(15).map(|(second, _)| second),
-        Some(1),
-        "a heartbeat may be late"
-    );
-    for _ in 0..10 {
-        world.look(2);
-    }
-    assert_eq!(world.obstacle(), Some(Obstacle::Standing));
+    assert_eq!(world.until(60), None);
+    assert_eq!(world.state().obstacle, Some(Obstacle::Unable));
 
     let mut world = World::new();
     world.election().holder = "b".into();
-    world.pod("b").ready = false;
-    for _ in 0..20 {
-        world.look(2);
-    }
-    assert_eq!(world.obstacle(), Some(Obstacle::Itself));
+    world.beating.remove("b");
+    assert_eq!(world.until(60), None);
+    assert_eq!(world.state().obstacle, Some(Obstacle::Itself));
 }
 
 #[test]
 fn those_that_come_first_have_a_second_each() {
-    for (holder, after) in [("a", 2), ("c", 3)] {
-        let mut world = World::new();
-        world.election().holder = holder.into();
-        world.look(1);
-        world.view.controllers.remove(holder);
-        assert_eq!(world.reason(), Some((after, "PodGone")), "{holder}");
-    }
+    let mut world = World::new();
+    world.election().holder = "c".into();
+    assert_eq!(world.until(30), None);
+    world.beating.remove("c");
+    assert_eq!(world.after(60), Some(13));
     // A controller that may not lead does not come first.
     let mut world = World::new();
     world.election().holder = "c".into();
-    world.look(1);
-    world.view.controllers.remove("c");
-    world.pod("a").ready = false;
-    assert_eq!(world.reason(), Some((2, "PodGone")));
-}
-
-#[test]
-fn who_has_never_seen_the_ghost_leaves_it_to_those_who_have() {
-    let mut world = World::new();
-    world.view.controllers.remove("a");
-    world.dog = Watchdog::new("b".into());
-    // The first look, two controllers that may lead, and three extra ranks.
-    assert_eq!(world.reason(), Some((7, "PodGone")));
+    world.says("a", LEASE, Some("its sidecar does not answer"));
+    assert_eq!(world.until(30), None);
+    world.beating.remove("c");
+    assert_eq!(world.after(60), Some(12));
 }
 
 #[test]
 fn after_a_hand_over_there_is_quiet_and_after_a_storm_more() {
     let mut world = World::new();
+    world.beating.remove("a");
     for (number, quiet) in [45, 45, 300].into_iter().enumerate() {
         world.election().handed_over = Some(number.to_string());
-        world.pod("a").node_state = NodeState::Gone;
         // The look that shows the hand-over, and the first look after the quiet time.
-        assert_eq!(
-            world.until(400).map(|(second, _)| second),
-            Some(quiet + 1),
-            "hand-over {number}"
-        );
+        assert_eq!(world.after(400), Some(quiet + 1), "hand-over {number}");
     }
     // The first two hand-overs are forgotten after ten minutes.
-    world.pod("a").node_state = NodeState::Ready;
+    world.beating.insert("a");
     assert_eq!(world.until(300), None);
     world.election().handed_over = Some("last".into());
-    world.pod("a").node_state = NodeState::Gone;
-    assert_eq!(world.until(400).map(|(second, _)| second), Some(46));
+    world.beating.remove("a");
+    assert_eq!(world.after(400), Some(46));
 }
 
 #[test]
 fn one_that_has_just_begun_to_look_keeps_the_quiet_too() {
-    let mut world = World::new();
-    world.election().handed_over = Some("from c to a, because its Pod does not exist".into());
-    world.election().acquired = Timestamp::UNIX_EPOCH + world.now - Duration::from_secs(20);
-    world.dog = Watchdog::new("b".into());
-    world.pod("a").node_state = NodeState::Gone;
-    assert_eq!(world.until(60).map(|(second, _)| second), Some(25));
-
-    // A holder that was elected since then did not get the Lease by that hand-over.
-    let mut world = World::new();
-    world.election().handed_over = Some("from a to c, because its Pod does not exist".into());
-    world.election().acquired = Timestamp::UNIX_EPOCH + world.now - Duration::from_secs(20);
-    world.dog = Watchdog::new("b".into());
-    world.pod("a").node_state = NodeState::Gone;
-    assert_eq!(world.until(60).map(|(second, _)| second), Some(2));
+    let held = |handed_over: &str| {
+        let mut world = World::new();
+        world.election().handed_over = Some(handed_over.into());
+        world.election().acquired = Timestamp::UNIX_EPOCH + world.now - Duration::from_secs(20);
+        world.dog = Watchdog::new("b".into());
+        world.beating.remove("a");
+        world.view.heartbeats.remove("a");
+        world.after(60)
+    };
+    assert_eq!(held("from c to a, because its driver has sent no heartbeat"), Some(25));
+    // A holder that was elected since then did not get the Lease by that hand-over. `c` comes after `b`.
+    assert_eq!(held("from a to c, because its driver has sent no heartbeat"), Some(13));
 
     // A deleted Lease that a ghost creates again is not a hand-over.
     let mut world = World::new();
     world.election().handed_over = Some("to a".into());
     world.until(60);
     world.election().handed_over = None;
-    world.pod("a").node_state = NodeState::Gone;
-    assert_eq!(world.until(60).map(|(second, _)| second), Some(2));
+    world.beating.remove("a");
+    assert_eq!(world.after(60), Some(12));
 }
 
 #[test]
 fn another_holder_begins_anew() {
     let mut world = World::new();
-    world.view.controllers.remove("a");
-    world.look(1);
-    // Meanwhile the Lease goes to `c`, which is fit, and then back to the ghost.
+    world.beating.remove("a");
+    world.view.heartbeats.remove("a");
+    assert_eq!(world.until(11), None);
+    // Meanwhile the Lease goes to `c`, which could lead, and then back to the ghost.
     world.election().holder = "c".into();
     assert_eq!(world.until(30), None);
     world.election().holder = "a".into();
-    assert_eq!(world.reason(), Some((2, "PodGone")));
+    assert_eq!(world.after(60), Some(12));
 }
 
 #[test]
@@ -378,17 +326,12 @@ fn who_is_gone_itself_is_the_ghost() {
         matches!(world.look(1), Verdict::Ghost(_))
     };
     let mut world = World::new();
-    world.view.controllers.remove("b");
+    world.view.own.uid = None;
     assert!(is_ghost(&mut world));
     let mut world = World::new();
-    world.pod("b").node_state = NodeState::Gone;
+    world.view.own.node_gone = Some("node-b".into());
     assert!(is_ghost(&mut world));
-    // A Node without its kubelet may come back, and a terminating Pod still exists.
     let mut world = World::new();
-    world.pod("b").node_state = NodeState::NotReady;
-    world.pod("b").ending = true;
-    assert!(!is_ghost(&mut world));
-    let mut world = World::new();
-    world.pod("b").uid = "another".into();
+    world.view.own.uid = Some("another".into());
     assert!(matches!(world.look(1), Verdict::Ghost(_)));
 }

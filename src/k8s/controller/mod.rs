@@ -1,12 +1,14 @@
 //! A controller of elected mode: it keeps its cache of all nodes and volumes up to date with API watches.
 
+mod backlog;
 mod gc;
 mod released;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use k8s_openapi::api::core::v1::{Node, PersistentVolume, Pod};
+use k8s_openapi::api::core::v1::{Node, PersistentVolume, PersistentVolumeClaim, Pod};
+use k8s_openapi::api::storage::v1::StorageClass;
 use kube::api::{Api, ApiResource, DynamicObject};
 use kube::runtime::watcher::Config;
 use kube::{Client, ResourceExt};
@@ -17,6 +19,9 @@ use crate::metrics::Metrics;
 use crate::volume::controller::cache::ClusterCache;
 use crate::volume::id::{NodeName, VolumeId};
 
+use backlog::{Claims, Classes};
+
+pub(crate) use backlog::Backlog;
 pub(crate) use gc::{Gc, GcConfig};
 
 /// Objects in one page of a list: larger pages cost memory, smaller ones cost requests.
@@ -29,13 +34,21 @@ pub(crate) struct Agents {
     pub(crate) selector: String,
 }
 
-/// Keeps the cache up to date, forever. Without `agents`, every node is believed to run hostdir.
-pub(crate) async fn feed(client: Client, cache: Arc<ClusterCache>, agents: Option<Agents>, metrics: Arc<Metrics>) {
+/// Keeps the cache and the backlog up to date, forever. Without `agents`, every node is believed to run hostdir.
+pub(crate) async fn feed(
+    client: Client,
+    cache: Arc<ClusterCache>,
+    backlog: Arc<Backlog>,
+    agents: Option<Agents>,
+    metrics: Arc<Metrics>,
+) {
     let config = || Config::default().page_size(PAGE);
     let volumes = undecoded::<api::HostVolume>(client.clone());
     let host_nodes = undecoded::<api::HostNode>(client.clone());
     let nodes = undecoded::<Node>(client.clone());
     let persistent = undecoded::<PersistentVolume>(client.clone());
+    let claims = undecoded::<PersistentVolumeClaim>(client.clone());
+    let classes = undecoded::<StorageClass>(client.clone());
     let agents = async {
         let Some(Agents { namespace, selector }) = agents else {
             return std::future::pending().await;
@@ -60,8 +73,10 @@ pub(crate) async fn feed(client: Client, cache: Arc<ClusterCache>, agents: Optio
             persistent,
             config(),
             &metrics,
-            PersistentVolumes(&cache)
+            PersistentVolumes(&cache, &backlog)
         ),
+        follow("watch claims", claims, config(), &metrics, Claims(&backlog)),
+        follow("watch StorageClasses", classes, config(), &metrics, Classes(&backlog)),
         agents,
     );
 }
@@ -152,23 +167,26 @@ impl Follower for Nodes<'_> {
     }
 }
 
-struct PersistentVolumes<'a>(&'a ClusterCache);
+struct PersistentVolumes<'a>(&'a ClusterCache, &'a Backlog);
 
 impl Follower for PersistentVolumes<'_> {
     type Key = VolumeId;
     const KIND: &'static str = "PersistentVolume";
 
     fn applied(&self, object: DynamicObject) -> Result<VolumeId, Unreadable<VolumeId>> {
+        self.1.note_volume(&object);
         let id = VolumeId::for_name(&object.name_any());
         self.0.set_persistent(&id, true);
         Ok(id)
     }
 
     fn gone(&self, object: DynamicObject) {
+        self.1.forget_volume(&object);
         self.0.set_persistent(&VolumeId::for_name(&object.name_any()), false);
     }
 
     fn retain(&self, listed: &BTreeSet<VolumeId>) {
+        self.1.retain_volumes(listed);
         self.0.retain_persistent(listed);
     }
 }

@@ -1,4 +1,4 @@
-//! Writes Events that say that a Lease was taken from a ghost.
+//! Writes Events that say that a Lease was taken from a ghost, or that nobody could lead.
 
 use k8s_openapi::api::apps::v1::ReplicaSet;
 use k8s_openapi::api::core::v1::{ObjectReference, Pod};
@@ -33,8 +33,8 @@ impl Announcer {
     }
 
     /// Writes a warning on the Lease and on the Deployment.
-    pub(super) async fn write_events(self, lease: ObjectReference, note: String) {
-        let event = events::event(EventType::Warning, "LeaderReplaced", "HandOver", &note);
+    pub(super) async fn write_events(self, reason: &'static str, lease: ObjectReference, note: String) {
+        let event = events::event(EventType::Warning, reason, "HandOver", &note);
         for reference in [Some(lease), self.deployment().await].into_iter().flatten() {
             let write = self.recorder.publish(&event, &reference);
             if let Err(problem) = request_within(FRESH, "write an event", write).await {

@@ -33,14 +33,10 @@ impl Failing {
         }
     }
 
-    /// Returns why this process must end, if it must. A refused token (401) belongs to a Pod that is gone; so does one
-    /// without the right (403) to write what only this process may write (`ours`).
-    pub(super) fn refused(&mut self, problem: Problem, ours: bool, now: Instant) -> Option<String> {
-        let meant = match &problem {
-            Problem::Refused(Refusal::Unauthorized, _) => true,
-            Problem::Refused(Refusal::Forbidden, _) => ours,
-            _ => false,
-        };
+    /// Returns why this process must end, if it must: a token that is refused (401) belongs to a Pod that is gone. A right that
+    /// is missing (403) proves nothing: somebody may have edited roles, policies or quotas.
+    pub(super) fn refused(&mut self, problem: Problem, now: Instant) -> Option<String> {
+        let meant = matches!(problem, Problem::Refused(Refusal::Unauthorized, _));
         let why = Reason::from(problem).to_string();
         if !meant {
             self.refused = None;
@@ -62,22 +58,19 @@ mod tests {
     }
 
     /// After how many seconds of refusals, one each second, they count.
-    fn until_meant(failing: &mut Failing, how: Refusal, ours: bool) -> Option<u64> {
+    fn until_meant(failing: &mut Failing, how: Refusal) -> Option<u64> {
         let start = Instant::now();
         (0..100).find(|second| {
             let now = start + Duration::from_secs(*second);
-            failing.refused(refused(how), ours, now).is_some()
+            failing.refused(refused(how), now).is_some()
         })
     }
 
     #[test]
-    fn only_a_refusal_that_lasts_is_meant() {
-        let meant = |how, ours| until_meant(&mut Failing::default(), how, ours);
-        assert_eq!(meant(Refusal::Unauthorized, false), Some(15));
-        assert_eq!(meant(Refusal::Unauthorized, true), Some(15));
-        assert_eq!(meant(Refusal::Forbidden, true), Some(15));
-        // An administrator may have taken away the right, which proves nothing.
-        assert_eq!(meant(Refusal::Forbidden, false), None);
+    fn only_a_refused_token_is_meant_and_only_if_it_stays_refused() {
+        let meant = |how| until_meant(&mut Failing::default(), how);
+        assert_eq!(meant(Refusal::Unauthorized), Some(15));
+        assert_eq!(meant(Refusal::Forbidden), None);
     }
 
     #[test]
@@ -85,12 +78,12 @@ mod tests {
         let mut failing = Failing::default();
         let start = Instant::now();
         let at = |second| start + Duration::from_secs(second);
-        assert_eq!(failing.refused(refused(Refusal::Unauthorized), true, at(0)), None);
-        assert_eq!(failing.refused(Problem::Conflict("try"), true, at(14)), None);
-        assert_eq!(failing.refused(refused(Refusal::Unauthorized), true, at(15)), None);
+        assert_eq!(failing.refused(refused(Refusal::Unauthorized), at(0)), None);
+        assert_eq!(failing.refused(Problem::Conflict("try"), at(14)), None);
+        assert_eq!(failing.refused(refused(Refusal::Unauthorized), at(15)), None);
         failing.ended("it works again");
-        assert_eq!(failing.refused(refused(Refusal::Unauthorized), true, at(31)), None);
-        let why = failing.refused(refused(Refusal::Unauthorized), true, at(46)).unwrap();
+        assert_eq!(failing.refused(refused(Refusal::Unauthorized), at(31)), None);
+        let why = failing.refused(refused(Refusal::Unauthorized), at(46)).unwrap();
         assert!(why.contains("cannot try: no"), "{why}");
     }
 }

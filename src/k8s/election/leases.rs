@@ -1,32 +1,44 @@
-//! Reads and writes the Leases, Pods and Nodes of the elections.
+//! Reads and writes the Leases of the elections, and reads this controller's own Pod and Node.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use futures::future::try_join_all;
 use jiff::Timestamp;
 use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
 use k8s_openapi::api::core::v1::{Node, Pod};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta, OwnerReference};
 use kube::api::{Api, ListParams, PostParams};
 use kube::{Client, ResourceExt};
+use serde_json::json;
 
 use crate::k8s::client::{Problem, request_within};
-use crate::leader::{ControllerPod, Election, NodeState, View, identity};
+use crate::leader::{Election, Heartbeat, Own, View, identity};
 
 /// How long to wait for the API server's answer: a later one is of no use to the election.
 const LIMIT: Duration = Duration::from_secs(4);
 /// The annotation of a Lease that says who took it from whom, and why.
 pub(super) const HAND_OVER: &str = "hostdir.csi/hand-over";
-/// Seconds after which others may assume that a heartbeat has stopped: `leaseDurationSeconds` of its Lease.
-const BEAT_TERM: i32 = 20;
+/// The annotation of a heartbeat that says which Node its sender runs on.
+const NODE: &str = "hostdir.csi/node";
+/// The annotation of a heartbeat that says, for each election by the name of its Lease, why its sender could not lead, or `null`
+/// if it could: a JSON object.
+const ELECTIONS: &str = "hostdir.csi/elections";
+/// Seconds after which others assume that a heartbeat has stopped: `leaseDurationSeconds` of its Lease.
+const BEAT_TERM: i32 = 12;
 
 /// What one look has read.
 pub(super) struct Reading {
     pub(super) view: View,
     /// All Leases in the namespace.
     pub(super) leases: BTreeMap<String, Lease>,
+}
+
+/// This controller's Pod, as it was last seen.
+#[derive(Clone)]
+struct OwnPod {
+    uid: String,
+    node: String,
 }
 
 /// The elections in a namespace.
@@ -36,87 +48,70 @@ pub(super) struct Elections {
     nodes: Api<Node>,
     /// The Leases that leaders are elected by.
     names: Vec<String>,
-    /// The label selector of the controllers' Pods.
-    selector: String,
-    /// The Nodes that the controllers were on at the last look: read together with the Pods, or else a slow API server would
-    /// take twice as long.
-    known: Mutex<BTreeSet<String>>,
+    pod: String,
+    own: Mutex<Option<OwnPod>>,
 }
 
 impl Elections {
-    pub(super) fn new(client: Client, namespace: &str, names: Vec<String>, selector: String) -> Self {
+    /// `pod` is the name of this controller's own Pod.
+    pub(super) fn new(client: Client, namespace: &str, names: Vec<String>, pod: String) -> Self {
         Self {
             leases: Api::namespaced(client.clone(), namespace),
             pods: Api::namespaced(client.clone(), namespace),
             nodes: Api::all(client),
             names,
-            selector,
-            known: Mutex::default(),
+            pod,
+            own: Mutex::default(),
         }
     }
 
-    /// Reads Leases, Pods and Nodes, as they are now.
+    /// Reads the Leases, and this controller's own Pod and Node, as they are now.
     pub(super) async fn read(&self) -> Result<Reading, Problem> {
-        let (leases, controllers) = tokio::try_join!(self.read_leases(), self.read_controllers())?;
+        let (mut reading, own) = tokio::try_join!(self.read_leases(), self.read_own())?;
+        reading.view.own = own;
+        Ok(reading)
+    }
+
+    /// Reads the Leases only.
+    pub(super) async fn read_leases(&self) -> Result<Reading, Problem> {
+        let leases = request_within(LIMIT, "list Leases", self.leases.list(&ListParams::default())).await?;
+        let leases: BTreeMap<String, Lease> = leases.into_iter().map(|lease| (lease.name_any(), lease)).collect();
         let elections = self.names.iter().filter_map(|name| {
             let election = election(leases.get(name)?);
             Some((name.clone(), election))
         });
-        let heartbeats = leases.iter().filter_map(|(name, lease)| {
-            let beat = lease.spec.as_ref()?.renew_time.as_ref()?;
-            Some((identity(name), beat.0))
-        });
+        let heartbeats = leases
+            .iter()
+            .filter_map(|(name, lease)| Some((identity(name), heartbeat_of(lease)?)));
         let view = View {
             elections: elections.collect(),
-            controllers,
             heartbeats: heartbeats.collect(),
+            own: Own::default(),
         };
         Ok(Reading { view, leases })
     }
 
-    async fn read_leases(&self) -> Result<BTreeMap<String, Lease>, Problem> {
-        let leases = request_within(LIMIT, "list Leases", self.leases.list(&ListParams::default())).await?;
-        Ok(leases.into_iter().map(|lease| (lease.name_any(), lease)).collect())
+    async fn read_own(&self) -> Result<Own, Problem> {
+        let Some(own) = self.read_own_pod().await? else {
+            return Ok(Own::default());
+        };
+        let node = request_within(LIMIT, "read its own Node", self.nodes.get_metadata_opt(&own.node)).await?;
+        Ok(Own {
+            uid: Some(own.uid),
+            node_gone: node.is_none().then_some(own.node),
+        })
     }
 
-    async fn read_controllers(&self) -> Result<BTreeMap<String, ControllerPod>, Problem> {
-        let params = ListParams::default().labels(&self.selector);
-        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let pods = request_within(LIMIT, "list the controllers' Pods", self.pods.list(&params));
-        let (pods, mut states) = tokio::try_join!(pods, self.node_states(known))?;
-        let nodes: BTreeSet<String> = pods.items.iter().filter_map(node_of).collect();
-        let others = nodes.iter().filter(|node| !states.contains_key(*node));
-        states.extend(self.node_states(others.cloned().collect()).await?);
-        *self.known.lock().unwrap_or_else(PoisonError::into_inner) = nodes;
-        // A Pod without a Node has not been scheduled, and has never led.
-        let controllers = pods.into_iter().filter_map(|pod| {
-            let node = node_of(&pod)?;
-            let controller = ControllerPod {
+    async fn read_own_pod(&self) -> Result<Option<OwnPod>, Problem> {
+        let pod = request_within(LIMIT, "read its own Pod", self.pods.get_opt(&self.pod)).await?;
+        let own = pod.and_then(|pod| {
+            Some(OwnPod {
                 uid: pod.uid()?,
-                ready: is_ready(&pod),
-                ending: pod.metadata.deletion_timestamp.is_some(),
-                node_state: states.get(&node).copied()?,
-                node,
-            };
-            Some((identity(&pod.name_any()), controller))
+                node: pod.spec?.node_name?,
+            })
         });
-        Ok(controllers.collect())
-    }
-
-    async fn node_states(&self, nodes: BTreeSet<String>) -> Result<BTreeMap<String, NodeState>, Problem> {
-        let states = nodes.into_iter().map(|node| async {
-            let state = self.node_state(&node).await?;
-            Ok::<_, Problem>((node, state))
-        });
-        Ok(try_join_all(states).await?.into_iter().collect())
-    }
-
-    async fn node_state(&self, node: &str) -> Result<NodeState, Problem> {
-        match request_within(LIMIT, "read a Node", self.nodes.get(node)).await {
-            Ok(node) => Ok(node_state(&node)),
-            Err(Problem::NotFound(_)) => Ok(NodeState::Gone),
-            Err(problem) => Err(problem),
-        }
+        self.own.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&own);
+        Ok(own)
     }
 
     /// Makes `me` the holder of a Lease, unless its holder has changed since it was `seen`. The Lease is read again for its
@@ -141,49 +136,71 @@ impl Elections {
         request_within(LIMIT, verb, self.leases.replace(&name, &params, &lease)).await
     }
 
-    /// Writes a heartbeat of a Pod. `last` is the Lease as the previous heartbeat returned it. The Lease is deleted with the
-    /// Pod.
-    pub(super) async fn beat(&self, pod: &str, uid: &str, last: Option<Lease>) -> Result<Lease, Problem> {
+    /// Writes a heartbeat of this controller, which says for each election why it could not lead, or `None` if it could. `last`
+    /// is the Lease as the previous heartbeat returned it. The Lease is deleted with the Pod.
+    pub(super) async fn beat(
+        &self,
+        elections: &BTreeMap<String, Option<String>>,
+        last: Option<Lease>,
+    ) -> Result<Lease, Problem> {
         let verb = "write a heartbeat";
+        let own = self.own.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let own = match own {
+            Some(own) => Some(own),
+            None => self.read_own_pod().await?,
+        };
+        // Without a Pod there is no heartbeat to send; the watchdog sees that, too.
+        let own = own.ok_or(Problem::NotFound("read its own Pod"))?;
         let params = PostParams::default();
         let last = match last {
             Some(last) => Some(last),
-            None => request_within(LIMIT, verb, self.leases.get_opt(pod)).await?,
+            None => request_within(LIMIT, verb, self.leases.get_opt(&self.pod)).await?,
         };
-        let Some(mut lease) = last else {
-            let first = heartbeat(pod, uid);
-            return request_within(LIMIT, verb, self.leases.create(&params, &first)).await;
+        let is_new = last.is_none();
+        let mut lease = last.unwrap_or_else(|| self.first_heartbeat(&own));
+        lease.spec = Some(LeaseSpec {
+            holder_identity: Some(identity(&self.pod)),
+            lease_duration_seconds: Some(BEAT_TERM),
+            renew_time: Some(MicroTime(Timestamp::now())),
+            ..LeaseSpec::default()
+        });
+        let annotations = lease.annotations_mut();
+        annotations.insert(NODE.into(), own.node);
+        annotations.insert(ELECTIONS.into(), json!(elections).to_string());
+        if is_new {
+            request_within(LIMIT, verb, self.leases.create(&params, &lease)).await
+        } else {
+            request_within(LIMIT, verb, self.leases.replace(&self.pod, &params, &lease)).await
+        }
+    }
+
+    fn first_heartbeat(&self, own: &OwnPod) -> Lease {
+        let owner = OwnerReference {
+            api_version: "v1".into(),
+            kind: "Pod".into(),
+            name: self.pod.clone(),
+            uid: own.uid.clone(),
+            ..OwnerReference::default()
         };
-        lease.spec = Some(beat(pod));
-        request_within(LIMIT, verb, self.leases.replace(pod, &params, &lease)).await
+        Lease {
+            metadata: ObjectMeta {
+                name: Some(self.pod.clone()),
+                owner_references: Some(vec![owner]),
+                ..ObjectMeta::default()
+            },
+            ..Lease::default()
+        }
     }
 }
 
-fn beat(pod: &str) -> LeaseSpec {
-    LeaseSpec {
-        holder_identity: Some(identity(pod)),
-        lease_duration_seconds: Some(BEAT_TERM),
-        renew_time: Some(MicroTime(Timestamp::now())),
-        ..LeaseSpec::default()
-    }
-}
-
-fn heartbeat(pod: &str, uid: &str) -> Lease {
-    let owner = OwnerReference {
-        api_version: "v1".into(),
-        kind: "Pod".into(),
-        name: pod.into(),
-        uid: uid.into(),
-        ..OwnerReference::default()
-    };
-    Lease {
-        metadata: ObjectMeta {
-            name: Some(pod.into()),
-            owner_references: Some(vec![owner]),
-            ..ObjectMeta::default()
-        },
-        spec: Some(beat(pod)),
-    }
+/// The heartbeat that a Lease is, if it is one.
+fn heartbeat_of(lease: &Lease) -> Option<Heartbeat> {
+    let annotations = lease.annotations();
+    Some(Heartbeat {
+        sent: lease.spec.as_ref()?.renew_time.as_ref()?.0,
+        node: annotations.get(NODE).cloned().unwrap_or_default(),
+        elections: serde_json::from_str(annotations.get(ELECTIONS)?).ok()?,
+    })
 }
 
 /// What an election's Lease says.
@@ -199,28 +216,5 @@ pub(super) fn election(lease: &Lease) -> Election {
         acquired: spec.acquire_time.map_or(Timestamp::UNIX_EPOCH, |time| time.0),
         renewal: spec.renew_time.map_or(Timestamp::UNIX_EPOCH, |time| time.0),
         handed_over: lease.annotations().get(HAND_OVER).cloned(),
-    }
-}
-
-fn node_of(pod: &Pod) -> Option<String> {
-    pod.spec.as_ref()?.node_name.clone()
-}
-
-fn is_ready(pod: &Pod) -> bool {
-    let conditions = pod.status.iter().flat_map(|status| status.conditions.iter().flatten());
-    conditions
-        .into_iter()
-        .any(|condition| condition.type_ == "Ready" && condition.status == "True")
-}
-
-fn node_state(node: &Node) -> NodeState {
-    let conditions = node.status.iter().flat_map(|status| status.conditions.iter().flatten());
-    let ready = |condition: &&k8s_openapi::api::core::v1::NodeCondition| {
-        condition.type_ == "Ready" && condition.status == "True"
-    };
-    if conditions.into_iter().find(ready).is_some() {
-        NodeState::Ready
-    } else {
-        NodeState::NotReady
     }
 }

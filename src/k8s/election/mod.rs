@@ -1,57 +1,61 @@
-//! Every controller watches the leader and itself: it sends heartbeats, and takes over the Lease of a leader that must not
-//! lead. [`crate::leader`] makes the decisions.
+//! Every controller watches the leader and itself: it sends heartbeats, which say what it could lead, and takes over the Lease of
+//! a leader that must not lead. [`crate::leader`] makes the decisions.
 
 mod events;
 mod failing;
 mod leases;
 mod report;
 mod watchdog;
+mod work;
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use futures::future::BoxFuture;
+use futures::future::{BoxFuture, join_all};
 use k8s_openapi::api::coordination::v1::Lease;
-use k8s_openapi::api::core::v1::Pod;
-use kube::api::Api;
-use kube::{Client, ResourceExt};
+use kube::Client;
 use tokio::time::{sleep, timeout};
 use tracing::error;
 
-use crate::k8s::client::{Problem, request_within};
+use crate::k8s::client::Problem;
+use crate::k8s::controller::Backlog;
 use crate::leader::identity;
 use crate::metrics::Metrics;
 use crate::volume::Fence;
 use events::Announcer;
 use failing::Failing;
 use leases::Elections;
+use work::Work;
 
 pub(crate) use report::report;
 
 /// How often to send a heartbeat.
-const BEAT: Duration = Duration::from_secs(5);
+const BEAT: Duration = Duration::from_secs(3);
 /// When to try again after a failed heartbeat: others do not wait long.
 const RETRY: Duration = Duration::from_secs(1);
 /// How long a driver or a sidecar may take to answer.
 const ANSWER: Duration = Duration::from_secs(2);
+/// After how long a driver that does not answer its own socket ends: the kubelet starts it anew, and if there is no kubelet, it
+/// is in nobody's way.
+const HUNG: Duration = Duration::from_mins(1);
 /// An answer that took longer than this is out of date.
 const FRESH: Duration = Duration::from_secs(5);
 
-/// Asks a driver or a sidecar whether it works.
+/// Asks a driver whether it works.
 pub(crate) type Check = Arc<dyn Fn() -> BoxFuture<'static, anyhow::Result<()>> + Send + Sync>;
+/// Gets a path from a sidecar over HTTP; fails unless the status is a success.
+pub(crate) type Get = Arc<dyn Fn(&'static str) -> BoxFuture<'static, anyhow::Result<String>> + Send + Sync>;
 
 pub(crate) struct GuardConfig {
     /// The namespace of the Leases and of the controllers.
     pub(crate) namespace: String,
     /// The name of this controller's Pod.
     pub(crate) pod: String,
-    /// The label selector of the controllers' Pods.
-    pub(crate) controllers: String,
     /// Whether the driver of this controller answers.
     pub(crate) driver: Check,
-    /// Whether each sidecar of this controller answers, by the name of the Lease that it is elected by.
-    pub(crate) sidecars: BTreeMap<String, Check>,
+    /// Each sidecar of this controller, by the name of the Lease that it is elected by.
+    pub(crate) sidecars: BTreeMap<String, Get>,
 }
 
 /// Watches the elections for one controller.
@@ -59,7 +63,9 @@ pub(crate) struct Guard {
     config: GuardConfig,
     me: String,
     elections: Elections,
-    client: Client,
+    work: Work,
+    /// The Leases that this controller holds, as it last saw.
+    leads: Mutex<BTreeSet<String>>,
     announcer: Announcer,
     fence: Arc<Fence>,
     metrics: Arc<Metrics>,
@@ -67,14 +73,20 @@ pub(crate) struct Guard {
 
 impl Guard {
     /// Closes `fence` when this controller is a ghost.
-    pub(crate) fn new(config: GuardConfig, client: Client, fence: Arc<Fence>, metrics: Arc<Metrics>) -> Self {
+    pub(crate) fn new(
+        config: GuardConfig,
+        client: Client,
+        backlog: Arc<Backlog>,
+        fence: Arc<Fence>,
+        metrics: Arc<Metrics>,
+    ) -> Self {
         let names = config.sidecars.keys().cloned().collect();
-        let elections = Elections::new(client.clone(), &config.namespace, names, config.controllers.clone());
         Self {
             me: identity(&config.pod),
-            elections,
-            announcer: Announcer::new(client.clone(), config.namespace.clone(), config.pod.clone()),
-            client,
+            elections: Elections::new(client.clone(), &config.namespace, names, config.pod.clone()),
+            work: Work::new(backlog),
+            leads: Mutex::default(),
+            announcer: Announcer::new(client, config.namespace.clone(), config.pod.clone()),
             config,
             fence,
             metrics,
@@ -93,11 +105,11 @@ impl Guard {
         anyhow::anyhow!("controller {pod} is a ghost: {why}")
     }
 
-    /// Sends heartbeats while the driver answers, until the API server refuses them. Returns why.
+    /// Sends heartbeats while the driver answers, until this controller must end. Returns why.
     async fn give_heartbeats(&self) -> String {
         let mut last = None;
         let mut failing = Failing::default();
-        let mut begun = false;
+        let mut answered: Option<Instant> = None;
         loop {
             let mut pause = RETRY;
             match self.give_heartbeat(last.take()).await {
@@ -105,18 +117,24 @@ impl Guard {
                     failing.ended("heartbeats are sent again");
                     last = Some(lease);
                     pause = BEAT;
-                    begun = true;
+                    answered = Some(Instant::now());
                 }
-                // A starting driver does not answer until it has seen all volumes and nodes.
-                Err(Silence::Driver(_)) if !begun => {}
                 Err(Silence::Driver(why)) => {
-                    self.metrics.failed("heartbeat");
-                    failing.refused = None;
-                    failing.because(&why, "no heartbeat: this controller does not answer on its own socket");
+                    // A starting driver does not answer until it has seen all volumes and nodes.
+                    if let Some(since) = answered {
+                        self.metrics.failed("heartbeat");
+                        failing.refused = None;
+                        failing.because(&why, "no heartbeat: this controller does not answer on its own socket");
+                        if since.elapsed() >= HUNG {
+                            let seconds = since.elapsed().as_secs();
+                            return format!("its driver has not answered for {seconds} s: {why}");
+                        }
+                    }
                 }
                 Err(Silence::Problem(problem)) => {
+                    answered = Some(Instant::now());
                     self.metrics.failed("heartbeat");
-                    if let Some(why) = failing.refused(problem, true, Instant::now()) {
+                    if let Some(why) = failing.refused(problem, Instant::now()) {
                         return why;
                     }
                 }
@@ -127,18 +145,13 @@ impl Guard {
 
     async fn give_heartbeat(&self, last: Option<Lease>) -> Result<Lease, Silence> {
         answers(&self.config.driver).await.map_err(Silence::Driver)?;
-        let pods: Api<Pod> = Api::namespaced(self.client.clone(), &self.config.namespace);
-        let pod = &self.config.pod;
-        let uid = match &last {
-            Some(lease) => lease.owner_references().first().map(|owner| owner.uid.clone()),
-            None => request_within(FRESH, "read its own Pod", pods.get_metadata_opt(pod))
-                .await
-                .map_err(Silence::Problem)?
-                .and_then(|pod| pod.metadata.uid),
-        };
-        // Without a Pod there is no heartbeat to send; the watchdog sees that, too.
-        let uid = uid.ok_or(Silence::Problem(Problem::NotFound("read its own Pod")))?;
-        self.elections.beat(pod, &uid, last).await.map_err(Silence::Problem)
+        let leads = self.leads.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let sidecars = self.config.sidecars.iter().map(async |(lease, sidecar)| {
+            let why = self.work.cannot_lead(lease, sidecar, leads.contains(lease)).await;
+            (lease.clone(), why)
+        });
+        let elections = join_all(sidecars).await.into_iter().collect();
+        self.elections.beat(&elections, last).await.map_err(Silence::Problem)
     }
 }
 
@@ -150,9 +163,11 @@ enum Silence {
 }
 
 async fn answers(check: &Check) -> Result<(), String> {
-    match timeout(ANSWER, check()).await {
-        Ok(Ok(())) => Ok(()),
-        Ok(Err(error)) => Err(format!("{error:#}")),
-        Err(_) => Err(format!("no answer within {} s", ANSWER.as_secs())),
-    }
+    in_time(check()).await.map_err(|error| format!("{error:#}"))
+}
+
+/// Waits for an answer, but not for long.
+async fn in_time<T>(answer: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    let answer = timeout(ANSWER, answer).await;
+    answer.unwrap_or_else(|_| Err(anyhow::anyhow!("no answer within {} s", ANSWER.as_secs())))
 }

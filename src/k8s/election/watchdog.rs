@@ -1,9 +1,9 @@
 //! Looks at the elections again and again, and carries out what the [`Watchdog`] decides.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
+use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
-use futures::future::join_all;
 use jiff::Timestamp;
 use k8s_openapi::api::coordination::v1::Lease;
 use kube::{Resource, ResourceExt};
@@ -12,9 +12,9 @@ use tracing::{info, warn};
 
 use super::failing::Failing;
 use super::leases::{HAND_OVER, Reading};
-use super::{FRESH, Guard, answers};
+use super::{FRESH, Guard};
 use crate::k8s::client::Problem;
-use crate::leader::{LeaseState, Obstacle, TakeOver, Verdict, Watchdog};
+use crate::leader::{LeaseState, Obstacle, TakeOver, Verdict, View, Watchdog};
 
 /// How often to look.
 const PERIOD: Duration = Duration::from_secs(2);
@@ -70,19 +70,20 @@ impl Guard {
 
     async fn look_once(&self, memory: &mut Memory) -> Next {
         let began = Instant::now();
-        let (read, fit) = tokio::join!(timeout(FRESH, self.elections.read()), self.fit());
+        let read = timeout(FRESH, self.elections.read()).await;
         // This process may have been paused after the answer arrived.
         let late = began.elapsed() > FRESH;
         match read {
             Ok(Ok(seen)) if !late => {
                 memory.reading.ended("the election can be watched again");
                 self.note_claims(&seen, &mut memory.claims);
-                let verdict = memory.watchdog.look(memory.start.elapsed(), &seen.view, &fit);
+                self.note_leases(&seen.view);
+                let verdict = memory.watchdog.look(memory.start.elapsed(), &seen.view);
                 self.act(&seen, verdict, memory).await
             }
             Ok(Err(problem)) if !late => {
                 self.metrics.failed("watch the election");
-                let end = memory.reading.refused(problem, false, Instant::now());
+                let end = memory.reading.refused(problem, Instant::now());
                 end.map_or(Next::Pause(PERIOD), Next::Ghost)
             }
             Ok(_) | Err(_) => {
@@ -100,7 +101,7 @@ impl Guard {
             Verdict::Ghost(why) => return Next::Ghost(why),
             Verdict::Watching { take_overs, leases } => (take_overs, leases),
         };
-        self.tell(&leases, &mut memory.told);
+        self.tell(seen, &leases, &mut memory.told);
         let waits = leases.values().any(|lease| lease.obstacle == Some(Obstacle::Turn));
         let mut pause = if waits { TURN } else { PERIOD };
         if take_overs.is_empty() {
@@ -116,7 +117,7 @@ impl Guard {
                 }
                 Err(problem) => {
                     self.metrics.failed("hand over");
-                    if let Some(why) = memory.writing.refused(problem, true, Instant::now()) {
+                    if let Some(why) = memory.writing.refused(problem, Instant::now()) {
                         return Next::Ghost(why);
                     }
                 }
@@ -125,41 +126,38 @@ impl Guard {
         Next::Pause(pause)
     }
 
-    /// The Leases that this controller could hold.
-    async fn fit(&self) -> BTreeSet<String> {
-        let sidecars = self
-            .config
-            .sidecars
-            .iter()
-            .map(|(lease, check)| async move { answers(check).await.is_ok().then(|| lease.clone()) });
-        let (driver, sidecars) = tokio::join!(answers(&self.config.driver), join_all(sidecars));
-        if driver.is_err() {
-            BTreeSet::new()
-        } else {
-            sidecars.into_iter().flatten().collect()
-        }
+    /// Notes which Leases this controller holds.
+    fn note_leases(&self, view: &View) {
+        let held = view.elections.iter().filter(|(_, election)| election.holder == self.me);
+        *self.leads.lock().unwrap_or_else(PoisonError::into_inner) = held.map(|(lease, _)| lease.clone()).collect();
     }
 
     /// Reports what is new about the elections, in the log and the metrics.
-    fn tell(&self, leases: &BTreeMap<String, LeaseState>, told: &mut BTreeMap<String, String>) {
+    fn tell(&self, seen: &Reading, leases: &BTreeMap<String, LeaseState>, told: &mut BTreeMap<String, String>) {
         self.metrics.clear_leaders();
         for (lease, state) in leases {
             self.metrics
                 .set_leader(lease, state.holder.as_deref(), state.silence, state.leaderless);
+            self.metrics.set_candidates(lease, state.candidates);
             let news = match (&state.holder, &state.guilt, state.obstacle) {
                 (None, ..) => "nobody leads; the sidecars elect a leader".to_owned(),
                 (Some(holder), None, _) => format!("{holder} leads"),
+                (Some(holder), Some(guilt), _) if state.candidates == 0 => {
+                    let reason = guilt.reason();
+                    format!("{holder} holds the Lease but must not lead ({reason}), and nobody else could lead")
+                }
                 (Some(holder), Some(guilt), Some(obstacle)) if obstacle != Obstacle::Turn => {
-                    format!(
-                        "{holder} leads but must not lead: {}; not taking over: {obstacle}",
-                        guilt.reason()
-                    )
+                    let reason = guilt.reason();
+                    format!("{holder} leads but must not lead ({reason}); not taking over: {obstacle}")
                 }
                 // The hand-over is announced when it has happened.
                 (Some(_), Some(_), _) => continue,
             };
             if told.get(lease) != Some(&news) {
                 info!(lease, "{news}");
+                if let (Some(guilt), 0) = (&state.guilt, state.candidates) {
+                    self.announce_nobody(seen, lease, &format!("{news}: {guilt}"));
+                }
                 told.insert(lease.clone(), news);
             }
         }
@@ -213,6 +211,23 @@ impl Guard {
             self.me
         );
         warn!(lease = name, from = holder, reason = guilt.reason(), "{note}");
-        tokio::spawn(self.announcer.clone().write_events(lease.object_ref(&()), note));
+        let event = self
+            .announcer
+            .clone()
+            .write_events("LeaderReplaced", lease.object_ref(&()), note);
+        tokio::spawn(event);
+    }
+
+    /// Announces that nobody could lead, once: by the first of those who see it.
+    fn announce_nobody(&self, seen: &Reading, lease: &str, note: &str) {
+        let first = seen.view.heartbeats.keys().next();
+        if let (Some(object), true) = (seen.leases.get(lease), first == Some(&self.me)) {
+            let note = format!("{note}. Correct what `hostdir leader` says about each controller");
+            let event = self
+                .announcer
+                .clone()
+                .write_events("NobodyCanLead", object.object_ref(&()), note);
+            tokio::spawn(event);
+        }
     }
 }

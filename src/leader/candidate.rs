@@ -1,0 +1,123 @@
+//! Who could lead, as heartbeats say.
+
+use std::fmt;
+use std::time::Duration;
+
+use jiff::Timestamp;
+
+use super::view::Heartbeat;
+
+/// How long heartbeats may be missing: four are due in that time.
+pub(super) const SILENT: Duration = Duration::from_secs(12);
+/// A watchdog that has just started waits this long for a heartbeat, even if the holder's sidecar has renewed the Lease for
+/// longer than [`SILENT`] since the last one. A heartbeat is due in that time.
+const WAITED: Duration = Duration::from_secs(6);
+/// Looks further apart than this are not continuous.
+const GLANCE: Duration = Duration::from_secs(3);
+
+/// A value, and how long it was observed.
+#[derive(Clone, Debug)]
+pub(super) struct Seen<T> {
+    pub(super) value: T,
+    pub(super) age: Duration,
+}
+
+impl<T: PartialEq> Seen<T> {
+    /// Notes a value, `elapsed` after the previous look. Returns whether it replaces a different value.
+    pub(super) fn note(slot: &mut Option<Self>, value: T, elapsed: Duration) -> bool {
+        match slot {
+            Some(seen) if seen.value == value => {
+                seen.age += elapsed;
+                false
+            }
+            Some(_) | None => slot
+                .replace(Self {
+                    value,
+                    age: Duration::ZERO,
+                })
+                .is_some(),
+        }
+    }
+}
+
+/// What is known of a controller that leads, or may lead, one election.
+#[derive(Debug, Default)]
+pub(super) struct Candidate {
+    /// The last heartbeat that said that it could lead: when it was sent, and how long ago it came.
+    heartbeat: Option<Seen<Option<Timestamp>>>,
+    /// How long that heartbeat has been the last one, over continuous looks ([`GLANCE`]).
+    waited: Duration,
+    /// Whether its latest heartbeat says that it could lead, and why not if it says that.
+    able: bool,
+    pub(super) why: Option<String>,
+}
+
+impl Candidate {
+    pub(super) fn note(&mut self, lease: &str, heartbeat: Option<&Heartbeat>, elapsed: Duration) {
+        let able = heartbeat.filter(|heartbeat| heartbeat.can_lead(lease));
+        self.able = able.is_some();
+        self.why = heartbeat.and_then(|heartbeat| heartbeat.cannot_lead(lease).map(str::to_owned));
+        let last = self.heartbeat.as_ref().and_then(|seen| seen.value);
+        let beats = Seen::note(&mut self.heartbeat, able.map_or(last, |beat| Some(beat.sent)), elapsed);
+        self.waited = if beats || elapsed > GLANCE {
+            Duration::ZERO
+        } else {
+            self.waited + elapsed
+        };
+    }
+
+    /// How long it has sent no such heartbeat: as observed from here, or by its own clock, which its sidecar shares.
+    pub(super) fn silence(&self, renewal: Timestamp) -> Duration {
+        let Some(heartbeat) = &self.heartbeat else {
+            return Duration::ZERO;
+        };
+        let by_its_clock = heartbeat.value.map_or(Duration::ZERO, |last| {
+            renewal.duration_since(last).try_into().unwrap_or_default()
+        });
+        if self.waited >= WAITED {
+            heartbeat.age.max(by_its_clock)
+        } else {
+            heartbeat.age
+        }
+    }
+
+    pub(super) fn may_lead(&self) -> bool {
+        self.able && self.heartbeat.as_ref().is_some_and(|seen| seen.age < SILENT)
+    }
+}
+
+/// Why a holder must not lead: it has sent no heartbeat that says that it could.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Guilt {
+    /// For how long; [`Duration::MAX`] if it never sent one.
+    pub(crate) silence: Duration,
+    /// Why it could not lead, if its heartbeats say so.
+    pub(crate) why: Option<String>,
+}
+
+impl Guilt {
+    /// Why the sender of a heartbeat could not lead an election, judged by a single look. `silence` is how long ago the
+    /// heartbeat was sent.
+    pub(crate) fn at_first_sight(lease: &str, heartbeat: Option<&Heartbeat>, silence: Duration) -> Option<Self> {
+        let could = heartbeat.is_some_and(|heartbeat| heartbeat.can_lead(lease) && silence < SILENT);
+        (!could).then(|| Self {
+            silence: heartbeat.map_or(Duration::MAX, |_| silence),
+            why: heartbeat.and_then(|heartbeat| heartbeat.cannot_lead(lease).map(str::to_owned)),
+        })
+    }
+
+    /// The reason as one word, for metrics.
+    pub(crate) fn reason(&self) -> &'static str {
+        if self.why.is_some() { "Unable" } else { "Silent" }
+    }
+}
+
+impl fmt::Display for Guilt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (&self.why, self.silence) {
+            (Some(why), _) => f.write_str(why),
+            (None, Duration::MAX) => f.write_str("its driver has never sent a heartbeat"),
+            (None, silence) => write!(f, "its driver has sent no heartbeat for {} s", silence.as_secs()),
+        }
+    }
+}
