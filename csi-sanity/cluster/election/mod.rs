@@ -100,8 +100,7 @@ impl Election {
     }
 
     pub(super) fn note(&self, what: &str) {
-        let (test, time) = (&self.lab.namespace, self.start.elapsed().as_secs_f64());
-        report(&format!("  {test} {time:>6.1} s  {what}"));
+        report(&format!("  {:>6.1} s  {what}", self.start.elapsed().as_secs_f64()));
     }
 
     /// The leader, and its node by number.

@@ -41,9 +41,7 @@ pub(crate) struct Janitor {
 impl Janitor {
     /// Starts a janitor for a cluster's directory.
     pub(crate) fn new(dir: &Path) -> Result<Self> {
-        // As unique as the directory.
-        let name = dir.file_name().context("the directory of a cluster has no name")?;
-        let cgroup = format!("{CGROUPS}/{}", name.display());
+        let cgroup = format!("{CGROUPS}/{}", std::process::id());
         let mut shell = Command::new("bash")
             .args(["-c", SCRIPT, "janitor"])
             .arg(dir)
