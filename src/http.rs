@@ -1,4 +1,4 @@
-//! Serves `/healthz`, `/readyz` and `/metrics` to the kubelet and to Prometheus, and asks whether other servers are healthy.
+//! Serves `/healthz`, `/readyz` and `/metrics` to the kubelet and to Prometheus, and gets what other servers serve.
 //!
 //! Any pod may be able to reach the port. So connections are few, short and small, and a new one takes the place of the oldest of
 //! whoever has most: a flood from one address keeps nobody else from being answered.
@@ -40,18 +40,26 @@ const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
 /// The size of the buffers of a connection, in bytes: the least that hyper allows. Longer headers are refused.
 const BUFFER: usize = 8 << 10;
 
-/// How long an answer about readiness is used. So any number of requests needs one thread, and asks once.
+/// How long an answer about health is used. So any number of requests needs one thread, and asks once.
 const FRESH: Duration = Duration::from_secs(1);
 
-/// Serves until the process ends.
+/// Asks whether something works.
+pub(crate) type Check = Arc<dyn Fn() -> BoxFuture<'static, anyhow::Result<()>> + Send + Sync>;
+
+/// Serves until the process ends. `alive` asks whether this process answers on its own socket.
 ///
 /// # Errors
 /// The address cannot be bound.
-pub(crate) async fn serve(address: SocketAddr, health: Arc<dyn Health>, metrics: Arc<Metrics>) -> anyhow::Result<()> {
+pub(crate) async fn serve(
+    address: SocketAddr,
+    alive: Check,
+    health: Arc<dyn Health>,
+    metrics: Arc<Metrics>,
+) -> anyhow::Result<()> {
     let listener = listen(address)
         .await
         .with_context(|| format!("cannot listen on {address}"))?;
-    let router = router(health, metrics);
+    let router = router(alive, health, metrics);
     let mut connections = VecDeque::new();
     loop {
         match listener.accept().await {
@@ -113,15 +121,30 @@ async fn admit(connections: &mut VecDeque<Connection>, stream: TcpStream, peer: 
     tokio::task::yield_now().await;
 }
 
-fn router(health: Arc<dyn Health>, metrics: Arc<Metrics>) -> Router {
-    let readiness = Arc::new(Readiness {
-        health,
-        last: Mutex::default(),
+fn router(alive: Check, health: Arc<dyn Health>, metrics: Arc<Metrics>) -> Router {
+    let alive = Question::new(move || {
+        let answer = alive();
+        async move {
+            match answer.await {
+                Ok(()) => well(),
+                Err(error) => ill(&error),
+            }
+        }
+        .boxed()
     });
-    let ready = move || {
-        let readiness = Arc::clone(&readiness);
-        async move { readiness.answer().await }
-    };
+    let ready = Question::new(move || {
+        let health = Arc::clone(&health);
+        let asked = tokio::task::spawn_blocking(move || health.probe(false));
+        async move {
+            match asked.await {
+                Ok(Ok(true)) => well(),
+                Ok(Ok(false)) => ill(&"starting"),
+                Ok(Err(error)) => ill(&error),
+                Err(panic) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{panic}\n")),
+            }
+        }
+        .boxed()
+    });
     let measured = move || {
         let metrics = Arc::clone(&metrics);
         async move {
@@ -130,44 +153,49 @@ fn router(health: Arc<dyn Health>, metrics: Arc<Metrics>) -> Router {
         }
     };
     Router::new()
-        .route("/healthz", get(async || "ok\n"))
-        .route("/readyz", get(ready))
+        .route("/healthz", get(async move || alive.answer().await))
+        .route("/readyz", get(async move || ready.answer().await))
         .route("/metrics", get(measured))
 }
 
-/// The last question about readiness, and its answer once there is one.
-struct Readiness {
-    health: Arc<dyn Health>,
-    last: Mutex<Option<(Instant, Shared<BoxFuture<'static, Answer>>)>>,
+type Answer = (StatusCode, String);
+/// An answer that many wait for.
+type Answered = Shared<BoxFuture<'static, Answer>>;
+
+fn well() -> Answer {
+    (StatusCode::OK, "ok\n".to_owned())
 }
 
-type Answer = (StatusCode, String);
+fn ill(why: &dyn std::fmt::Display) -> Answer {
+    (StatusCode::SERVICE_UNAVAILABLE, format!("{why:#}\n"))
+}
 
-impl Readiness {
+/// A question about the health of this process, the last time it was asked, and the answer once there is one.
+#[derive(Clone)]
+struct Question {
+    ask: Arc<dyn Fn() -> BoxFuture<'static, Answer> + Send + Sync>,
+    last: Arc<Mutex<Option<(Instant, Answered)>>>,
+}
+
+impl Question {
+    fn new(ask: impl Fn() -> BoxFuture<'static, Answer> + Send + Sync + 'static) -> Self {
+        Self {
+            ask: Arc::new(ask),
+            last: Arc::default(),
+        }
+    }
+
     /// Asks, unless that was done within the last second, or the answer is still to come.
-    fn answer(&self) -> Shared<BoxFuture<'static, Answer>> {
+    fn answer(&self) -> Answered {
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((since, answer)) = &*last
             && (since.elapsed() < FRESH || answer.peek().is_none())
         {
             return answer.clone();
         }
-        let answer = self.ask().boxed().shared();
+        let answer = (self.ask)().shared();
         *last = Some((Instant::now(), answer.clone()));
         answer
-    }
-
-    fn ask(&self) -> impl Future<Output = Answer> + use<> {
-        let health = Arc::clone(&self.health);
-        let asked = tokio::task::spawn_blocking(move || health.probe(false));
-        async move {
-            match asked.await {
-                Ok(Ok(true)) => (StatusCode::OK, "ok\n".to_owned()),
-                Ok(Ok(false)) => (StatusCode::SERVICE_UNAVAILABLE, "starting\n".to_owned()),
-                Ok(Err(error)) => (StatusCode::SERVICE_UNAVAILABLE, format!("{error}\n")),
-                Err(panic) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{panic}\n")),
-            }
-        }
     }
 }
 

@@ -89,6 +89,7 @@ pub(crate) struct Metrics {
     leaders: Family<Leader, Gauge>,
     silence: Family<Lease, Gauge>,
     candidates: Family<Lease, Gauge>,
+    lease_policy: Gauge,
     leaderless: Family<Lease, Counter<f64, AtomicU64>>,
     hand_overs: Family<HandOver, Counter>,
 }
@@ -177,6 +178,11 @@ impl Default for Metrics {
                 r,
                 "leader_candidates",
                 "How many controllers could lead, the leader among them; if it is 0, no volumes are created or resized",
+            ),
+            lease_policy: new(
+                r,
+                "lease_policy_missing",
+                "1 if the admission policy for Leases is not in force",
             ),
             leaderless: new(
                 r,
@@ -334,6 +340,11 @@ impl Metrics {
             self.leaders.get_or_create(&leader).set(1);
             self.silence.get_or_create(&of).set(gauge(silence.as_secs()));
         }
+    }
+
+    /// Sets whether the admission policy for Leases is missing.
+    pub(crate) fn set_lease_policy_missing(&self, missing: bool) {
+        self.lease_policy.set(missing.into());
     }
 
     /// Sets how many controllers could lead.

@@ -14,14 +14,15 @@ use crate::config::{
     host_name,
 };
 use crate::csi::{self, Endpoint, Listener, Question, Serving};
-use crate::k8s::{self, Agent, Agents, ApiStore, Backlog, Check, Gc, GcConfig, Get, Guard, GuardConfig};
+use crate::http::{self, Check};
+use crate::k8s::{self, Agent, Agents, ApiStore, Backlog, Gc, GcConfig, Get, Guard, GuardConfig};
 use crate::linux::{self, Linux};
 use crate::log::{self, LogGuard};
 use crate::metrics::Metrics;
 use crate::volume::controller::cache::ClusterCache;
 use crate::volume::host_volume::NoAssignments;
 use crate::volume::{Control, Controller, Fence, Health, Node, SelfTest};
-use crate::{background, http, unused};
+use crate::{background, unused};
 
 /// Threads for blocking calls; further calls wait for a free thread. There are enough that calls stuck on one bad disk do
 /// not block the others; a waiting thread costs about 10 KiB.
@@ -163,7 +164,7 @@ fn controller(args: ControllerArgs) -> anyhow::Result<()> {
         let config = GuardConfig {
             namespace,
             pod: pod_name.clone(),
-            driver: check_driver(process.serve.endpoint.clone()),
+            driver: check(process.serve.endpoint.clone(), Question::Ready),
             sidecars: sidecars.into_iter().map(get_from_sidecar).collect(),
         };
         let (client, backlog) = (client.clone(), Arc::clone(&backlog));
@@ -191,10 +192,11 @@ fn controller(args: ControllerArgs) -> anyhow::Result<()> {
     })
 }
 
-fn check_driver(endpoint: Endpoint) -> Check {
+/// Asks this process a question through its own socket.
+fn check(endpoint: Endpoint, question: Question) -> Check {
     Arc::new(move || {
         let endpoint = endpoint.clone();
-        Box::pin(async move { csi::probe(&endpoint, Question::Ready).await })
+        Box::pin(async move { csi::probe(&endpoint, question).await })
     })
 }
 
@@ -269,9 +271,10 @@ impl Process {
         } = self;
         let Roles { health, control, node } = roles;
         if let Some(address) = serve.http_endpoint {
+            let alive = check(serve.endpoint.clone(), Question::Alive);
             let (health, metrics) = (Arc::clone(&health), Arc::clone(&metrics));
             runtime.spawn(async move {
-                if let Err(error) = http::serve(address, health, metrics).await {
+                if let Err(error) = http::serve(address, alive, health, metrics).await {
                     tracing::error!(error = format!("{error:#}"), "cannot serve HTTP");
                 }
             });

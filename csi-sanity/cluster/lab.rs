@@ -337,7 +337,7 @@ impl Lab {
     pub(crate) fn http(&self, pod: &Value, path: &str) -> Result<String> {
         let name = pod["metadata"]["name"].as_str().unwrap();
         let path = format!("/api/v1/namespaces/{NAMESPACE}/pods/{name}:9808/proxy/{path}");
-        self.kubectl().run(&["get", "--raw", &path])
+        self.kubectl().get_raw(&path)
     }
 
     /// Deletes all pods in the test's namespace without waiting for their nodes.

@@ -124,7 +124,7 @@ impl Controller for Service<dyn Control> {
                 };
                 let filesystem = || control.filesystem(&parameters.pool);
                 let possible = parse::capabilities(volume_capabilities, filesystem).is_ok();
-                Ok(match control.room(&parameters.pool, segment.as_deref()) {
+                Ok(match control.room(&parameters.pool, segment.as_deref())? {
                     None => UNLIMITED,
                     Some(room) if possible => room,
                     Some(_) => Bytes(0),

@@ -42,7 +42,7 @@ pub(crate) async fn probe(endpoint: &Endpoint, question: Question) -> anyhow::Re
         }
     };
     let ready = answer.map_err(|status| anyhow::anyhow!("{}", status.message()))?;
-    ensure!(ready, "hostdir is still starting");
+    ensure!(ready, "hostdir is still starting, or no longer hears the API server");
     Ok(())
 }
 

@@ -24,6 +24,6 @@ mod watch;
 
 pub(crate) use client::client;
 pub(crate) use controller::{Agents, Backlog, Gc, GcConfig, feed};
-pub(crate) use election::{Check, Get, Guard, GuardConfig, report};
+pub(crate) use election::{Get, Guard, GuardConfig, report};
 pub(crate) use node::Agent;
 pub(crate) use store::ApiStore;

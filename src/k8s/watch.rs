@@ -9,7 +9,7 @@ use kube::api::{Api, ApiResource, DynamicObject};
 use kube::runtime::WatchStreamExt;
 use kube::runtime::watcher::{Config, Event, watcher};
 use kube::{Client, Resource, ResourceExt};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use tracing::{info, warn};
 use uuid::Uuid;
 
@@ -34,6 +34,8 @@ pub(super) trait Follower {
     fn gone(&self, object: DynamicObject);
     /// A list is complete: objects with other keys are gone.
     fn retain(&self, listed: &BTreeSet<Self::Key>);
+    /// The API server is heard again, or is not heard any more.
+    fn heard(&self, _heard: bool) {}
 }
 
 /// An object that cannot be read.
@@ -50,6 +52,9 @@ pub(super) fn undecoded<K: Resource<DynamicType = ()>>(client: Client) -> Api<Dy
 
 /// How long to wait for the next objects of a list.
 const LIST_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How long to wait before a list after a watch has failed.
+const PAUSE: Duration = Duration::from_secs(1);
 
 /// Follows a watch forever. A watch that fails is started again, with back-off.
 pub(super) async fn follow<F: Follower>(
@@ -76,7 +81,13 @@ pub(super) async fn follow<F: Follower>(
         match timeout(limit, events.try_next()).await {
             Ok(Ok(Some(event))) => following.note(event),
             Ok(Ok(None)) => return,
-            Ok(Err(error)) => following.failed(&chain(&error)),
+            // A watch that goes on after a failure may have nothing to say for long. A new list shows that it is heard.
+            Ok(Err(error)) => {
+                if following.failed(&chain(&error)) {
+                    sleep(PAUSE).await;
+                    events = begin();
+                }
+            }
             Err(_) => {
                 following.failed("a list is not answered");
                 events = begin();
@@ -98,8 +109,10 @@ struct Following<'a, F: Follower> {
 
 impl<F: Follower> Following<'_, F> {
     fn note(&mut self, event: Event<DynamicObject>) {
-        if std::mem::take(&mut self.failing) {
+        // That a list begins does not say that it is answered.
+        if !matches!(event, Event::Init) && std::mem::take(&mut self.failing) {
             info!(what = self.what, "the API server answers again");
+            self.follower.heard(true);
         }
         match event {
             Event::Init => {
@@ -137,11 +150,15 @@ impl<F: Follower> Following<'_, F> {
         }
     }
 
-    fn failed(&mut self, why: &str) {
+    /// Returns whether this is the first failure since it was heard.
+    fn failed(&mut self, why: &str) -> bool {
         self.metrics.failed(self.what);
-        if !std::mem::replace(&mut self.failing, true) {
+        let first = !std::mem::replace(&mut self.failing, true);
+        if first {
             warn!(what = self.what, why, "the API server does not answer; trying again");
+            self.follower.heard(false);
         }
+        first
     }
 }
 

@@ -9,11 +9,6 @@ use super::view::Heartbeat;
 
 /// How long heartbeats may be missing: four are due in that time.
 pub(super) const SILENT: Duration = Duration::from_secs(12);
-/// A watchdog that has just started waits this long for a heartbeat, even if the holder's sidecar has renewed the Lease for
-/// longer than [`SILENT`] since the last one. A heartbeat is due in that time.
-const WAITED: Duration = Duration::from_secs(6);
-/// Looks further apart than this are not continuous.
-const GLANCE: Duration = Duration::from_secs(3);
 
 /// A value, and how long it was observed.
 #[derive(Clone, Debug)]
@@ -45,8 +40,6 @@ impl<T: PartialEq> Seen<T> {
 pub(super) struct Candidate {
     /// The last heartbeat that said that it could lead: when it was sent, and how long ago it came.
     heartbeat: Option<Seen<Option<Timestamp>>>,
-    /// How long that heartbeat has been the last one, over continuous looks ([`GLANCE`]).
-    waited: Duration,
     /// Whether its latest heartbeat says that it could lead, and why not if it says that.
     able: bool,
     pub(super) why: Option<String>,
@@ -58,31 +51,16 @@ impl Candidate {
         self.able = able.is_some();
         self.why = heartbeat.and_then(|heartbeat| heartbeat.cannot_lead(lease).map(str::to_owned));
         let last = self.heartbeat.as_ref().and_then(|seen| seen.value);
-        let beats = Seen::note(&mut self.heartbeat, able.map_or(last, |beat| Some(beat.sent)), elapsed);
-        self.waited = if beats || elapsed > GLANCE {
-            Duration::ZERO
-        } else {
-            self.waited + elapsed
-        };
+        Seen::note(&mut self.heartbeat, able.map_or(last, |beat| Some(beat.sent)), elapsed);
     }
 
-    /// How long it has sent no such heartbeat: as observed from here, or by its own clock, which its sidecar shares.
-    pub(super) fn silence(&self, renewal: Timestamp) -> Duration {
-        let Some(heartbeat) = &self.heartbeat else {
-            return Duration::ZERO;
-        };
-        let by_its_clock = heartbeat.value.map_or(Duration::ZERO, |last| {
-            renewal.duration_since(last).try_into().unwrap_or_default()
-        });
-        if self.waited >= WAITED {
-            heartbeat.age.max(by_its_clock)
-        } else {
-            heartbeat.age
-        }
+    /// How long it has sent no such heartbeat, as observed from here.
+    pub(super) fn silence(&self) -> Duration {
+        self.heartbeat.as_ref().map_or(Duration::ZERO, |seen| seen.age)
     }
 
     pub(super) fn may_lead(&self) -> bool {
-        self.able && self.heartbeat.as_ref().is_some_and(|seen| seen.age < SILENT)
+        self.able && self.silence() < SILENT
     }
 }
 

@@ -28,8 +28,8 @@
 //!
 //! All of this is a function of what was observed and when, without clocks, tasks or an API: a simulation tests it against
 //! crashes, pauses, partitions, wrong clocks and late reads. Ages count only time in which the API server answers, at most
-//! five seconds between two looks: an age is how long something was *observed*. Only a controller that has just begun to
-//! look relies on a clock: the holder's, which stamps both the holder's Lease and its heartbeat.
+//! five seconds between two looks: an age is how long something was *observed*. Only how long ago the last hand-over was is
+//! read from a clock, by a controller that has just begun to look: the holder's, which stamps the Lease.
 
 mod candidate;
 mod view;

@@ -77,7 +77,7 @@ impl LeaseHistory {
     fn guilt(&self, election: &Election) -> Option<Guilt> {
         let held = self.holder.as_ref().map_or(Duration::ZERO, |holder| holder.age);
         let candidate = &self.candidates[&election.holder];
-        let silence = candidate.silence(election.renewal);
+        let silence = candidate.silence();
         (silence >= SILENT && held >= BEGIN).then(|| Guilt {
             silence,
             why: candidate.why.clone(),
@@ -286,7 +286,7 @@ impl LeaseHistory {
         });
         LeaseState {
             holder: (!vacant).then(|| election.holder.clone()),
-            silence: self.candidates[&election.holder].silence(election.renewal),
+            silence: self.candidates[&election.holder].silence(),
             candidates: self.candidates.values().filter(|one| one.may_lead()).count(),
             leaderless: if vacant || guilt.is_some() {
                 elapsed

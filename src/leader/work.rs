@@ -9,7 +9,7 @@ use std::time::Duration;
 
 /// How long something may wait while nothing at all is finished. Sidecars give up a call after 10 to 30 s, and then try the
 /// next one.
-pub(super) const PATIENCE: Duration = Duration::from_mins(1);
+pub(super) const PATIENCE: Duration = Duration::from_secs(45);
 /// For how long a controller whose sidecar did not work counts as one that could not lead: what is wrong is probably still
 /// wrong. After that it is tried again.
 pub(super) const DISTRUST: Duration = Duration::from_mins(5);
@@ -88,9 +88,9 @@ mod tests {
     fn a_leader_that_finishes_nothing_while_something_waits_does_not_work() {
         let mut queue = Queue::default();
         assert_eq!(until_stuck(&mut queue, 0, 300, &[], |_| 0), None, "nothing waits");
-        assert_eq!(until_stuck(&mut queue, 303, 300, &["claim a"], |_| 0), Some(60));
+        assert_eq!(until_stuck(&mut queue, 303, 300, &["claim a"], |_| 0), Some(45));
         let why = queue.stuck.as_ref().unwrap().1.clone();
-        assert_eq!(why, "its sidecar has finished nothing for 60 s, while claim a waits");
+        assert_eq!(why, "its sidecar has finished nothing for 45 s, while claim a waits");
     }
 
     #[test]
@@ -102,7 +102,7 @@ mod tests {
         // Something else comes meanwhile, and the sidecar does not see it.
         assert_eq!(
             until_stuck(&mut queue, 606, 600, &["claim bad", "claim new"], |_| 8),
-            Some(60)
+            Some(45)
         );
     }
 
@@ -118,21 +118,21 @@ mod tests {
         let mut queue = Queue::default();
         queue.look(Duration::ZERO, true, &BTreeSet::new(), 5);
         let restarted = |second: u64| if second < 30 { 5 } else { 0 };
-        assert_eq!(until_stuck(&mut queue, 3, 600, &["claim a"], restarted), Some(90));
+        assert_eq!(until_stuck(&mut queue, 3, 600, &["claim a"], restarted), Some(75));
     }
 
     #[test]
     fn who_did_not_work_is_trusted_again_after_a_while_or_when_it_works() {
         let mut queue = Queue::default();
-        assert_eq!(until_stuck(&mut queue, 0, 300, &["claim a"], |_| 0), Some(60));
+        assert_eq!(until_stuck(&mut queue, 0, 300, &["claim a"], |_| 0), Some(45));
         let none = BTreeSet::new();
-        let at = |seconds: u64| Duration::from_secs(60 + seconds);
+        let at = |seconds: u64| Duration::from_secs(45 + seconds);
         // It has lost the Lease.
         assert!(queue.look(at(299), false, &none, 0).is_some());
         assert!(queue.look(at(300), false, &none, 0).is_none());
 
         let mut queue = Queue::default();
-        assert_eq!(until_stuck(&mut queue, 0, 300, &["claim a"], |_| 0), Some(60));
+        assert_eq!(until_stuck(&mut queue, 0, 300, &["claim a"], |_| 0), Some(45));
         let waiting = ["claim a".to_owned()].into();
         assert!(queue.look(at(3), true, &waiting, 1).is_none());
     }
@@ -144,7 +144,7 @@ mod tests {
         for second in 0..600 {
             assert!(queue.look(Duration::from_secs(second), false, &waiting, 0).is_none());
         }
-        // From now on it has a minute.
-        assert_eq!(until_stuck(&mut queue, 600, 300, &["claim a"], |_| 0), Some(60));
+        // From now on it has its time.
+        assert_eq!(until_stuck(&mut queue, 600, 300, &["claim a"], |_| 0), Some(45));
     }
 }

@@ -132,7 +132,10 @@ pub(crate) trait Control: Send + Sync {
 
     /// The largest volume that can be created in this pool on the nodes of this segment (on any node, if `segment` is
     /// `None`). `None` if it is certain that no node has a pool of that name.
-    fn room(&self, pool: &PoolName, segment: Option<&str>) -> Option<Bytes>;
+    ///
+    /// # Errors
+    /// What is known of the nodes is out of date.
+    fn room(&self, pool: &PoolName, segment: Option<&str>) -> Result<Option<Bytes>, Error>;
 
     /// The filesystem of a pool, as mount(8) calls it, if it is the same on every node that has the pool.
     fn filesystem(&self, pool: &PoolName) -> Option<String>;

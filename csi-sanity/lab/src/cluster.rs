@@ -19,6 +19,7 @@ use crate::kubectl::Kubectl;
 use crate::machine::{Machine, wait_until};
 use crate::node::Node;
 use crate::pki::Pki;
+use crate::reader::Reader;
 
 /// The image of hostdir.
 pub const HOSTDIR_IMAGE: &str = "hostdir:0.1.0";
@@ -116,6 +117,7 @@ impl Cluster {
         ];
         let kubectl = Kubectl {
             prefix: prefix.map(str::to_owned).to_vec(),
+            reader: Reader::new(machine.pid(), &kubeconfig),
         };
         control_plane::start(&machine, &pki, bin, &kubectl)?;
         let control_plane = ControlPlane { machine, pki };

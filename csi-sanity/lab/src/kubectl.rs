@@ -1,4 +1,4 @@
-//! Runs kubectl.
+//! Runs kubectl, and reads objects without it.
 
 use std::io::Write;
 use std::process::{Command, Stdio};
@@ -8,12 +8,15 @@ use anyhow::{Context, Result};
 use serde_json::Value;
 
 use crate::machine::{text_of, wait_for};
+use crate::reader::Reader;
 
 /// A kubectl that talks to one cluster.
 #[derive(Clone)]
 pub struct Kubectl {
     /// nsenter(1) and its arguments, up to and including kubectl and its kubeconfig.
     pub(crate) prefix: Vec<String>,
+    /// Waits read objects again and again, and each kubectl takes a tenth of a second of CPU time.
+    pub(crate) reader: Reader,
 }
 
 impl Kubectl {
@@ -78,6 +81,9 @@ impl Kubectl {
     /// # Errors
     /// The object does not exist, or the API server does not answer.
     pub fn get(&self, what: &[&str]) -> Result<Value> {
+        if let Some(read) = self.reader.get(what) {
+            return read.with_context(|| format!("get {}", what.join(" ")));
+        }
         let args = [&["get", "-o", "json"], what].concat();
         Ok(serde_json::from_str(&self.run(&args)?)?)
     }
@@ -87,8 +93,23 @@ impl Kubectl {
     /// # Errors
     /// The API server does not answer.
     pub fn is_gone(&self, what: &[&str]) -> Result<bool> {
+        if let Some(read) = self.reader.get(what) {
+            return match read {
+                Ok(_) => Ok(false),
+                Err(error) if Reader::is_not_found(&error) => Ok(true),
+                Err(error) => Err(error.context(format!("get {}", what.join(" ")))),
+            };
+        }
         let args = [&["get", "--ignore-not-found", "-o", "name"], what].concat();
         Ok(self.run(&args)?.trim().is_empty())
+    }
+
+    /// The answer to a GET request of a path.
+    ///
+    /// # Errors
+    /// The API server does not answer, or not with a success.
+    pub fn get_raw(&self, path: &str) -> Result<String> {
+        self.reader.text(path).with_context(|| format!("get {path}"))
     }
 
     /// The objects of a list.

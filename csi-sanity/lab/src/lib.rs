@@ -23,6 +23,7 @@ pub mod kubectl;
 mod machine;
 mod node;
 mod pki;
+mod reader;
 pub mod sanity;
 mod support;
 

@@ -90,8 +90,3 @@ readOnlyRootFilesystem: true
 {{- define "hostdir.nodePods" -}}
 app.kubernetes.io/instance={{ .Release.Name }},app.kubernetes.io/component=node
 {{- end }}
-
-{{- /* The label selector of the controllers' pods. */ -}}
-{{- define "hostdir.controllers" -}}
-app.kubernetes.io/instance={{ .Release.Name }},app.kubernetes.io/component=controller
-{{- end }}

@@ -16,7 +16,7 @@ use kube::{Client, ResourceExt};
 use super::watch::{self, Follower, Unreadable, follow, undecoded};
 use super::{api, convert};
 use crate::metrics::Metrics;
-use crate::volume::controller::cache::ClusterCache;
+use crate::volume::controller::cache::{ClusterCache, List};
 use crate::volume::id::{NodeName, VolumeId};
 
 use backlog::{Claims, Classes};
@@ -102,6 +102,10 @@ impl Follower for Volumes<'_> {
     fn retain(&self, listed: &BTreeSet<VolumeId>) {
         self.0.retain_volumes(listed);
     }
+
+    fn heard(&self, heard: bool) {
+        self.0.set_heard(List::HostVolumes, heard);
+    }
 }
 
 fn node_name(object: &DynamicObject) -> Result<NodeName, Unreadable<NodeName>> {
@@ -142,6 +146,10 @@ impl Follower for HostNodes<'_> {
     fn retain(&self, listed: &BTreeSet<NodeName>) {
         self.0.retain_pools(listed);
     }
+
+    fn heard(&self, heard: bool) {
+        self.0.set_heard(List::HostNodes, heard);
+    }
 }
 
 struct Nodes<'a>(&'a ClusterCache);
@@ -164,6 +172,10 @@ impl Follower for Nodes<'_> {
 
     fn retain(&self, listed: &BTreeSet<NodeName>) {
         self.0.retain_nodes(listed);
+    }
+
+    fn heard(&self, heard: bool) {
+        self.0.set_heard(List::Nodes, heard);
     }
 }
 

@@ -12,7 +12,7 @@ use kube::api::{Api, ListParams, PostParams};
 use kube::{Client, ResourceExt};
 use serde_json::json;
 
-use crate::k8s::client::{Problem, request_within};
+use crate::k8s::client::{Problem, Refusal, request_within};
 use crate::leader::{Election, Heartbeat, Own, View, identity};
 
 /// How long to wait for the API server's answer: a later one is of no use to the election.
@@ -171,6 +171,23 @@ impl Elections {
             request_within(LIMIT, verb, self.leases.create(&params, &lease)).await
         } else {
             request_within(LIMIT, verb, self.leases.replace(&self.pod, &params, &lease)).await
+        }
+    }
+
+    /// Whether the admission policy for Leases is in force: whether the API server refuses that this controller writes another
+    /// holder into its own heartbeat. Nothing is written.
+    pub(super) async fn policy_is_in_force(&self, heartbeat: &Lease) -> Result<bool, Problem> {
+        let mut lease = heartbeat.clone();
+        lease.spec.get_or_insert_default().holder_identity = Some("not-this-pod".into());
+        let params = PostParams {
+            dry_run: true,
+            ..PostParams::default()
+        };
+        let verb = "ask whether the policy for Leases is in force";
+        match request_within(LIMIT, verb, self.leases.replace(&self.pod, &params, &lease)).await {
+            Ok(_) => Ok(false),
+            Err(Problem::Refused(Refusal::Forbidden, _)) => Ok(true),
+            Err(problem) => Err(problem),
         }
     }
 

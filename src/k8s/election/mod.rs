@@ -16,8 +16,9 @@ use futures::future::{BoxFuture, join_all};
 use k8s_openapi::api::coordination::v1::Lease;
 use kube::Client;
 use tokio::time::{sleep, timeout};
-use tracing::error;
+use tracing::{error, warn};
 
+use crate::http::Check;
 use crate::k8s::client::Problem;
 use crate::k8s::controller::Backlog;
 use crate::leader::identity;
@@ -39,11 +40,11 @@ const ANSWER: Duration = Duration::from_secs(2);
 /// After how long a driver that does not answer its own socket ends: the kubelet starts it anew, and if there is no kubelet, it
 /// is in nobody's way.
 const HUNG: Duration = Duration::from_mins(1);
+/// How often to ask whether the admission policy is in force.
+const POLICY: Duration = Duration::from_mins(5);
 /// An answer that took longer than this is out of date.
 const FRESH: Duration = Duration::from_secs(5);
 
-/// Asks a driver whether it works.
-pub(crate) type Check = Arc<dyn Fn() -> BoxFuture<'static, anyhow::Result<()>> + Send + Sync>;
 /// Gets a path from a sidecar over HTTP; fails unless the status is a success.
 pub(crate) type Get = Arc<dyn Fn(&'static str) -> BoxFuture<'static, anyhow::Result<String>> + Send + Sync>;
 
@@ -110,11 +111,16 @@ impl Guard {
         let mut last = None;
         let mut failing = Failing::default();
         let mut answered: Option<Instant> = None;
+        let mut policy: Option<Instant> = None;
         loop {
             let mut pause = RETRY;
             match self.give_heartbeat(last.take()).await {
                 Ok(lease) => {
                     failing.ended("heartbeats are sent again");
+                    if policy.is_none_or(|asked| asked.elapsed() >= POLICY) {
+                        policy = Some(Instant::now());
+                        self.check_policy(&lease).await;
+                    }
                     last = Some(lease);
                     pause = BEAT;
                     answered = Some(Instant::now());
@@ -140,6 +146,20 @@ impl Guard {
                 }
             }
             sleep(pause).await;
+        }
+    }
+
+    /// Says so if the admission policy for Leases is not in force: a copied kubeconfig, or a token that outlives its Pod, could
+    /// then hold a Lease.
+    async fn check_policy(&self, heartbeat: &Lease) {
+        // The next heartbeat meets the same problem.
+        if let Ok(in_force) = self.elections.policy_is_in_force(heartbeat).await {
+            self.metrics.set_lease_policy_missing(!in_force);
+            if !in_force {
+                warn!(
+                    "the admission policy for Leases is not in force: upgrade or install hostdir again to restore it"
+                );
+            }
         }
     }
 

@@ -120,7 +120,8 @@ impl Process {
     }
 
     pub(super) fn clock(&self, now: f64) -> Timestamp {
-        Timestamp::UNIX_EPOCH + Duration::from_secs_f64((now * self.rate + self.ahead).max(0.0))
+        // Whatever the jumps, it is after 1970.
+        Timestamp::UNIX_EPOCH + Duration::from_secs_f64(1e6 + now * self.rate + self.ahead)
     }
 
     fn monotonic(&self, now: f64) -> Duration {
@@ -143,7 +144,8 @@ impl Process {
     /// Whether it does the work of an election if it leads, as far as it is concerned.
     pub(super) fn works(&self, lease: usize, now: f64) -> bool {
         let sidecar = &self.sidecars[lease];
-        let there = self.exists && self.ending.is_none() && self.driver == Health::Well;
+        // A Pod that is being deleted works until its kubelet, if that is alive, stops it.
+        let there = self.exists && self.driver == Health::Well;
         there && sidecar.answers() && sidecar.stuck <= now
     }
 }
@@ -176,6 +178,7 @@ impl World {
         if sidecar.leads && driver == Health::Well && sidecar.stuck <= now && !useless && now - sidecar.worked > 1.0 {
             sidecar.worked = now;
             sidecar.finished += 1;
+            self.leases[lease].worked = now;
         }
         if now < sidecar.next {
             return;
@@ -259,11 +262,10 @@ impl World {
         let process = &mut self.processes[number];
         let monotonic = process.monotonic(now);
         let mut elections = std::collections::BTreeMap::new();
-        for (lease, sidecar) in LEASES.iter().zip(&mut process.sidecars) {
+        for ((lease, sidecar), held) in LEASES.iter().zip(&mut process.sidecars).zip(&self.leases) {
             let leads = process.leads.contains(*lease);
             let finished = sidecar.finished;
-            // There is always something to do.
-            let waiting = ["claim".to_owned()].into();
+            let waiting = held.waiting(now);
             let why = sidecar
                 .queue
                 .look(monotonic, leads, &waiting, finished)

@@ -3,7 +3,7 @@
 use crate::leader::*;
 use fastrand::Rng;
 use jiff::Timestamp;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use super::process::{Health, Process};
@@ -48,6 +48,8 @@ pub(super) struct Held {
     pub(super) election: Election,
     pub(super) renewals: u64,
     pub(super) hand_overs: Vec<f64>,
+    /// When something was last finished.
+    pub(super) worked: f64,
     /// Since when some controller is fit but no fit one leads.
     pub(super) missed: Option<f64>,
 }
@@ -91,6 +93,7 @@ impl World {
             },
             renewals: 0,
             hand_overs: Vec::new(),
+            worked: 0.0,
             missed: None,
         };
         let mut world = Self {
@@ -311,6 +314,13 @@ impl World {
 }
 
 impl Held {
+    /// What waits: a claim comes every five seconds, and whoever works finishes all of them.
+    pub(super) fn waiting(&self, now: f64) -> BTreeSet<String> {
+        let came = std::iter::successors(Some(now - now % 5.0), |last| Some(last - 5.0));
+        let waits = came.take_while(|came| *came > self.worked.max(now - 120.0));
+        waits.map(|came| format!("claim {came}")).collect()
+    }
+
     /// How many hand-overs there were in the last ten minutes.
     pub(super) fn recent(&self, now: f64) -> usize {
         self.hand_overs.iter().filter(|at| now - **at < 600.0).count()

@@ -79,6 +79,15 @@ impl Controller {
         self.fence.check().map_err(about(id))
     }
 
+    /// Checks that what is known of nodes and volumes is complete and up to date.
+    fn check_complete(&self) -> Result<(), Reason> {
+        if self.cache.is_complete() {
+            return Ok(());
+        }
+        let why = "this controller has not seen all nodes and volumes yet, or no longer hears the API server; the call will be retried";
+        Err(Reason::Waiting(why.into()))
+    }
+
     fn find(&self, id: &VolumeId) -> Result<Option<HostVolume>, Error> {
         self.store.get(id).map_err(about(id))
     }
@@ -96,10 +105,7 @@ impl Controller {
                 .existing_or(id, Reason::EmptyRange(request.size))
                 .map(Reserved::exists);
         };
-        if !self.cache.is_complete() {
-            let why = "this controller has not seen all nodes and volumes yet; the call will be retried";
-            return Err(about(id)(Reason::Waiting(why.into())));
-        }
+        self.check_complete().map_err(about(id))?;
         match self
             .cache
             .reserve(id, &request.parameters.pool, bytes, &request.topology)
@@ -272,8 +278,9 @@ impl Control for Controller {
         Ok(self.cache.list(after, max))
     }
 
-    fn room(&self, pool: &PoolName, segment: Option<&str>) -> Option<Bytes> {
-        self.cache.room(pool, segment)
+    fn room(&self, pool: &PoolName, segment: Option<&str>) -> Result<Option<Bytes>, Error> {
+        self.check_complete().map_err(|reason| Error::new(None, None, reason))?;
+        Ok(self.cache.room(pool, segment))
     }
 
     fn filesystem(&self, pool: &PoolName) -> Option<String> {
@@ -282,7 +289,8 @@ impl Control for Controller {
 }
 
 impl Health for Controller {
-    /// Not ready before all lists have been seen: a controller that knows no node would send every pod elsewhere.
+    /// Not ready before all lists have been seen, nor when the API server has not been heard for long: a controller that knows no
+    /// node would send every pod elsewhere.
     fn probe(&self, _: bool) -> Result<bool, Error> {
         self.fence.check().map_err(|reason| Error::new(None, None, reason))?;
         Ok(self.cache.is_complete())

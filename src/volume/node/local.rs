@@ -97,19 +97,19 @@ impl Control for Node {
         false
     }
 
-    fn room(&self, pool: &PoolName, segment: Option<&str>) -> Option<Bytes> {
+    fn room(&self, pool: &PoolName, segment: Option<&str>) -> Result<Option<Bytes>, Error> {
         if segment.is_some_and(|segment| segment != self.name.segment()) {
-            return Some(Bytes(0));
+            return Ok(Some(Bytes(0)));
         }
         let room = match self.pool(pool) {
-            Err(Reason::NoSuchPool { .. }) => return None,
+            Err(Reason::NoSuchPool { .. }) => return Ok(None),
             Err(reason) => Err(reason),
             Ok(pool) => pool.room(),
         };
-        Some(room.unwrap_or_else(|why| {
+        Ok(Some(room.unwrap_or_else(|why| {
             warn!(node = %self.name, pool = %pool, %why, "cannot determine the room of the pool; reporting no capacity");
             Bytes(0)
-        }))
+        })))
     }
 
     fn filesystem(&self, pool: &PoolName) -> Option<String> {

@@ -57,7 +57,7 @@ impl Control for SelfTest {
         Err(self.refuse(None))
     }
 
-    fn room(&self, pool: &PoolName, segment: Option<&str>) -> Option<Bytes> {
+    fn room(&self, pool: &PoolName, segment: Option<&str>) -> Result<Option<Bytes>, Error> {
         self.0.room(pool, segment)
     }
 

@@ -22,10 +22,11 @@ use crate::volume::id::{NodeName, PoolName, VolumeId};
 use crate::volume::pool_status::{PoolStatus, PoolUsage};
 use crate::volume::record::Phase;
 use crate::volume::size::Bytes;
-use state::{CachedVolume, List, PoolKey, State};
+use state::{CachedVolume, PoolKey, State};
 
 pub(crate) use nodes::NodeState;
 pub(super) use reservations::Reservation;
+pub(crate) use state::List;
 
 #[derive(Default)]
 pub(crate) struct ClusterCache {
@@ -110,7 +111,17 @@ impl ClusterCache {
         state.seen.insert(List::HostNodes);
     }
 
-    /// Whether all lists have been seen completely.
+    /// Notes whether the changes of a list come.
+    pub(crate) fn set_heard(&self, list: List, heard: bool) {
+        let deaf = &mut self.lock().deaf;
+        if heard {
+            deaf.remove(&list);
+        } else {
+            deaf.entry(list).or_insert_with(Instant::now);
+        }
+    }
+
+    /// Whether all lists have been seen completely, and are up to date.
     pub(crate) fn is_complete(&self) -> bool {
         self.lock().is_complete()
     }

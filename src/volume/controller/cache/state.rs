@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use uuid::Uuid;
@@ -79,11 +79,16 @@ pub(super) struct State {
     pub(super) absent: BTreeMap<NodeName, Instant>,
     /// The lists that have been seen completely.
     pub(super) seen: BTreeSet<List>,
+    /// The lists whose changes do not come any more, and since when.
+    pub(super) deaf: BTreeMap<List, Instant>,
 }
+
+/// For how long the API server may not be heard before what is known counts as out of date. A restart of it takes less.
+pub(super) const DEAF: Duration = Duration::from_mins(1);
 
 /// A list of objects that the cache follows.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum List {
+pub(crate) enum List {
     HostVolumes,
     HostNodes,
     Nodes,
@@ -91,11 +96,13 @@ pub(super) enum List {
 }
 
 impl State {
-    /// Whether all lists have been seen completely that creating and deleting volumes depends on.
+    /// Whether all lists have been seen completely that creating and deleting volumes depends on, and their changes since then.
     pub(super) fn is_complete(&self) -> bool {
-        [List::HostVolumes, List::HostNodes, List::Nodes]
-            .iter()
-            .all(|list| self.seen.contains(list))
+        let is_known = |list: &List| {
+            let deaf = self.deaf.get(list).is_some_and(|since| since.elapsed() >= DEAF);
+            self.seen.contains(list) && !deaf
+        };
+        [List::HostVolumes, List::HostNodes, List::Nodes].iter().all(is_known)
     }
 
     pub(super) fn get(&self, id: &VolumeId) -> Option<&CachedVolume> {

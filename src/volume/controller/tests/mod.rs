@@ -228,7 +228,12 @@ impl Fixture {
 
     fn room(&self, number: usize) -> u64 {
         let segment = node(number).segment();
-        self.controller.room(&default_pool(), Some(&segment)).unwrap().0 >> 30
+        self.controller
+            .room(&default_pool(), Some(&segment))
+            .unwrap()
+            .unwrap()
+            .0
+            >> 30
     }
 
     fn create(&self, name: &str, gib: u64, on: &[usize]) -> Result<Volume, Reason> {

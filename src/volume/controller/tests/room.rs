@@ -122,10 +122,10 @@ fn a_pool_that_was_replaced_has_no_room_while_volumes_are_on_the_old_one() {
 fn a_pool_that_nobody_has_is_told_from_one_that_is_full() {
     let fixture = Fixture::new();
     let fast = PoolName::parse("fast").unwrap();
-    assert_eq!(fixture.controller.room(&fast, None), None);
+    assert_eq!(fixture.controller.room(&fast, None).unwrap(), None);
     let unheard = node(7).segment();
     assert_eq!(
-        fixture.controller.room(&fast, Some(&unheard)),
+        fixture.controller.room(&fast, Some(&unheard)).unwrap(),
         Some(Bytes(0)),
         "nothing is known about that node yet"
     );

@@ -98,7 +98,7 @@ impl Fixture {
     }
 
     fn room(&self) -> u64 {
-        self.node.room(&pool("default"), None).unwrap().0 >> 30
+        self.node.room(&pool("default"), None).unwrap().unwrap().0 >> 30
     }
 }
 
