@@ -9,6 +9,9 @@ use super::view::Heartbeat;
 
 /// How long heartbeats may be missing: four are due in that time.
 pub(super) const SILENT: Duration = Duration::from_secs(12);
+/// How long a controller may have no heartbeat at all: it is deleted with its Pod. Somebody may delete it by mistake; then it is
+/// back within two seconds.
+const ABSENT: Duration = Duration::from_secs(4);
 
 /// A value, and how long it was observed.
 #[derive(Clone, Debug)]
@@ -40,15 +43,22 @@ impl<T: PartialEq> Seen<T> {
 pub(super) struct Candidate {
     /// The last heartbeat that said that it could lead: when it was sent, and how long ago it came.
     heartbeat: Option<Seen<Option<Timestamp>>>,
+    /// How long it has had no heartbeat, if it has none.
+    absent: Option<Duration>,
     /// Whether its latest heartbeat says that it could lead, and why not if it says that.
     able: bool,
-    pub(super) why: Option<String>,
+    why: Option<String>,
 }
 
 impl Candidate {
     pub(super) fn note(&mut self, lease: &str, heartbeat: Option<&Heartbeat>, elapsed: Duration) {
         let able = heartbeat.filter(|heartbeat| heartbeat.can_lead(lease));
         self.able = able.is_some();
+        self.absent = match (heartbeat, self.absent) {
+            (Some(_), _) => None,
+            (None, None) => Some(Duration::ZERO),
+            (None, Some(age)) => Some(age + elapsed),
+        };
         self.why = heartbeat.and_then(|heartbeat| heartbeat.cannot_lead(lease).map(str::to_owned));
         let last = self.heartbeat.as_ref().and_then(|seen| seen.value);
         Seen::note(&mut self.heartbeat, able.map_or(last, |beat| Some(beat.sent)), elapsed);
@@ -59,6 +69,16 @@ impl Candidate {
         self.heartbeat.as_ref().map_or(Duration::ZERO, |seen| seen.age)
     }
 
+    /// Why it must not lead.
+    pub(super) fn guilt(&self) -> Option<Guilt> {
+        let silence = self.silence();
+        let absent = self.absent.is_some_and(|age| age >= ABSENT);
+        (absent || silence >= SILENT).then(|| Guilt {
+            silence: if absent { Duration::MAX } else { silence },
+            why: self.why.clone(),
+        })
+    }
+
     pub(super) fn may_lead(&self) -> bool {
         self.able && self.silence() < SILENT
     }
@@ -67,7 +87,7 @@ impl Candidate {
 /// Why a holder must not lead: it has sent no heartbeat that says that it could.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Guilt {
-    /// For how long; [`Duration::MAX`] if it never sent one.
+    /// For how long; [`Duration::MAX`] if it has no heartbeat.
     pub(crate) silence: Duration,
     /// Why it could not lead, if its heartbeats say so.
     pub(crate) why: Option<String>,
@@ -94,7 +114,7 @@ impl fmt::Display for Guilt {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match (&self.why, self.silence) {
             (Some(why), _) => f.write_str(why),
-            (None, Duration::MAX) => f.write_str("its driver has never sent a heartbeat"),
+            (None, Duration::MAX) => f.write_str("it has no heartbeat: its Pod is gone, or it never sent one"),
             (None, silence) => write!(f, "its driver has sent no heartbeat for {} s", silence.as_secs()),
         }
     }

@@ -15,8 +15,8 @@
 //!   it is sent only while the driver answers on its own socket. A controller could lead while its sidecar answers and, if it
 //!   leads, does its work ([`Queue`]).
 //! - Every controller looks at the election every two seconds ([`Watchdog::look`]). There is one reason to replace a holder:
-//!   for twelve seconds it has sent no heartbeat that says that it could lead ([`Guilt`]). A Lease that nobody renews is left
-//!   to expire.
+//!   for twelve seconds it has sent no heartbeat that says that it could lead, or its heartbeat is gone, which happens when its
+//!   Pod is deleted ([`Guilt`]). A Lease that nobody renews is left to expire.
 //! - A controller that could lead itself then writes its own name into the Lease, at the version it has read. Its sidecar finds
 //!   itself leading at its next poll; the ghost's sidecar finds that it has lost, and exits. After deleting or emptying the
 //!   Lease, any sidecar could get it, even the ghost's.

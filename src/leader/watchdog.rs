@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 
-use super::candidate::{Candidate, Guilt, SILENT, Seen};
+use super::candidate::{Candidate, Guilt, Seen};
 use super::view::{Election, View};
 
 /// The most that a gap between two looks counts: unobserved time counts against nobody.
@@ -76,12 +76,8 @@ impl LeaseHistory {
     /// Why the holder must not lead. A new holder has [`BEGIN`] to start.
     fn guilt(&self, election: &Election) -> Option<Guilt> {
         let held = self.holder.as_ref().map_or(Duration::ZERO, |holder| holder.age);
-        let candidate = &self.candidates[&election.holder];
-        let silence = candidate.silence();
-        (silence >= SILENT && held >= BEGIN).then(|| Guilt {
-            silence,
-            why: candidate.why.clone(),
-        })
+        let guilt = self.candidates[&election.holder].guilt();
+        guilt.filter(|_| held >= BEGIN)
     }
 
     /// How many controllers come before `me`; `None` if it may not lead itself.

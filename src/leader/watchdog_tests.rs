@@ -114,14 +114,14 @@ fn who_does_not_beat_is_replaced() {
     let mut world = World::new();
     world.beating.remove("a");
     world.view.heartbeats.remove("a");
-    assert_eq!(world.after(60), Some(12));
+    assert_eq!(world.after(60), Some(5));
 
     // A controller that never sent a heartbeat, such as an old version that knows none.
     let mut world = World::new();
     world.election().holder = "old".into();
     let (after, due) = world.until(60).unwrap();
     // `a` comes before `b`.
-    assert_eq!((after, due.guilt.reason()), (14, "Silent"));
+    assert_eq!((after, due.guilt.reason()), (10, "Silent"));
 }
 
 #[test]
@@ -287,7 +287,7 @@ fn one_that_has_just_begun_to_look_keeps_the_quiet_too() {
     };
     assert_eq!(held("from c to a, because its driver has sent no heartbeat"), Some(25));
     // A holder that was elected since then did not get the Lease by that hand-over. `c` comes after `b`.
-    assert_eq!(held("from a to c, because its driver has sent no heartbeat"), Some(13));
+    assert_eq!(held("from a to c, because its driver has sent no heartbeat"), Some(9));
 
     // A deleted Lease that a ghost creates again is not a hand-over.
     let mut world = World::new();
@@ -303,12 +303,12 @@ fn another_holder_begins_anew() {
     let mut world = World::new();
     world.beating.remove("a");
     world.view.heartbeats.remove("a");
-    assert_eq!(world.until(11), None);
+    assert_eq!(world.until(4), None);
     // Meanwhile the Lease goes to `c`, which could lead, and then back to the ghost.
     world.election().holder = "c".into();
     assert_eq!(world.until(30), None);
     world.election().holder = "a".into();
-    assert_eq!(world.after(60), Some(13));
+    assert_eq!(world.after(60), Some(9));
 }
 
 #[test]

@@ -164,6 +164,17 @@ fn the_lease_is_handed_over_only_once_a_controller_is_fit() {
         election.keeps_the_lease(&leader, Instant::now(), 35);
         let report = format!("{:#}", election.ask_who_leads(other).unwrap_err());
         assert!(report.contains("it must not lead"), "{report}");
+        assert!(report.contains("No other controller could lead either"), "{report}");
+        let pod = election.lab.kubectl().get(&["pod", other, "-n", NAMESPACE]).unwrap();
+        let line = format!("hostdir_leader_candidates{{lease=\"{LEASE}\"}} 0");
+        election.lab.metrics_have(&pod, &[&line]);
+        election.lab.wait("an Event says that nobody could lead", || {
+            let events = election
+                .lab
+                .kubectl()
+                .run(&["describe", "lease", LEASE, "-n", NAMESPACE])?;
+            Ok(events.contains("NobodyCanLead"))
+        });
         election.signal(*beside, other, "hostdir", "STOP");
         election.note("the other controller's driver hangs, too");
         election.keeps_the_lease(&leader, Instant::now(), 6);

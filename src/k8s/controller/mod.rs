@@ -6,6 +6,7 @@ mod released;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use k8s_openapi::api::core::v1::{Node, PersistentVolume, PersistentVolumeClaim, Pod};
 use k8s_openapi::api::storage::v1::StorageClass;
@@ -104,7 +105,7 @@ impl Follower for Volumes<'_> {
     }
 
     fn heard(&self, heard: bool) {
-        self.0.set_heard(List::HostVolumes, heard);
+        self.0.set_deaf(List::HostVolumes, (!heard).then(Instant::now));
     }
 }
 
@@ -148,7 +149,7 @@ impl Follower for HostNodes<'_> {
     }
 
     fn heard(&self, heard: bool) {
-        self.0.set_heard(List::HostNodes, heard);
+        self.0.set_deaf(List::HostNodes, (!heard).then(Instant::now));
     }
 }
 
@@ -175,7 +176,7 @@ impl Follower for Nodes<'_> {
     }
 
     fn heard(&self, heard: bool) {
-        self.0.set_heard(List::Nodes, heard);
+        self.0.set_deaf(List::Nodes, (!heard).then(Instant::now));
     }
 }
 

@@ -128,13 +128,13 @@ fn live(seed: u64) {
     }
 }
 
-/// Calls `run` for many seeds, on two threads: 200 seeds, 2,000 in CI, or those that `HOSTDIR_SEEDS=FROM..TO` names.
+/// Calls `run` for many seeds, on two threads: 100 seeds, 1,000 in CI, or those that `HOSTDIR_SEEDS=FROM..TO` names.
 fn for_each_seed(run: impl Fn(u64) + Sync) {
     let named = std::env::var("HOSTDIR_SEEDS").ok().and_then(|text| {
         let (from, to) = text.split_once("..")?;
         Some(from.parse().ok()?..to.parse().ok()?)
     });
-    let many = if std::env::var_os("CI").is_some() { 2000 } else { 200 };
+    let many = if std::env::var_os("CI").is_some() { 1000 } else { 100 };
     let seeds = named.unwrap_or(0..many);
     let half = |odd: u64| seeds.clone().filter(|seed| seed % 2 == odd).for_each(&run);
     std::thread::scope(|scope| {
@@ -185,7 +185,7 @@ const BLOWS: [(&str, Blow, f64); 8] = [
             process.driver = Health::Hung(f64::INFINITY);
             (process.exists, machine.kubelet) = (false, f64::INFINITY);
         },
-        25.0,
+        15.0,
     ),
     (
         "Node gone, driver hung, no kubelet",
@@ -239,6 +239,10 @@ fn after_one_blow_another_leads_in_time() {
 #[test]
 fn where_nobody_works_the_lease_does_not_go_round() {
     for_each_seed(|seed| {
+        // It takes as long as five others.
+        if seed % 5 > 1 {
+            return;
+        }
         let mut world = World::new(seed);
         while world.now < 60.0 {
             world.step();

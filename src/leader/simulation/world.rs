@@ -75,7 +75,7 @@ pub(super) struct World {
     pub(super) useless: f64,
     /// When a sidecar was last stuck.
     pub(super) stuck: f64,
-    /// The views at earlier steps, latest last.
+    /// The views at earlier steps while the API server is slow, latest last.
     pub(super) past: Vec<View>,
 }
 
@@ -212,9 +212,13 @@ impl World {
         self.processes.retain(|process| process.exists || !process.is_dead());
         let exists = |name: &String| self.processes.iter().any(|one| one.name == *name && one.exists);
         self.beats.retain(|name, _| exists(name));
-        self.past.push(self.shared_view());
-        if self.past.len() > 10 {
-            self.past.remove(0);
+        if self.now < self.slow {
+            self.past.push(self.shared_view());
+            if self.past.len() > 10 {
+                self.past.remove(0);
+            }
+        } else {
+            self.past.clear();
         }
         self.check();
     }

@@ -111,13 +111,12 @@ impl ClusterCache {
         state.seen.insert(List::HostNodes);
     }
 
-    /// Notes whether the changes of a list come.
-    pub(crate) fn set_heard(&self, list: List, heard: bool) {
+    /// Notes since when the changes of a list do not come any more; `None` if they come.
+    pub(crate) fn set_deaf(&self, list: List, since: Option<Instant>) {
         let deaf = &mut self.lock().deaf;
-        if heard {
-            deaf.remove(&list);
-        } else {
-            deaf.entry(list).or_insert_with(Instant::now);
+        match since {
+            None => drop(deaf.remove(&list)),
+            Some(since) => drop(deaf.entry(list).or_insert(since)),
         }
     }
 

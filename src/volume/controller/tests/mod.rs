@@ -6,11 +6,12 @@ mod room;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex};
+use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use uuid::Uuid;
 
-use super::cache::{ClusterCache, NodeState};
+use super::cache::{ClusterCache, List, NodeState};
 use super::*;
 use crate::volume::control::Topology;
 use crate::volume::host_volume::tests::host_volume;
@@ -380,6 +381,24 @@ fn a_controller_is_not_ready_before_it_has_seen_everything() {
     assert!(!controller.probe(false).unwrap());
     cache.retain_volumes(&BTreeSet::new());
     assert!(controller.probe(false).unwrap());
+}
+
+#[test]
+fn a_controller_that_no_longer_hears_the_api_server_does_not_pass_for_well() {
+    let fixture = Fixture::new();
+    let cache = &fixture.cache;
+    let long = Instant::now().checked_sub(Duration::from_mins(2)).unwrap();
+    for list in [List::HostVolumes, List::HostNodes, List::Nodes] {
+        cache.set_deaf(list, Some(Instant::now()));
+        assert!(fixture.controller.probe(false).unwrap(), "a short gap");
+        cache.set_deaf(list, None);
+        cache.set_deaf(list, Some(long));
+        assert!(!fixture.controller.probe(false).unwrap());
+        fixture.controller.room(&default_pool(), None).unwrap_err();
+        fixture.create("a", 1, &[1]).unwrap_err();
+        cache.set_deaf(list, None);
+        assert!(fixture.controller.probe(false).unwrap());
+    }
 }
 
 #[test]
