@@ -2,6 +2,7 @@
 
 use super::{Election, POLICY};
 use crate::lab::{Lab, PATIENCE};
+use crate::rights::token;
 use anyhow::{Result, ensure};
 use hostdir_lab::cluster::{ControllerManager, NAMESPACE};
 use hostdir_lab::prove::target_dir;
@@ -149,6 +150,103 @@ impl Drop for GhostController<'_> {
         let killed = self.election.lab.nodes[self.node].sh(&script);
         if !std::thread::panicking() {
             killed.expect("the ghost is killed");
+        }
+    }
+}
+
+/// Real sidecars in the place of a controller's own, with its name and its driver, whose account may write Leases and nothing else:
+/// each wins its election, and then waits for lists that are refused. They end when this is dropped.
+pub(super) struct UselessSidecars<'a> {
+    election: &'a Election,
+    node: usize,
+}
+
+impl<'a> UselessSidecars<'a> {
+    const DIR: &'static str = "/run/useless";
+
+    /// The node must have no kubelet, and the cluster no policy for Leases.
+    pub(super) fn start(election: &'a Election, node: usize, pod: &str) -> Self {
+        let lab = &election.lab;
+        let kubectl = lab.kubectl();
+        let account = ["create", "serviceaccount", "useless", "-n", NAMESPACE];
+        let role = "--resource=leases.coordination.k8s.io";
+        let role = [
+            "create",
+            "role",
+            "useless",
+            "--verb=get,create,update",
+            role,
+            "-n",
+            NAMESPACE,
+        ];
+        let subject = format!("--serviceaccount={NAMESPACE}:useless");
+        let binding = [
+            "create",
+            "rolebinding",
+            "useless",
+            "--role=useless",
+            &subject,
+            "-n",
+            NAMESPACE,
+        ];
+        for args in [&account[..], &role, &binding] {
+            kubectl.run(args).unwrap();
+        }
+        let useless = Self { election, node };
+        let token = token(lab, "useless", None);
+        let config = json!({
+            "apiVersion": "v1", "kind": "Config", "current-context": "c",
+            "clusters": [{"name": "c", "cluster": {"server": "https://10.42.0.1:443", "insecure-skip-tls-verify": true}}],
+            "users": [{"name": "c", "user": {"token": token}}],
+            "contexts": [{"name": "c", "context": {"cluster": "c", "user": "c"}}],
+        });
+        let object = kubectl.get(&["pod", pod, "-n", NAMESPACE]).unwrap();
+        let uid = object["metadata"]["uid"].as_str().unwrap().to_owned();
+        let driver = election.for_processes(node, pod, "hostdir", "echo ${p#/proc/}");
+        for program in ["csi-provisioner", "csi-resizer"] {
+            election.signal(node, pod, program, "KILL");
+        }
+        let bin = target_dir().join("lab/bin");
+        let flags = format!(
+            "--kubeconfig={dir}/kubeconfig --timeout=10s \
+             --csi-address=/var/lib/kubelet/pods/{uid}/volumes/kubernetes.io~empty-dir/socket/csi.sock \
+             --leader-election --leader-election-namespace={NAMESPACE} --leader-election-lease-duration=10s \
+             --leader-election-renew-deadline=9s --leader-election-retry-period=2s",
+            dir = Self::DIR,
+        );
+        let script = format!(
+            "mkdir {dir}; echo '{config}' > {dir}/kubeconfig
+             exec 0<&- >{dir}/log 2>&1
+             setsid nsenter -t {driver} --net unshare --uts sh -c 'hostname {pod}; echo $$ > {dir}/pid
+                {bin}/csi-provisioner {flags} --http-endpoint=:9809 --strict-topology --immediate-topology=false &
+                {bin}/csi-resizer {flags} --http-endpoint=:9810 --handle-volume-inuse-error=false &
+                wait' &",
+            dir = Self::DIR,
+            driver = driver.trim(),
+            bin = bin.display(),
+        );
+        useless.sh(&script);
+        useless
+    }
+
+    fn sh(&self, script: &str) -> String {
+        self.election.lab.nodes[self.node].sh(script).unwrap()
+    }
+
+    pub(super) fn log(&self) -> String {
+        self.sh(&format!("tail -n 20 {}/log", Self::DIR))
+    }
+}
+
+impl Drop for UselessSidecars<'_> {
+    fn drop(&mut self) {
+        let script = format!("kill -s KILL -- -$(cat {0}/pid) && rm -rf {0}", Self::DIR);
+        let killed = self.election.lab.nodes[self.node].sh(&script);
+        let args = ["delete", "serviceaccount,role,rolebinding", "useless", "-n", NAMESPACE];
+        let deleted = self.election.lab.kubectl().run(&args);
+        if !std::thread::panicking() {
+            killed.expect("the sidecars are killed");
+            deleted.expect("their account is deleted");
         }
     }
 }

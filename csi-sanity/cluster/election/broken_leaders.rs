@@ -1,7 +1,7 @@
 //! Leaders that hang, die, pause or lose their network.
 
-use super::broken::{BrokenNode, CutOff, GhostController};
-use super::{CLASS, Election, LEASE};
+use super::broken::{BrokenNode, CutOff, GhostController, UselessSidecars, WithoutPolicy};
+use super::{CLASS, Election, LEASE, RESIZER_LEASE};
 use crate::objects::{claim_of, pod};
 use hostdir_lab::cluster::NAMESPACE;
 use hostdir_lab::needs;
@@ -46,6 +46,50 @@ fn a_leader_with_a_hung_or_dead_process_is_replaced() {
             "a Lease that nobody renews must expire without a hand-over"
         );
     }
+    election.end();
+}
+
+/// The leader's sidecars win their elections and renew their Leases, its driver answers, and nothing is done: lists are refused.
+#[needs(Root, Go, Cluster)]
+fn a_leader_whose_sidecars_do_no_work_is_replaced() {
+    let election = Election::begin("ghost-11", "sidecars that lead and do nothing");
+    election.lab.join_network().unwrap();
+    let kubectl = election.lab.kubectl();
+    let (leader, node) = election.leader();
+    // Each election has its own leader.
+    let token = election.token(Some(&leader));
+    election.hold(&token, RESIZER_LEASE, &leader).unwrap();
+    let without_policy = WithoutPolicy::begin(&election);
+    {
+        let broken = BrokenNode::new(&election, node);
+        broken.stop_kubelet();
+        let useless = UselessSidecars::start(&election, node, &leader);
+        election.lab.wait("they lead", || {
+            let leads = |lease: &str| {
+                let lease = kubectl.get(&["lease", lease, "-n", NAMESPACE])?;
+                anyhow::Ok(lease["spec"]["holderIdentity"] == leader.as_str())
+            };
+            anyhow::ensure!(leads(LEASE)? && leads(RESIZER_LEASE)?, "{}", useless.log());
+            Ok(true)
+        });
+        election.note("the leader has sidecars that may list nothing; they renew both Leases");
+        let asked = Instant::now();
+        let grow = r#"{"spec":{"resources":{"requests":{"storage":"20Mi"}}}}"#;
+        let namespace = election.lab.namespace.as_str();
+        kubectl
+            .run(&["patch", "pvc", "live", "-n", namespace, "-p", grow])
+            .unwrap();
+        election.binds_within(asked, 90, "the claim was made");
+        assert_ne!(election.holder(), leader);
+        election.was_handed_over("its sidecar has finished nothing for");
+        election.lab.wait("the volume of the other claim has grown", || {
+            Ok(election.lab.get("pvc", "live")?["status"]["capacity"]["storage"] == "20Mi")
+        });
+        let grown = asked.elapsed();
+        election.note(&format!("a claim has grown after {:.1} s", grown.as_secs_f64()));
+        assert!(grown < Duration::from_secs(100), "{grown:?}");
+    }
+    drop(without_policy);
     election.end();
 }
 

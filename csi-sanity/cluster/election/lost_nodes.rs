@@ -6,7 +6,7 @@ use crate::lab::is_ready;
 use hostdir_lab::cluster::NAMESPACE;
 use hostdir_lab::needs;
 use serde_json::json;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// A node is removed the wrong way: its kubelet is dead and its Node deleted, but its containers still run.
 #[needs(Root, Go, Cluster)]

@@ -18,7 +18,6 @@ use kube::Client;
 use tokio::time::{sleep, timeout};
 use tracing::{error, warn};
 
-use crate::http::Check;
 use crate::k8s::client::Problem;
 use crate::k8s::controller::Backlog;
 use crate::leader::identity;
@@ -45,6 +44,8 @@ const POLICY: Duration = Duration::from_mins(5);
 /// An answer that took longer than this is out of date.
 const FRESH: Duration = Duration::from_secs(5);
 
+/// Asks whether the driver works.
+type Check = Arc<dyn Fn() -> BoxFuture<'static, anyhow::Result<()>> + Send + Sync>;
 /// Gets a path from a sidecar over HTTP; fails unless the status is a success.
 pub(crate) type Get = Arc<dyn Fn(&'static str) -> BoxFuture<'static, anyhow::Result<String>> + Send + Sync>;
 

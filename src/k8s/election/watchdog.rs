@@ -218,10 +218,9 @@ impl Guard {
         tokio::spawn(event);
     }
 
-    /// Announces that nobody could lead, once: by the first of those who see it.
+    /// Announces that nobody could lead.
     fn announce_nobody(&self, seen: &Reading, lease: &str, note: &str) {
-        let first = seen.view.heartbeats.keys().next();
-        if let (Some(object), true) = (seen.leases.get(lease), first == Some(&self.me)) {
+        if let Some(object) = seen.leases.get(lease) {
             let note = format!("{note}. Correct what `hostdir leader` says about each controller");
             let event = self
                 .announcer
