@@ -46,7 +46,9 @@
 //! | self-test | `hostdir selftest`, and the volumes it makes |
 //! | heartbeat | a Lease that a controller renews to show that it answers |
 //! | guilty | said of a leader that must not lead; its guilt is the reason |
-//! | ghost | a guilty leader that keeps leading: its Pod or Node is gone, or its driver hangs |
+//! | ghost | a guilty leader that keeps leading: its Pod or Node is gone, its driver hangs, or its sidecar does no work |
+//! | heartbeat | a Lease of a controller's own, by which it says that it answers and which elections it could lead |
+//! | backlog | what waits for a sidecar: claims without volume, released volumes, claims that grow |
 //! | hand-over | a controller writes its own name into a guilty leader's Lease |
 //! | fit | a controller that could lead |
 //! | fence | closes for good when a controller finds that it is a ghost; from then on the controller changes nothing |
