@@ -44,7 +44,6 @@
 //! | overallocated | said of a pool: more is allocated than it has |
 //! | silent | said of a node: not Ready, without a Ready pod of hostdir, or it did not answer lately |
 //! | self-test | `hostdir selftest`, and the volumes it makes |
-//! | heartbeat | a Lease that a controller renews to show that it answers |
 //! | guilty | said of a leader that must not lead; its guilt is the reason |
 //! | ghost | a guilty leader that keeps leading: its Pod or Node is gone, its driver hangs, or its sidecar does no work |
 //! | heartbeat | a Lease of a controller's own, by which it says that it answers and which elections it could lead |

@@ -71,6 +71,12 @@ impl Holder {
         self.runtime.block_on(put).map(drop)
     }
 
+    pub(crate) fn create_lease(&self, lease: &Lease) -> kube::Result<()> {
+        let leases: Api<Lease> = Api::namespaced(self.client.clone(), NAMESPACE);
+        let params = PostParams::default();
+        self.runtime.block_on(leases.create(&params, lease)).map(drop)
+    }
+
     fn patch_node(&self, name: &str, patch: &Value) -> kube::Result<()> {
         let nodes: Api<HostNode> = Api::all(self.client.clone());
         let (params, patch) = (PatchParams::default(), Patch::Merge(patch));

@@ -39,7 +39,26 @@ fn leases_are_written_only_by_the_pod_that_they_name() {
         .kubectl()
         .run(&["patch", "lease", LEASE, "-n", NAMESPACE, "--type=merge", "-p", patch]);
     assert!(format!("{:#}", slip.unwrap_err()).contains("only a controller of hostdir"));
+    // What changes nothing that counts may be written: labels, a migration of the storage.
+    let write = |verb: &str, lease: &str, what: &str| {
+        election
+            .lab
+            .kubectl()
+            .run(&[verb, "lease", lease, "-n", NAMESPACE, what])
+    };
+    write("label", LEASE, "example.org/tried=yes").unwrap();
+    write("label", LEASE, "example.org/tried-").unwrap();
+    let slip = write("annotate", &other, "hostdir.csi/elections-").unwrap_err();
+    assert!(format!("{slip:#}").contains("only a controller of hostdir"), "{slip:#}");
     hold(&bound, &other, &other).expect("a pod may write its own heartbeat");
+    let error = election
+        .create_lease(&bound, "another-lease", &other)
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("may not write"),
+        "controllers write only their own Leases: {error}"
+    );
 
     // Each Lease has its own leader, and the leader of one stands by for the other.
     hold(&bound, RESIZER_LEASE, &other).expect("a pod may write another Lease with its own name");

@@ -17,6 +17,7 @@ use crate::rights::{Holder, token};
 use anyhow::{Context, Result};
 use hostdir_lab::cluster::NAMESPACE;
 use k8s_openapi::api::coordination::v1::Lease;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 use serde_json::{Value, json};
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
@@ -293,20 +294,28 @@ impl Election {
         (name_of(pod), self.number_of(node))
     }
 
-    /// Writes a holder into a Lease, authenticated by a token.
+    /// Renews a Lease with this holder, authenticated by a token.
     pub(super) fn hold(&self, token: &str, lease: &str, holder: &str) -> kube::Result<()> {
         let writer = Holder::of(token.to_owned());
         let start = Instant::now();
         loop {
             let object = self.lab.kubectl().get(&["lease", lease, "-n", NAMESPACE]).unwrap();
             let mut object: Lease = serde_json::from_value(object).unwrap();
-            object.spec.as_mut().unwrap().holder_identity = Some(holder.to_owned());
+            let spec = object.spec.as_mut().unwrap();
+            spec.holder_identity = Some(holder.to_owned());
+            spec.renew_time = Some(MicroTime(jiff::Timestamp::now()));
             match writer.put_lease(&object) {
                 // The holder has renewed the Lease meanwhile.
                 Err(kube::Error::Api(status)) if status.code == 409 && start.elapsed() < PATIENCE => {}
                 other => return other,
             }
         }
+    }
+
+    /// Creates a Lease with this holder, authenticated by a token.
+    pub(super) fn create_lease(&self, token: &str, lease: &str, holder: &str) -> kube::Result<()> {
+        let object = json!({"metadata": {"name": lease}, "spec": {"holderIdentity": holder}});
+        Holder::of(token.to_owned()).create_lease(&serde_json::from_value(object).unwrap())
     }
 
     /// The output of `hostdir leader` in a controller's container.
