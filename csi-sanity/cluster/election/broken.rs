@@ -240,7 +240,13 @@ impl<'a> UselessSidecars<'a> {
 
 impl Drop for UselessSidecars<'_> {
     fn drop(&mut self) {
-        let script = format!("kill -s KILL -- -$(cat {0}/pid) && rm -rf {0}", Self::DIR);
+        // Those that have lost their Leases have ended by themselves.
+        let script = format!(
+            "pid=$(cat {0}/pid)
+             kill -s KILL -- -$pid 2>/dev/null || test ! -d /proc/$pid
+             rm -rf {0}",
+            Self::DIR
+        );
         let killed = self.election.lab.nodes[self.node].sh(&script);
         let args = ["delete", "serviceaccount,role,rolebinding", "useless", "-n", NAMESPACE];
         let deleted = self.election.lab.kubectl().run(&args);
