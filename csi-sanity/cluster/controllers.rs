@@ -1,6 +1,6 @@
 //! Several controllers that act at once, and controllers that are killed.
 
-use crate::lab::{Lab, lab, report};
+use crate::lab::{Lab, lab_alone, report};
 use crate::mode::Mode;
 use crate::objects::{claim_of, class, pod};
 use crate::scale::many;
@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 #[needs(Root, Go, Cluster)]
 fn many_claims_while_controllers_are_killed() {
     let title = "100 claims while controllers are killed one by one";
-    let lab = lab(Mode::Elected, "killed", title);
+    let lab = lab_alone(Mode::Elected, "killed", title);
     // 80 s of kills cover both creates and deletes. Then everything must succeed.
     let (killed, start) = (Mutex::new(BTreeSet::new()), Instant::now());
     many(&lab, 100, None, || {
@@ -112,7 +112,7 @@ impl Drop for UncoordinatedControllers<'_> {
 
 #[needs(Root, Go, Cluster)]
 fn three_leaders_at_once_lose_and_double_no_volume() {
-    let lab = lab(
+    let lab = lab_alone(
         Mode::Elected,
         "uncoordinated",
         "3. three provisioners at once, slow drivers, early deletes",

@@ -1,6 +1,6 @@
 //! Deletes that wait for nodes, and HostVolumes that were never used.
 
-use crate::lab::{lab, report};
+use crate::lab::{lab, lab_alone, report};
 use crate::mode::Mode;
 use crate::objects::{claim_of, class, on_node, pod};
 use hostdir_lab::needs;
@@ -96,7 +96,7 @@ const WAITING: usize = 150;
 
 #[needs(Root, Go, Cluster)]
 fn deletes_on_a_dead_node_keep_no_claim_on_a_healthy_one_waiting() {
-    let lab = lab(Mode::Elected, "dead-zone", "150 deletes wait for a dead node");
+    let lab = lab_alone(Mode::Elected, "dead-zone", "150 deletes wait for a dead node");
     let mut volumes = json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "dead"}}).to_string();
     let mut persistent = String::new();
     let driver = Mode::Elected.driver();

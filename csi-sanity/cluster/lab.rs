@@ -1,8 +1,8 @@
-//! The cluster that all tests share, and helpers for it.
+//! The clusters that tests take turns with, and helpers for them.
 
 use std::fmt::Write as _;
 use std::io::Write as _;
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
@@ -16,49 +16,91 @@ use crate::mode::Mode;
 /// The limit of all waits: pods start in seconds, but test machines are shared.
 pub(crate) const PATIENCE: Duration = Duration::from_mins(3);
 
-/// The cluster, locked for one test, with a namespace for that test.
+/// How many clusters there are, and so how many tests run at the same time.
+pub(crate) const CLUSTERS: usize = 2;
+
+/// Shared by all tests, but those that would make others miss their time limits.
+static MACHINE: RwLock<()> = RwLock::new(());
+
+/// A test's part of [`MACHINE`].
+#[expect(dead_code, reason = "held until it is dropped")]
+enum Turn {
+    Shared(RwLockReadGuard<'static, ()>),
+    Alone(RwLockWriteGuard<'static, ()>),
+}
+
+/// The clusters that no test has.
+static FREE: Mutex<Vec<Cluster>> = Mutex::new(Vec::new());
+
+/// A cluster that one test has to itself, with a namespace for that test.
 pub(crate) struct Lab {
-    cluster: MutexGuard<'static, Cluster>,
+    /// Always there, until it is given back.
+    cluster: Option<Cluster>,
     /// The test's namespace.
     pub(crate) namespace: String,
     pub(crate) mode: Mode,
     title: String,
     start: Instant,
+    // The last field: the next test begins when this one has cleaned up.
+    _turn: Turn,
 }
+
+const HAS: &str = "a test has its cluster";
 
 impl std::ops::Deref for Lab {
     type Target = Cluster;
 
     fn deref(&self) -> &Cluster {
-        &self.cluster
+        self.cluster.as_ref().expect(HAS)
     }
 }
 
 impl std::ops::DerefMut for Lab {
     fn deref_mut(&mut self) -> &mut Cluster {
-        &mut self.cluster
+        self.cluster.as_mut().expect(HAS)
     }
 }
 
-/// Locks the cluster for a test. Starts it for the first test.
+/// Takes a cluster for a test, or starts one if none is free.
 pub(crate) fn lab(mode: Mode, name: &str, title: &str) -> Lab {
-    static CLUSTER: OnceLock<Result<Mutex<Cluster>, String>> = OnceLock::new();
+    let turn = MACHINE.read().unwrap_or_else(PoisonError::into_inner);
+    begin(Turn::Shared(turn), mode, name, title)
+}
+
+/// As [`lab`], for a test that keeps all processors busy: no other test runs at the same time.
+pub(crate) fn lab_alone(mode: Mode, name: &str, title: &str) -> Lab {
+    let turn = MACHINE.write().unwrap_or_else(PoisonError::into_inner);
+    begin(Turn::Alone(turn), mode, name, title)
+}
+
+fn begin(turn: Turn, mode: Mode, name: &str, title: &str) -> Lab {
     let (namespace, title) = (format!("{}-{name}", mode.name()), format!("{}: {title}", mode.name()));
-    let cluster = CLUSTER.get_or_init(|| up().map(Mutex::new).map_err(|error| format!("{error:#}")));
-    let cluster = match cluster {
-        Ok(cluster) => cluster.lock().unwrap_or_else(PoisonError::into_inner),
-        Err(why) => panic!("the cluster did not start: {why}"),
-    };
+    let free = FREE.lock().unwrap_or_else(PoisonError::into_inner).pop();
+    let cluster = free.unwrap_or_else(another);
     cluster
         .kubectl
         .run(&["create", "namespace", &namespace])
         .expect("make a namespace");
     Lab {
-        cluster,
+        cluster: Some(cluster),
         namespace,
         mode,
         title,
         start: Instant::now(),
+        _turn: turn,
+    }
+}
+
+/// Starts a cluster. If one did not start, others will not.
+fn another() -> Cluster {
+    static FAILED: OnceLock<String> = OnceLock::new();
+    let started = match FAILED.get() {
+        Some(why) => Err(why.clone()),
+        None => up().map_err(|error| FAILED.get_or_init(|| format!("{error:#}")).clone()),
+    };
+    match started {
+        Ok(cluster) => cluster,
+        Err(why) => panic!("the cluster did not start: {why}"),
     }
 }
 
@@ -87,11 +129,12 @@ impl Lab {
     /// Upgrades hostdir, with settings besides those of all tests.
     pub(crate) fn install(&self, settings: &[&str]) {
         let settings = [self.mode.settings(), settings].concat();
-        self.cluster.install(self.mode.release(), &settings).unwrap();
+        Cluster::install(self, self.mode.release(), &settings).unwrap();
     }
 
     pub(crate) fn kubectl(&self) -> &Kubectl {
-        &self.cluster.kubectl
+        let cluster: &Cluster = self;
+        &cluster.kubectl
     }
 
     /// Applies objects in the test's namespace.
@@ -421,9 +464,9 @@ impl Drop for Lab {
             report(&format!("{} failed; logs are in {}", self.title, logs.display()));
             let _ = std::fs::create_dir_all(&logs);
             let _ = std::fs::write(logs.join("state"), state.unwrap_or_else(|error| format!("{error:#}")));
-            let _ = self.cluster.keep_logs(&logs);
+            let _ = self.keep_logs(&logs);
             // Resets hostdir's settings for the next test.
-            if let Err(error) = self.cluster.install(self.mode.release(), self.mode.settings()) {
+            if let Err(error) = Cluster::install(self, self.mode.release(), self.mode.settings()) {
                 report(&format!("{error:#}"));
             }
         } else {
@@ -435,6 +478,8 @@ impl Drop for Lab {
         if let Err(error) = self.kubectl().run(&args) {
             report(&format!("{error:#}"));
         }
+        let mut free = FREE.lock().unwrap_or_else(PoisonError::into_inner);
+        free.extend(self.cluster.take());
     }
 }
 

@@ -13,7 +13,7 @@ use nix::unistd::Pid;
 use serde_json::json;
 use tonic::{Code, Status};
 
-use crate::lab::{Lab, lab, report};
+use crate::lab::{Lab, lab_alone, report};
 use crate::mode::Mode;
 use crate::pair::{on, publish};
 use crate::proxy::{Lie, Proxy};
@@ -249,7 +249,7 @@ impl<'a> Life<'a> {
 
 #[needs(Root, Go, Cluster)]
 fn whatever_the_api_server_answers_nothing_is_lost_doubled_or_stuck() {
-    let lab = lab(
+    let lab = lab_alone(
         Mode::Elected,
         "lies",
         "every request is answered wrongly once, or is the last",

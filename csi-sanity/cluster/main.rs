@@ -1,6 +1,7 @@
 //! Tests in a real cluster of three nodes: hostdir installed by its chart, and real pods.
 //!
-//! All tests share one cluster and run one after the other. The logs of a failed test are kept below the target directory.
+//! Two tests run at the same time, each in a cluster that it has to itself: most of the time they wait. Tests that keep the
+//! machine busy run alone. The logs of a failed test are kept below the target directory.
 #![expect(clippy::unwrap_used, reason = "a panic fails the test")]
 
 mod chart;
@@ -28,5 +29,5 @@ mod upgrade;
 mod user_namespaces;
 
 fn main() -> std::process::ExitCode {
-    hostdir_lab::harness::main_one_by_one(env!("CARGO_BIN_EXE_hostdir"))
+    hostdir_lab::harness::main_with_threads(env!("CARGO_BIN_EXE_hostdir"), lab::CLUSTERS)
 }

@@ -7,7 +7,7 @@ use hostdir_lab::cluster::NAMESPACE;
 use hostdir_lab::needs;
 use serde_json::{Value, json};
 
-use crate::lab::{Lab, lab, report};
+use crate::lab::{Lab, lab, lab_alone, report};
 use crate::mode::Mode;
 use crate::objects::{claim_of, class};
 
@@ -105,7 +105,7 @@ impl Drop for ManyNodes<'_> {
 
 #[needs(Root, Go, Cluster)]
 fn the_room_of_many_new_nodes_is_published_within_seconds() {
-    let lab = lab(Mode::Elected, "joined", "300 nodes join at once");
+    let lab = lab_alone(Mode::Elected, "joined", "300 nodes join at once");
     let published = || -> anyhow::Result<usize> {
         let objects = lab.kubectl().list(&["csistoragecapacities", "-n", NAMESPACE])?;
         let joined = |object: &&Value| {

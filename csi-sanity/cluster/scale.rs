@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use hostdir_lab::SetOnDrop;
 use serde_json::Value;
 
-use crate::lab::{Lab, lab, report};
+use crate::lab::{Lab, lab_alone, report};
 use crate::mode::{Mode, in_both_modes};
 use crate::objects::{on_node, pod};
 
@@ -94,12 +94,12 @@ fn check_one_to_one(lab: &Lab, count: usize) {
 }
 
 fn many_claims_and_pods_on_one_node(mode: Mode) {
-    let lab = lab(mode, "many", "40 claims and pods on one node");
+    let lab = lab_alone(mode, "many", "40 claims and pods on one node");
     many(&lab, 40, Some("node-1"), || {});
 }
 
 fn many_claims_while_the_driver_is_killed_every_second(mode: Mode) {
-    let lab = lab(mode, "many-kills", "60 claims while the driver is killed every second");
+    let lab = lab_alone(mode, "many-kills", "60 claims while the driver is killed every second");
     let (before, start) = (lab.restarts_of_driver("node-1"), Instant::now());
     let deaths = || lab.restarts_of_driver("node-1") - before;
     many(&lab, 60, Some("node-1"), || {

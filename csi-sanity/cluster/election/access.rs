@@ -1,8 +1,10 @@
 //! Who may write the Leases, and how hostdir reports who leads.
 
 use super::{Election, LEASE, POLICY, RESIZER_LEASE, name_of};
+use crate::rights::Holder;
 use hostdir_lab::cluster::NAMESPACE;
 use hostdir_lab::needs;
+use serde_json::json;
 
 /// Only a token that is bound to a running Pod can write a Lease, and only with that Pod's name.
 #[needs(Root, Go, Cluster)]
@@ -51,10 +53,10 @@ fn leases_are_written_only_by_the_pod_that_they_name() {
     let slip = write("annotate", &other, "hostdir.csi/elections-").unwrap_err();
     assert!(format!("{slip:#}").contains("only a controller of hostdir"), "{slip:#}");
     hold(&bound, &other, &other).expect("a pod may write its own heartbeat");
-    let error = election
-        .create_lease(&bound, "another-lease", &other)
-        .unwrap_err()
-        .to_string();
+    let another = json!({"metadata": {"name": "another"}, "spec": {"holderIdentity": other}});
+    let writer = Holder::of(bound.clone());
+    let refused = writer.create_lease(&serde_json::from_value(another).unwrap());
+    let error = refused.unwrap_err().to_string();
     assert!(
         error.contains("may not write"),
         "controllers write only their own Leases: {error}"

@@ -201,11 +201,13 @@ fn the_lease_is_handed_over_only_once_a_controller_is_fit() {
         .collect();
     let (other, beside) = places.iter().find(|(name, _)| *name != leader).unwrap();
     {
-        let _broken = [BrokenNode::new(&election, at), BrokenNode::new(&election, *beside)];
+        let broken = [BrokenNode::new(&election, at), BrokenNode::new(&election, *beside)];
+        // It would restart the driver.
+        broken[0].stop_kubelet();
         election.signal(at, &leader, "hostdir", "STOP");
         election.signal(*beside, other, "csi-provisioner", "STOP");
         election.note("the leader's driver hangs; the other controller's sidecar hangs, but its driver works");
-        election.keeps_the_lease(&leader, Instant::now(), 35);
+        election.keeps_the_lease(&leader, Instant::now(), 22);
         let report = format!("{:#}", election.ask_who_leads(other).unwrap_err());
         assert!(report.contains("it must not lead"), "{report}");
         assert!(report.contains("No other controller could lead either"), "{report}");

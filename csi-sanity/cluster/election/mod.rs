@@ -101,7 +101,8 @@ impl Election {
     }
 
     pub(super) fn note(&self, what: &str) {
-        report(&format!("  {:>6.1} s  {what}", self.start.elapsed().as_secs_f64()));
+        let (test, time) = (&self.lab.namespace, self.start.elapsed().as_secs_f64());
+        report(&format!("  {test} {time:>6.1} s  {what}"));
     }
 
     /// The leader, and its node by number.
@@ -310,12 +311,6 @@ impl Election {
                 other => return other,
             }
         }
-    }
-
-    /// Creates a Lease with this holder, authenticated by a token.
-    pub(super) fn create_lease(&self, token: &str, lease: &str, holder: &str) -> kube::Result<()> {
-        let object = json!({"metadata": {"name": lease}, "spec": {"holderIdentity": holder}});
-        Holder::of(token.to_owned()).create_lease(&serde_json::from_value(object).unwrap())
     }
 
     /// The output of `hostdir leader` in a controller's container.

@@ -151,14 +151,14 @@ pub fn main(hostdir: &str) -> ExitCode {
     )
 }
 
-/// Like [`main`], but runs one test after the other, for tests that share something.
+/// Like [`main`], but runs at most `at_once` tests at the same time.
 ///
 /// # Panics
 /// A thread cannot be started.
 #[must_use]
-pub fn main_one_by_one(hostdir: &str) -> ExitCode {
+pub fn main_with_threads(hostdir: &str, at_once: usize) -> ExitCode {
     let arguments = Arguments {
-        test_threads: Some(1),
+        test_threads: Some(at_once),
         ..Arguments::from_args()
     };
     run(hostdir, arguments)

@@ -41,7 +41,9 @@ pub(crate) struct Janitor {
 impl Janitor {
     /// Starts a janitor for a cluster's directory.
     pub(crate) fn new(dir: &Path) -> Result<Self> {
-        let cgroup = format!("{CGROUPS}/{}", std::process::id());
+        // As unique as the directory.
+        let name = dir.file_name().context("the directory of a cluster has no name")?;
+        let cgroup = format!("{CGROUPS}/{}", name.display());
         let mut shell = Command::new("bash")
             .args(["-c", SCRIPT, "janitor"])
             .arg(dir)
