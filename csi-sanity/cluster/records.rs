@@ -26,7 +26,11 @@ impl Used {
         let mut pair = Pair::new(namespace, title);
         let mut node = pair.node().start();
         let controller = pair.start_controller();
-        let volume = controller.create_as(on_node(&format!("pvc-{namespace}"))).unwrap();
+        let mut request = on_node(&format!("pvc-{namespace}"));
+        let claim = [("name", "data"), ("namespace", &pair.lab.namespace)];
+        let claim = claim.map(|(key, value)| (format!("csi.storage.k8s.io/pvc/{key}"), value.to_owned()));
+        request.parameters.extend(claim);
+        let volume = controller.create_as(request).unwrap();
         let client = node.connect();
         let used = Self {
             pair,
@@ -150,6 +154,7 @@ fn a_hostvolume_that_is_deleted_by_hand_keeps_its_data_and_gets_it_back() {
         "says that its data is kept",
     );
     used.has_event("DeleteWaits");
+    used.has_event("PersistentVolumeClaim/data");
     used.unpublish();
     used.publish().expect("its pod can restart");
     used.data_is_there();
@@ -478,18 +483,9 @@ fn an_object_that_cannot_be_read_stops_nobody() {
     assert_eq!(node["status"]["orphanCount"], 0, "{node}");
     patch("hostvolume", used.id(), r#"{"status":{"phase":"Ready"}}"#).unwrap();
     kubectl.run(&["delete", "node,hostnode", "other"]).unwrap();
-    let uid = kubectl.get(&["hostvolume", "bad"]).unwrap()["metadata"]["uid"]
-        .as_str()
-        .unwrap()
-        .to_owned();
-    kubectl
-        .run(&[
-            "annotate",
-            "hostvolume",
-            "bad",
-            &format!("hostdir.csi/delete-data={uid}"),
-        ])
-        .unwrap();
+    let bad = kubectl.get(&["hostvolume", "bad"]).unwrap();
+    let allow = format!("hostdir.csi/delete-data={}", bad["metadata"]["uid"].as_str().unwrap());
+    kubectl.run(&["annotate", "hostvolume", "bad", &allow]).unwrap();
     kubectl.run(&["delete", "hostvolume", "bad"]).unwrap();
     drop(loose);
     used.end();

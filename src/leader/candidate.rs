@@ -43,6 +43,8 @@ impl<T: PartialEq> Seen<T> {
 pub(super) struct Candidate {
     /// The last heartbeat that said that it could lead: when it was sent, and how long ago it came.
     heartbeat: Option<Seen<Option<Timestamp>>>,
+    /// Its Node, once it has sent a heartbeat.
+    pub(super) node: Option<String>,
     /// How long it has had no heartbeat, if it has none.
     absent: Option<Duration>,
     /// Whether its latest heartbeat says that it could lead, and why not if it says that.
@@ -54,6 +56,7 @@ impl Candidate {
     pub(super) fn note(&mut self, lease: &str, heartbeat: Option<&Heartbeat>, elapsed: Duration) {
         let able = heartbeat.filter(|heartbeat| heartbeat.can_lead(lease));
         self.able = able.is_some();
+        self.node = heartbeat.map(|heartbeat| heartbeat.node.clone()).or(self.node.take());
         self.absent = match (heartbeat, self.absent) {
             (Some(_), _) => None,
             (None, None) => Some(Duration::ZERO),

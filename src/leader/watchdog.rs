@@ -82,11 +82,11 @@ impl LeaseHistory {
 
     /// How many controllers come before `me`; `None` if it may not lead itself.
     fn rank(&self, me: &str, holder: &str) -> Option<u32> {
-        let others = self
+        let mut others = self
             .candidates
             .iter()
             .filter(|(name, one)| *name != holder && one.may_lead());
-        let position = others.into_iter().position(|(name, _)| name == me)?;
+        let position = others.position(|(name, _)| name == me)?;
         u32::try_from(position).ok()
     }
 
@@ -110,7 +110,7 @@ impl LeaseHistory {
 pub(crate) struct TakeOver {
     pub(crate) lease: String,
     pub(crate) holder: String,
-    /// The Node that the holder runs on, or ran on when its Pod was last seen.
+    /// The Node that the holder runs on, or ran on when it sent its last heartbeat.
     pub(crate) node: Option<String>,
     pub(crate) guilt: Guilt,
 }
@@ -194,9 +194,6 @@ pub(crate) struct Watchdog {
     last: Option<Duration>,
     /// What was last seen of this controller's own Pod and Node, if one of them is gone.
     gone: Option<String>,
-    /// The Node that each controller was last seen on. Never pruned: an update replaces this process together with the
-    /// others, so there are never many.
-    places: BTreeMap<String, String>,
     watches: BTreeMap<String, LeaseHistory>,
 }
 
@@ -208,7 +205,6 @@ impl Watchdog {
             uid: None,
             last: None,
             gone: None,
-            places: BTreeMap::new(),
             watches: BTreeMap::new(),
         }
     }
@@ -223,9 +219,6 @@ impl Watchdog {
         if let Some(why) = self.am_ghost(view) {
             return Verdict::Ghost(why);
         }
-        let places = view.heartbeats.iter();
-        self.places
-            .extend(places.map(|(name, heartbeat)| (name.clone(), heartbeat.node.clone())));
         self.watches.retain(|lease, _| view.elections.contains_key(lease));
         let mut take_overs = Vec::new();
         let mut leases = BTreeMap::new();
@@ -237,7 +230,7 @@ impl Watchdog {
                 take_overs.push(TakeOver {
                     lease: lease.clone(),
                     holder: election.holder.clone(),
-                    node: self.places.get(&election.holder).cloned(),
+                    node: watch.candidates[&election.holder].node.clone(),
                     guilt: guilt.clone(),
                 });
             }
