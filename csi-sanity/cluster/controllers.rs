@@ -54,7 +54,7 @@ fn many_claims_while_controllers_are_killed() {
 /// Three controllers without leader election, so that all act at once, until this is dropped.
 struct UncoordinatedControllers<'a> {
     lab: &'a Lab,
-    args: Value,
+    container: Value,
 }
 
 impl<'a> UncoordinatedControllers<'a> {
@@ -67,25 +67,23 @@ impl<'a> UncoordinatedControllers<'a> {
             .position(|one| one["name"] == "csi-provisioner")
             .unwrap();
         assert_eq!(provisioner, 1);
-        let args = containers[provisioner]["args"].clone();
-        let without: Vec<&Value> = args
-            .as_array()
-            .unwrap()
-            .iter()
-            .filter(|arg| !arg.as_str().unwrap().starts_with("--leader-election"))
-            .collect();
-        let uncoordinated = Self {
-            lab,
-            args: args.clone(),
-        };
-        uncoordinated.patch(3, &json!(without));
+        let container = containers[provisioner].clone();
+        let mut without = container.clone();
+        let args = without["args"].as_array_mut().unwrap();
+        args.retain(|arg| !arg.as_str().unwrap().starts_with("--leader-election"));
+        // They ask for the health of the election.
+        for probe in ["startupProbe", "livenessProbe"] {
+            assert!(without.as_object_mut().unwrap().remove(probe).is_some());
+        }
+        let uncoordinated = Self { lab, container };
+        uncoordinated.patch(3, &without);
         uncoordinated
     }
 
-    fn patch(&self, replicas: usize, args: &Value) {
+    fn patch(&self, replicas: usize, container: &Value) {
         let patch = json!([
             {"op": "replace", "path": "/spec/replicas", "value": replicas},
-            {"op": "replace", "path": "/spec/template/spec/containers/1/args", "value": args},
+            {"op": "replace", "path": "/spec/template/spec/containers/1", "value": container},
         ]);
         let patch = patch.to_string();
         let kubectl = self.lab.kubectl();
@@ -105,7 +103,7 @@ impl Drop for UncoordinatedControllers<'_> {
             self.lab.signal_drivers(node, "controller", "CONT");
         }
         if !std::thread::panicking() {
-            self.patch(2, &self.args.clone());
+            self.patch(2, &self.container);
         }
     }
 }
