@@ -164,7 +164,8 @@ fn controller(args: ControllerArgs) -> anyhow::Result<()> {
         let config = GuardConfig {
             namespace,
             pod: pod_name.clone(),
-            driver: check(process.serve.endpoint.clone(), Question::Ready),
+            alive: check(process.serve.endpoint.clone(), Question::Alive),
+            ready: check(process.serve.endpoint.clone(), Question::Ready),
             sidecars: sidecars.into_iter().map(get_from_sidecar).collect(),
         };
         let (client, backlog) = (client.clone(), Arc::clone(&backlog));

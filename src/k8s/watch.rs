@@ -2,7 +2,7 @@
 //! read is logged, shown in the metrics, and left alone; the others are followed all the same.
 
 use std::collections::BTreeSet;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures::TryStreamExt;
 use kube::api::{Api, ApiResource, DynamicObject};
@@ -34,6 +34,9 @@ pub(super) trait Follower {
     fn gone(&self, object: DynamicObject);
     /// A list is complete: objects with other keys are gone.
     fn retain(&self, listed: &BTreeSet<Self::Key>);
+    /// Whether it matters if the API server is heard. Then a failed watch begins with a new list: one that goes on may have nothing
+    /// to say for long.
+    const LISTENS: bool = false;
     /// The API server is heard again, or is not heard any more.
     fn heard(&self, _heard: bool) {}
 }
@@ -53,8 +56,30 @@ pub(super) fn undecoded<K: Resource<DynamicType = ()>>(client: Client) -> Api<Dy
 /// How long to wait for the next objects of a list.
 const LIST_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How long to wait before a list after a watch has failed.
-const PAUSE: Duration = Duration::from_secs(1);
+/// The pauses before a list after a watch has failed: from one second to half a minute, while watches fail again within two minutes.
+struct Pauses {
+    last: Option<Instant>,
+    next: Duration,
+}
+
+impl Pauses {
+    const FIRST: Duration = Duration::from_secs(1);
+    const LONGEST: Duration = Duration::from_secs(30);
+    const CALM: Duration = Duration::from_mins(2);
+
+    fn next(&mut self) -> Duration {
+        if self
+            .last
+            .replace(Instant::now())
+            .is_none_or(|last| last.elapsed() >= Self::CALM)
+        {
+            self.next = Self::FIRST;
+        }
+        let pause = self.next;
+        self.next = (2 * pause).min(Self::LONGEST);
+        pause
+    }
+}
 
 /// Follows a watch forever. A watch that fails is started again, with back-off.
 pub(super) async fn follow<F: Follower>(
@@ -75,16 +100,19 @@ pub(super) async fn follow<F: Follower>(
     };
     let begin = || Box::pin(watcher(objects.clone(), config.clone()).default_backoff());
     let mut events = begin();
+    let mut pauses = Pauses {
+        last: None,
+        next: Pauses::FIRST,
+    };
     loop {
         // A watch may have nothing to say for long; if its connection is silent, it fails by itself.
         let limit = if following.listing { LIST_TIMEOUT } else { Duration::MAX };
         match timeout(limit, events.try_next()).await {
             Ok(Ok(Some(event))) => following.note(event),
             Ok(Ok(None)) => return,
-            // A watch that goes on after a failure may have nothing to say for long. A new list shows that it is heard.
             Ok(Err(error)) => {
-                if following.failed(&chain(&error)) {
-                    sleep(PAUSE).await;
+                if following.failed(&chain(&error)) && F::LISTENS {
+                    sleep(pauses.next()).await;
                     events = begin();
                 }
             }

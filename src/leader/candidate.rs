@@ -9,9 +9,9 @@ use super::view::Heartbeat;
 
 /// How long heartbeats may be missing: four are due in that time.
 pub(super) const SILENT: Duration = Duration::from_secs(12);
-/// How long a controller may have no heartbeat at all: it is deleted with its Pod. Somebody may delete it by mistake; then it is
-/// back within two seconds.
-const ABSENT: Duration = Duration::from_secs(4);
+/// How long a controller may have no heartbeat at all: it is deleted with its Pod. If somebody deletes it by mistake, it is back
+/// with the next one.
+const ABSENT: Duration = Duration::from_secs(5);
 
 /// A value, and how long it was observed.
 #[derive(Clone, Debug)]

@@ -13,6 +13,8 @@ use super::view::{Election, View};
 const SEEN: Duration = Duration::from_secs(5);
 /// How long a new leader may take to send a heartbeat.
 const BEGIN: Duration = Duration::from_secs(8);
+/// How long a Lease may have no holder, and no controller that could be one, before that is said: controllers may be starting.
+const VACANT: Duration = Duration::from_secs(30);
 /// How long a controller waits for each one ranked before it.
 const RANK: Duration = Duration::from_secs(1);
 /// How long after a hand-over no controller makes another: the term of a Lease, the time until the new leader notices, and
@@ -34,6 +36,8 @@ struct LeaseHistory {
     hand_overs: VecDeque<Duration>,
     /// How long this holder has been guilty; `None` if it is not.
     guilty: Option<Duration>,
+    /// How long nobody has held the Lease.
+    vacant: Duration,
     /// The holder, and everybody who sends heartbeats.
     candidates: BTreeMap<String, Candidate>,
 }
@@ -163,6 +167,8 @@ pub(crate) struct LeaseState {
     pub(crate) silence: Duration,
     /// How many controllers could lead, the holder among them.
     pub(crate) candidates: usize,
+    /// Whether nobody leads, or one that must not, and nobody could.
+    pub(crate) nobody: bool,
     /// Why the holder must not lead.
     pub(crate) guilt: Option<Guilt>,
     /// How much of the time since the last look counts as time without a leader that may lead.
@@ -262,6 +268,8 @@ impl LeaseHistory {
     fn judge(&mut self, election: &Election, elapsed: Duration, me: &str) -> LeaseState {
         let vacant = election.holder.is_empty() || self.is_expired(election);
         let guilt = self.guilt(election).filter(|_| !vacant);
+        self.vacant = if vacant { self.vacant + elapsed } else { Duration::ZERO };
+        let candidates = self.candidates.values().filter(|one| one.may_lead()).count();
         self.guilty = match (&guilt, self.guilty) {
             (None, _) => None,
             (Some(_), None) => Some(Duration::ZERO),
@@ -276,7 +284,8 @@ impl LeaseHistory {
         LeaseState {
             holder: (!vacant).then(|| election.holder.clone()),
             silence: self.candidates[&election.holder].silence(),
-            candidates: self.candidates.values().filter(|one| one.may_lead()).count(),
+            candidates,
+            nobody: candidates == 0 && (guilt.is_some() || self.vacant >= VACANT),
             leaderless: if vacant || guilt.is_some() {
                 elapsed
             } else {

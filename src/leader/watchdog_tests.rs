@@ -114,7 +114,7 @@ fn who_does_not_beat_is_replaced() {
     let mut world = World::new();
     world.beating.remove("a");
     world.view.heartbeats.remove("a");
-    assert_eq!(world.after(60), Some(5));
+    assert_eq!(world.after(60), Some(6));
 
     // A controller that never sent a heartbeat, such as an old version that knows none.
     let mut world = World::new();
@@ -148,10 +148,22 @@ fn where_nobody_could_lead_nobody_takes_over() {
     }
     assert_eq!(world.until(300), None);
     let state = world.state();
-    assert_eq!((state.candidates, state.obstacle), (0, Some(Obstacle::Unable)));
+    assert_eq!((state.candidates, state.nobody), (0, true));
+    assert_eq!(state.obstacle, Some(Obstacle::Unable));
     // As soon as one could.
     world.says("b", LEASE, None);
     assert_eq!(world.after(60), Some(1));
+
+    // All sidecars crash: the Lease expires.
+    let mut world = World::new();
+    for name in ["a", "b", "c"] {
+        world.says(name, LEASE, Some("its sidecar does not answer"));
+    }
+    world.election().holder = String::new();
+    assert_eq!(world.until(25), None);
+    assert!(!world.state().nobody, "they may be starting");
+    assert_eq!(world.until(25), None);
+    assert!(world.state().nobody);
 }
 
 #[test]

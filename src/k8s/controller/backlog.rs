@@ -30,6 +30,9 @@ struct Waiting {
     released: BTreeMap<VolumeId, String>,
     /// StorageClasses that bind at once.
     immediate: BTreeSet<String>,
+    /// How many claims and PersistentVolumes there were when they were last listed.
+    claims: usize,
+    volumes: usize,
 }
 
 /// A claim without a volume.
@@ -68,6 +71,12 @@ impl Backlog {
         }
     }
 
+    /// About how many objects a sidecar has to list before it begins.
+    pub(crate) fn objects(&self) -> usize {
+        let waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        waiting.claims + waiting.volumes
+    }
+
     fn change(&self, change: impl FnOnce(&mut Waiting)) {
         change(&mut self.waiting.lock().unwrap_or_else(PoisonError::into_inner));
     }
@@ -93,7 +102,10 @@ impl Backlog {
 
     /// Forgets all PersistentVolumes but these.
     pub(super) fn retain_volumes(&self, listed: &BTreeSet<VolumeId>) {
-        self.change(|waiting| waiting.released.retain(|id, _| listed.contains(id)));
+        self.change(|waiting| {
+            waiting.volumes = listed.len();
+            waiting.released.retain(|id, _| listed.contains(id));
+        });
     }
 
     fn is_released(&self, volume: &DynamicObject) -> bool {
@@ -157,7 +169,15 @@ impl Backlog {
             && wanted.zip(has).is_some_and(|(wanted, has)| wanted > has)
             && !step.starts_with("Node")
             && !step.ends_with("Infeasible")
+            && !waits_for_node(claim)
     }
+}
+
+/// Whether a claim's volume has grown but for its filesystem, which the node sees to.
+fn waits_for_node(claim: &DynamicObject) -> bool {
+    let conditions = claim.data["status"]["conditions"].as_array();
+    let is = |one: &Value| one["type"] == "FileSystemResizePending" && one["status"] == "True";
+    conditions.into_iter().flatten().any(is)
 }
 
 fn claim_title(claim: &DynamicObject) -> String {
@@ -186,6 +206,7 @@ impl Follower for Claims<'_> {
 
     fn retain(&self, listed: &BTreeSet<String>) {
         self.0.change(|waiting| {
+            waiting.claims = listed.len();
             waiting.unbound.retain(|name, _| listed.contains(name));
             waiting.growing.retain(|name| listed.contains(name));
         });
@@ -302,6 +323,11 @@ mod tests {
         note(&backlog, bound.clone());
         assert_eq!((growing(), waits(&backlog, "hostdir-csi", 0)), (1, 0));
         bound["status"]["allocatedResourceStatuses"] = json!({"storage": "NodeResizePending"});
+        note(&backlog, bound.clone());
+        assert_eq!(growing(), 0);
+        // Kubernetes before 1.32 says it this way only.
+        let condition = json!([{"type": "FileSystemResizePending", "status": "True"}]);
+        bound["status"] = json!({"phase": "Bound", "capacity": {"storage": "1Gi"}, "conditions": condition});
         note(&backlog, bound.clone());
         assert_eq!(growing(), 0);
         bound["status"] = json!({"phase": "Bound", "capacity": {"storage": "2Gi"}});

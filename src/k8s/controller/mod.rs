@@ -104,6 +104,8 @@ impl Follower for Volumes<'_> {
         self.0.retain_volumes(listed);
     }
 
+    const LISTENS: bool = true;
+
     fn heard(&self, heard: bool) {
         self.0.set_deaf(List::HostVolumes, (!heard).then(Instant::now));
     }
@@ -148,6 +150,8 @@ impl Follower for HostNodes<'_> {
         self.0.retain_pools(listed);
     }
 
+    const LISTENS: bool = true;
+
     fn heard(&self, heard: bool) {
         self.0.set_deaf(List::HostNodes, (!heard).then(Instant::now));
     }
@@ -174,6 +178,8 @@ impl Follower for Nodes<'_> {
     fn retain(&self, listed: &BTreeSet<NodeName>) {
         self.0.retain_nodes(listed);
     }
+
+    const LISTENS: bool = true;
 
     fn heard(&self, heard: bool) {
         self.0.set_deaf(List::Nodes, (!heard).then(Instant::now));

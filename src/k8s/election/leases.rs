@@ -82,13 +82,31 @@ impl Elections {
         });
         let heartbeats = leases
             .iter()
-            .filter_map(|(name, lease)| Some((identity(name), heartbeat_of(lease)?)));
+            .filter_map(|(name, lease)| Some((identity(name), self.heartbeat_of(lease)?)));
         let view = View {
             elections: elections.collect(),
             heartbeats: heartbeats.collect(),
             own: Own::default(),
         };
         Ok(Reading { view, leases })
+    }
+
+    /// The heartbeat that a Lease is, if it is one.
+    fn heartbeat_of(&self, lease: &Lease) -> Option<Heartbeat> {
+        let annotations = lease.annotations();
+        let elections = match annotations.get(ELECTIONS) {
+            Some(elections) => serde_json::from_str(elections).ok()?,
+            // Of a version that said no more than that it answers.
+            None if lease.owner_references().iter().any(|owner| owner.kind == "Pod") => {
+                self.names.iter().map(|name| (name.clone(), None)).collect()
+            }
+            None => return None,
+        };
+        Some(Heartbeat {
+            sent: lease.spec.as_ref()?.renew_time.as_ref()?.0,
+            node: annotations.get(NODE).cloned().unwrap_or_default(),
+            elections,
+        })
     }
 
     async fn read_own(&self) -> Result<Own, Problem> {
@@ -141,7 +159,7 @@ impl Elections {
     pub(super) async fn beat(
         &self,
         elections: &BTreeMap<String, Option<String>>,
-        last: Option<Lease>,
+        last: Option<&Lease>,
     ) -> Result<Lease, Problem> {
         let verb = "write a heartbeat";
         let own = self.own.lock().unwrap_or_else(PoisonError::into_inner).clone();
@@ -153,7 +171,7 @@ impl Elections {
         let own = own.ok_or(Problem::NotFound("read its own Pod"))?;
         let params = PostParams::default();
         let last = match last {
-            Some(last) => Some(last),
+            Some(last) => Some(last.clone()),
             None => request_within(LIMIT, verb, self.leases.get_opt(&self.pod)).await?,
         };
         let is_new = last.is_none();
@@ -208,16 +226,6 @@ impl Elections {
             ..Lease::default()
         }
     }
-}
-
-/// The heartbeat that a Lease is, if it is one.
-fn heartbeat_of(lease: &Lease) -> Option<Heartbeat> {
-    let annotations = lease.annotations();
-    Some(Heartbeat {
-        sent: lease.spec.as_ref()?.renew_time.as_ref()?.0,
-        node: annotations.get(NODE).cloned().unwrap_or_default(),
-        elections: serde_json::from_str(annotations.get(ELECTIONS)?).ok()?,
-    })
 }
 
 /// What an election's Lease says.

@@ -54,8 +54,10 @@ pub(crate) struct GuardConfig {
     pub(crate) namespace: String,
     /// The name of this controller's Pod.
     pub(crate) pod: String,
-    /// Whether the driver of this controller answers.
-    pub(crate) driver: Check,
+    /// Whether the driver of this controller answers on its own socket.
+    pub(crate) alive: Check,
+    /// Whether it also works.
+    pub(crate) ready: Check,
     /// Each sidecar of this controller, by the name of the Lease that it is elected by.
     pub(crate) sidecars: BTreeMap<String, Get>,
 }
@@ -109,38 +111,49 @@ impl Guard {
 
     /// Sends heartbeats while the driver answers, until this controller must end. Returns why.
     async fn give_heartbeats(&self) -> String {
-        let mut last = None;
+        let mut last: Option<Lease> = None;
+        let mut sent: Option<Instant> = None;
         let mut failing = Failing::default();
-        let mut answered: Option<Instant> = None;
+        let mut alive = Instant::now();
         let mut policy: Option<Instant> = None;
         loop {
             let mut pause = RETRY;
-            match self.give_heartbeat(last.take()).await {
+            match self.give_heartbeat(last.as_ref()).await {
                 Ok(lease) => {
                     failing.ended("heartbeats are sent again");
+                    self.work.api_answered(
+                        sent.replace(Instant::now())
+                            .map_or(Duration::ZERO, |sent| sent.elapsed()),
+                    );
                     if policy.is_none_or(|asked| asked.elapsed() >= POLICY) {
                         policy = Some(Instant::now());
                         self.check_policy(&lease).await;
                     }
                     last = Some(lease);
                     pause = BEAT;
-                    answered = Some(Instant::now());
+                    alive = Instant::now();
                 }
                 Err(Silence::Driver(why)) => {
-                    // A starting driver does not answer until it has seen all volumes and nodes.
-                    if let Some(since) = answered {
+                    if answers(&self.config.alive).await.is_ok() {
+                        alive = Instant::now();
+                    }
+                    // A starting driver is not ready until it has seen all volumes and nodes.
+                    if sent.is_some() {
                         self.metrics.failed("heartbeat");
                         failing.refused = None;
-                        failing.because(&why, "no heartbeat: this controller does not answer on its own socket");
-                        if since.elapsed() >= HUNG {
-                            let seconds = since.elapsed().as_secs();
-                            return format!("its driver has not answered for {seconds} s: {why}");
-                        }
+                        failing.because(&why, "no heartbeat: this controller does not work");
+                    }
+                    if alive.elapsed() >= HUNG {
+                        return format!("its driver has not answered for {} s: {why}", alive.elapsed().as_secs());
                     }
                 }
                 Err(Silence::Problem(problem)) => {
-                    answered = Some(Instant::now());
+                    alive = Instant::now();
                     self.metrics.failed("heartbeat");
+                    // Somebody has changed or deleted it: it is read again.
+                    if matches!(problem, Problem::Conflict(_) | Problem::NotFound(_)) && last.take().is_some() {
+                        pause = Duration::ZERO;
+                    }
                     if let Some(why) = failing.refused(problem, Instant::now()) {
                         return why;
                     }
@@ -164,21 +177,22 @@ impl Guard {
         }
     }
 
-    async fn give_heartbeat(&self, last: Option<Lease>) -> Result<Lease, Silence> {
-        answers(&self.config.driver).await.map_err(Silence::Driver)?;
+    async fn give_heartbeat(&self, last: Option<&Lease>) -> Result<Lease, Silence> {
         let leads = self.leads.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let sidecars = self.config.sidecars.iter().map(async |(lease, sidecar)| {
             let why = self.work.cannot_lead(lease, sidecar, leads.contains(lease)).await;
             (lease.clone(), why)
         });
-        let elections = join_all(sidecars).await.into_iter().collect();
+        let (ready, elections) = tokio::join!(answers(&self.config.ready), join_all(sidecars));
+        ready.map_err(Silence::Driver)?;
+        let elections = elections.into_iter().collect();
         self.elections.beat(&elections, last).await.map_err(Silence::Problem)
     }
 }
 
 /// Why no heartbeat was sent.
 enum Silence {
-    /// The driver does not answer.
+    /// The driver does not answer, or does not work.
     Driver(String),
     Problem(Problem),
 }

@@ -140,9 +140,10 @@ impl Guard {
                 .set_leader(lease, state.holder.as_deref(), state.silence, state.leaderless);
             self.metrics.set_candidates(lease, state.candidates);
             let news = match (&state.holder, &state.guilt, state.obstacle) {
+                (None, ..) if state.nobody => "nobody leads, and nobody could lead".to_owned(),
                 (None, ..) => "nobody leads; the sidecars elect a leader".to_owned(),
                 (Some(holder), None, _) => format!("{holder} leads"),
-                (Some(holder), Some(guilt), _) if state.candidates == 0 => {
+                (Some(holder), Some(guilt), _) if state.nobody => {
                     let reason = guilt.reason();
                     format!("{holder} holds the Lease but must not lead ({reason}), and nobody else could lead")
                 }
@@ -155,8 +156,12 @@ impl Guard {
             };
             if told.get(lease) != Some(&news) {
                 info!(lease, "{news}");
-                if let (Some(guilt), 0) = (&state.guilt, state.candidates) {
-                    self.announce_nobody(seen, lease, &format!("{news}: {guilt}"));
+                if state.nobody {
+                    let why = state
+                        .guilt
+                        .as_ref()
+                        .map_or_else(String::new, |guilt| format!(": {guilt}"));
+                    self.announce_nobody(seen, lease, &format!("{news}{why}"));
                 }
                 told.insert(lease.clone(), news);
             }

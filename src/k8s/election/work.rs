@@ -1,8 +1,10 @@
 //! Whether each sidecar of this controller answers and does its work.
 
-use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tracing::warn;
 
 use super::{Get, in_time};
 use crate::k8s::controller::Backlog;
@@ -11,41 +13,72 @@ use crate::leader::Queue;
 /// A sidecar serves this path once it has found its driver, before it takes part in the election.
 const HEALTH: &str = "/healthz/leader-election";
 const METRICS: &str = "/metrics";
+/// The most that a gap between two heartbeats counts: time in which the API server does not answer counts against no sidecar.
+const SEEN: Duration = Duration::from_secs(5);
 
 pub(super) struct Work {
-    start: Instant,
     backlog: Arc<Backlog>,
-    queues: Mutex<BTreeMap<(String, String), Queue>>,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    /// For how long the API server was seen to answer.
+    now: Duration,
+    /// By Lease and name.
+    queues: BTreeMap<(String, String), Queue>,
+    /// The Leases whose sidecars serve no metrics.
+    unknown: BTreeSet<String>,
 }
 
 impl Work {
     pub(super) fn new(backlog: Arc<Backlog>) -> Self {
-        Self {
-            start: Instant::now(),
-            backlog,
-            queues: Mutex::default(),
-        }
+        let state = Mutex::default();
+        Self { backlog, state }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes that the API server has answered again after `elapsed`.
+    pub(super) fn api_answered(&self, elapsed: Duration) {
+        self.lock().now += elapsed.min(SEEN);
     }
 
     /// Why this controller could not lead an election, if that is so: its sidecar does not answer, or leads without doing its
     /// work.
     pub(super) async fn cannot_lead(&self, lease: &str, sidecar: &Get, leads: bool) -> Option<String> {
-        if let Err(error) = in_time(sidecar(HEALTH)).await {
+        let (health, metrics) = tokio::join!(in_time(sidecar(HEALTH)), in_time(sidecar(METRICS)));
+        if let Err(error) = health {
             return Some(format!("its sidecar does not answer: {error:#}"));
         }
-        // A sidecar without metrics is not judged by them.
-        let metrics = in_time(sidecar(METRICS)).await.ok()?;
-        let mut queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut reason = None;
-        for (name, waiting) in self.backlog.of(lease) {
-            let Some(finished) = finished(&metrics, &name) else {
-                continue;
-            };
-            let queue = queues.entry((lease.to_owned(), name)).or_default();
-            let why = queue.look(self.start.elapsed(), leads, &waiting, finished);
-            reason = reason.or(why.map(str::to_owned));
+        let state = &mut *self.lock();
+        match metrics {
+            Ok(metrics) => {
+                state.unknown.remove(lease);
+                self.look(state, lease, leads, &metrics);
+            }
+            Err(error) if state.unknown.insert(lease.to_owned()) => {
+                let why = format!("{error:#}");
+                warn!(
+                    lease,
+                    why, "a sidecar serves no metrics: whether it does its work is not known"
+                );
+            }
+            Err(_) => {}
         }
-        reason
+        let queues = state.queues.iter().filter(|((of, _), _)| of == lease);
+        queues.filter_map(|(_, queue)| queue.stuck()).map(str::to_owned).next()
+    }
+
+    fn look(&self, state: &mut State, lease: &str, leads: bool, metrics: &str) {
+        for (name, waiting) in self.backlog.of(lease) {
+            if let Some(finished) = finished(metrics, &name) {
+                let queue = state.queues.entry((lease.to_owned(), name)).or_default();
+                queue.look(state.now, leads, &waiting, finished, self.backlog.objects());
+            }
+        }
     }
 }
 

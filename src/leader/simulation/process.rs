@@ -266,10 +266,8 @@ impl World {
             let leads = process.leads.contains(*lease);
             let finished = sidecar.finished;
             let waiting = held.waiting(now);
-            let why = sidecar
-                .queue
-                .look(monotonic, leads, &waiting, finished)
-                .map(str::to_owned);
+            sidecar.queue.look(monotonic, leads, &waiting, finished, 0);
+            let why = sidecar.queue.stuck().map(str::to_owned);
             let silent = (!sidecar.answers()).then(|| "its sidecar does not answer".to_owned());
             elections.insert((*lease).to_owned(), silent.or(why));
         }
