@@ -240,6 +240,14 @@ fn who_could_not_lead_does_not_take_over() {
     world.says("b", LEASE, None);
     assert!(world.until(1).is_some());
 
+    // It could a moment ago.
+    let mut world = World::new();
+    world.beating.remove("a");
+    assert_eq!(world.until(8), None);
+    world.says("b", LEASE, Some("its sidecar does not answer"));
+    assert_eq!(world.until(11), None);
+    assert_eq!(world.state().obstacle, Some(Obstacle::Unable));
+
     let mut world = World::new();
     world.beating.remove("a");
     world.beating.remove("b");
