@@ -1,5 +1,6 @@
 //! Who may write the Leases, and how hostdir reports who leads.
 
+use super::broken::WithoutPolicy;
 use super::{Election, LEASE, POLICY, RESIZER_LEASE, name_of};
 use crate::rights::Holder;
 use hostdir_lab::cluster::NAMESPACE;
@@ -82,5 +83,11 @@ fn leases_are_written_only_by_the_pod_that_they_name() {
     let metrics = election.lab.http(&election.lab.controllers()[0], "metrics").unwrap();
     let line = format!("hostdir_leader{{lease=\"{LEASE}\",holder=\"{leader}\"}} 1");
     assert!(metrics.contains(&line), "{line} is not in\n{metrics}");
+
+    let without_policy = WithoutPolicy::begin(&election);
+    election.replace_controllers();
+    let pods = election.lab.live_controllers();
+    election.lab.metrics_have(&pods[0], &["hostdir_lease_policy_missing 1"]);
+    drop(without_policy);
     election.end();
 }

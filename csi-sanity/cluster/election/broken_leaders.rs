@@ -16,10 +16,28 @@ fn a_leader_with_a_hung_or_dead_process_is_replaced() {
     {
         let _broken = BrokenNode::new(&election, node);
         election.signal(node, &leader, "hostdir", "STOP");
+        let hung = Instant::now();
         election.note("the leader's driver hangs; its sidecar renews the Lease");
-        election.binds_within(Instant::now(), 40, "the driver hung");
+        election.binds_within(hung, 40, "the driver hung");
         assert_ne!(election.holder(), leader);
         election.was_handed_over("has sent no heartbeat");
+        // Also where there is no other controller.
+        election.lab.wait("the kubelet has restarted the driver", || {
+            let pod = election.lab.kubectl().get(&["pod", &leader, "-n", NAMESPACE])?;
+            let statuses = pod["status"]["containerStatuses"]
+                .as_array()
+                .cloned()
+                .unwrap_or_default();
+            Ok(statuses
+                .iter()
+                .any(|one| one["name"] == "hostdir" && one["restartCount"] != 0))
+        });
+        let restarted = hung.elapsed();
+        election.note(&format!(
+            "the driver is restarted after {:.1} s",
+            restarted.as_secs_f64()
+        ));
+        assert!(restarted < Duration::from_secs(60), "{restarted:?}");
     }
     election.renew_controllers();
     let (leader, node) = election.leader();
