@@ -37,7 +37,7 @@ fn a_leader_with_a_hung_or_dead_process_is_replaced() {
             "the driver is restarted after {:.1} s",
             restarted.as_secs_f64()
         ));
-        assert!(restarted < Duration::from_secs(60), "{restarted:?}");
+        assert!(restarted < Duration::from_mins(1), "{restarted:?}");
     }
     election.renew_controllers();
     let (leader, node) = election.leader();
