@@ -152,6 +152,7 @@ fn twenty_claims(name: &str) -> Vec<Value> {
 #[needs(Root, Go, Cluster)]
 fn a_leader_paused_while_it_creates_does_no_harm_when_it_resumes() {
     let election = Election::begin("ghost-5", "a pause of 40 s in the middle of 50 creates");
+    election.stop_liveness_probes();
     let (leader, node) = election.leader();
     let before = election.recorded().len();
     {
@@ -202,6 +203,7 @@ fn a_leader_paused_while_it_creates_does_no_harm_when_it_resumes() {
         before + 48,
         "the number of HostVolumes is not that of the claims"
     );
+    election.lab.install(&[]);
     election.end();
 }
 
@@ -247,7 +249,9 @@ fn the_lease_is_handed_over_only_once_a_controller_is_fit() {
         }
         election.note("the other controller recovers");
         election.binds_within(Instant::now(), 15, "the other controller recovered");
-        assert_eq!((&election.holder(), election.transitions()), (other, transitions + 1));
+        assert_eq!(&election.holder(), other);
+        // The kubelet may have restarted its sidecar, which then leads again.
+        election.was_handed_over(&format!("from {leader} to {other}, because"));
     }
     election.end();
 }

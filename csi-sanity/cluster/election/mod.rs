@@ -100,6 +100,24 @@ impl Election {
         });
     }
 
+    /// Lets the kubelet leave controllers alone that are only paused, until hostdir is installed again.
+    pub(super) fn stop_liveness_probes(&self) {
+        let deployment = "deployment/hostdir-controller";
+        let without = |number: usize| {
+            let path = format!("/spec/template/spec/containers/{number}/livenessProbe");
+            json!({"op": "remove", "path": path})
+        };
+        let patch = json!([without(0), without(1), without(2)]).to_string();
+        let kubectl = self.lab.kubectl();
+        for args in [
+            &["patch", deployment, "-n", NAMESPACE, "--type=json", "-p", &patch][..],
+            &["rollout", "status", deployment, "-n", NAMESPACE, "--timeout=180s"],
+        ] {
+            kubectl.run(args).unwrap();
+        }
+        self.renew_controllers();
+    }
+
     pub(super) fn note(&self, what: &str) {
         let (test, time) = (&self.lab.namespace, self.start.elapsed().as_secs_f64());
         report(&format!("  {test} {time:>6.1} s  {what}"));
